@@ -1,0 +1,28 @@
+"""mmgem: one open model that embeds images and text for search and writes about them."""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .configuration_mmgem import MMGEMConfig
+    from .modeling_mmgem import MMGEMModel, MMGEMOutput
+    from .pool_aggregator import PoolAggregator
+
+_HOME = {
+    "MMGEMConfig": ".configuration_mmgem",
+    "MMGEMModel": ".modeling_mmgem",
+    "MMGEMOutput": ".modeling_mmgem",
+    "PoolAggregator": ".pool_aggregator",
+    "MMGEMProcessor": ".processing",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    # Importing transformers' model classes takes seconds; `mmgem --help` should not.
+    if name not in _HOME:
+        raise AttributeError(f"module 'mmgem' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name], __name__), name)
