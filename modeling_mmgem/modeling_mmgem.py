@@ -609,6 +609,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             Flat embeddings (N, H), flat labels (N,), lengths (S,).
         """
         text_config, embed = self.config.text_config, self.get_input_embeddings()
+        input_ids, attention_mask, labels = _without_empty_columns(attention_mask, input_ids, attention_mask, labels)
         is_token = attention_mask.bool()  # (S, L)
         position = is_token.long().cumsum(-1) - 1  # (S, L)
         is_first = is_token & (position == 0)
@@ -635,6 +636,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(S, L) -> text and [EMB] without padding: flat embeddings (N, H), which of them are [EMB] (N,), lengths (S,)."""
+        input_ids, attention_mask = _without_empty_columns(attention_mask, input_ids, attention_mask)
         embedding_tokens = self.embedding_tokens.expand(len(input_ids), -1, -1)  # (S, k, H)
         embeds = torch.cat([self.get_input_embeddings()(input_ids), embedding_tokens], dim=1)  # (S, L + k, H)
         is_embedding = attention_mask.new_ones(embedding_tokens.shape[:2]).bool()  # (S, k)
@@ -704,6 +706,12 @@ def _first(token_id: int | list[int] | None) -> int:
     if isinstance(token_id, list | tuple):
         return token_id[0]
     return -1 if token_id is None else token_id
+
+
+def _without_empty_columns(attention_mask: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Drops the columns of (S, L) tensors in which no row has a token: longer rows may have been left out."""
+    used = attention_mask.bool().any(0)  # (L,)
+    return [tensor[:, used] for tensor in tensors]
 
 
 def _is_box(boxes: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,55 @@
+# A fresh machine needs CPython >= 3.10 with pip, and make. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Index to take torch from, where the default is not the build you want:
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CHECKED := build/types/mmgem
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test fast lint types format retrain clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+install: $(STAMP) ## create .venv and install mmgem into it with all extras, in the tested versions
+
+# torch first and alone, so that no other package's requirement chooses its build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tiny; the page is demo/index.html
+	$(BIN)/mmgem demo --out demo
+
+test: lint types ## ruff, mypy and every test (what CI runs)
+	$(BIN)/python -m pytest -q --durations=10
+
+fast: $(STAMP) ## the tests that take milliseconds
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not know setuptools' package-dir, so it gets the package in the shape it has once installed.
+types: $(STAMP) ## mypy over the whole package
+	rm -rf $(CHECKED) && mkdir -p $(CHECKED)
+	ln -s $(CURDIR)/modeling_mmgem/*.py $(CURDIR)/processing $(CURDIR)/training $(CHECKED)/
+	MYPYPATH=$(dir $(CHECKED)) $(BIN)/mypy --package mmgem
+
+format: $(STAMP) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+retrain: $(STAMP) ## train mmgem-tiny again, from nothing, into runs/mmgem-tiny
+	$(BIN)/mmgem train model_cards/mmgem-tiny/recipe.yaml --out runs/mmgem-tiny
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

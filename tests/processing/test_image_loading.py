@@ -1,0 +1,218 @@
+"""Every kind of picture comes out as the upright RGB image a person would see, and bad ones are refused by name."""
+
+import base64
+import http.server
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmgem.processing.image_loading import load_image
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """7 x 5 pixels, all different."""
+    values = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2
+    return Image.fromarray(values)
+
+
+def encode(image: Image.Image, file_format="PNG", **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **kwargs)
+    return buffer.getvalue()
+
+
+def same(image: Image.Image, other: Image.Image) -> bool:
+    return image.mode == "RGB" and np.array_equal(np.asarray(image), np.asarray(other))
+
+
+def test_every_source_gives_the_same_image(picture, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encode(picture))
+    text = base64.b64encode(encode(picture)).decode()
+    pixels = np.asarray(picture)
+    tensor = torch.tensor(pixels).movedim(-1, 0)
+    sources = [picture, str(path), path, path.read_bytes(), bytearray(path.read_bytes()), text]
+    sources += [
+        f"data:image/png;base64,{text}",
+        pixels,
+        pixels / 255,
+        pixels.astype(np.int64),
+        np.moveaxis(pixels, 2, 0),
+    ]
+    sources += [tensor, tensor / 255, (tensor / 255).double(), tensor.movedim(0, -1), pixels.astype(np.uint16) * 257]
+    for source in sources:
+        assert same(load_image(source), picture), type(source)
+
+
+def test_url(picture):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            self.send_response(200 if self.path == "/picture" else 404)
+            self.end_headers()
+            if self.path == "/picture":
+                self.wfile.write(encode(picture))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert same(load_image(f"{url}/picture"), picture)
+        with pytest.raises(ValueError, match=r"`images\[2\]`.*cannot be fetched.*404"):
+            load_image(f"{url}/nothing", "images[2]")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(picture, mode):
+    grey = np.asarray(picture.convert("L"))
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "I":
+        image = Image.fromarray(grey.astype(np.int32) * 257)
+    elif mode == "F":
+        image = Image.fromarray((grey / 255).astype(np.float32))
+    elif mode == "PA":
+        image = picture.convert("P").convert("PA")
+    else:
+        image = picture.convert(mode)
+    loaded = load_image(image)
+    assert (loaded.mode, loaded.size) == ("RGB", (7, 5))
+    if mode not in ("1", "P", "PA"):  # which lose more than rounding
+        expected = picture.convert("L").convert("RGB") if mode in ("L", "LA", "I;16", "I", "F") else picture
+        assert np.abs(np.asarray(loaded).astype(int) - np.asarray(expected)).max() <= 8
+
+
+def test_sixteen_bit_file_keeps_its_range():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    loaded = np.asarray(load_image(encode(Image.fromarray(ramp))))[..., 0]
+    assert np.array_equal(loaded.ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(mode):
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image = image.convert(mode)
+    if mode == "P":
+        image = Image.new("P", (2, 1))
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        image.putpixel((1, 0), 1)
+        image.info["transparency"] = 1
+    loaded = load_image(encode(image, **({"transparency": 1} if mode == "P" else {})))
+    assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation):
+    upright = Image.new("RGB", (16, 8), "white")
+    upright.paste("red", (0, 0, 8, 8))
+    inverse = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(inverse[orientation]) if orientation in inverse else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert same(load_image(encode(stored, exif=exif)), upright)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert load_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_given_image_is_left_alone(picture):
+    load_image(picture).putpixel((0, 0), (255, 255, 255))
+    assert picture.getpixel((0, 0)) == (0, 2, 4)
+
+
+def test_layout_of_small_arrays():
+    pixels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    assert load_image(pixels).size == (4, 3)  # (H, W, C)
+    assert load_image(torch.tensor(pixels)).size == (3, 4)  # (C, H, W)
+    assert load_image(np.zeros((5, 7, 1))).size == load_image(np.zeros((1, 5, 7))).size == (7, 5)
+    assert load_image(torch.ones(3, 5, 7, dtype=torch.bfloat16)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(np.ones((5, 7), dtype=bool)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (np.full((4, 4, 3), np.inf), "infinite"),
+        (torch.full((3, 4, 4), -1.0), r"\[-1, -1\]; expected floats in \[0, 1\]"),
+        (np.full((4, 4, 3), 2.5), r"\[2.5, 2.5\]"),
+        (np.full((4, 4, 3), 300), r"int64 pixels in \[300, 300\]"),
+        (np.zeros((6, 6, 5)), r"shape \(6, 6, 5\)"),
+        (np.zeros(4), r"shape \(4,\)"),
+        (np.zeros((0, 4, 3)), r"shape \(0, 4, 3\)"),
+        (np.zeros((2, 4, 4, 3)), r"shape \(2, 4, 4, 3\)"),
+        (Image.fromarray(np.full((2, 2), 70000, np.int32)), r"\[70000, 70000\]; expected \[0, 65535\]"),
+        (Image.fromarray(np.full((2, 2), np.nan, np.float32)), "NaN"),
+        (b"", "empty, 0 bytes"),
+        (b"no image at all", "holds 15 bytes that are no image"),
+        ("data:image/png;base64,aGVsbG8=", "holds 5 bytes that are no image"),
+        ("http://127.0.0.1:9/x.png", "cannot be fetched"),
+    ],
+)
+def test_bad_values_are_named(source, message):
+    with pytest.raises(ValueError, match=rf"`images\[3\]`.*{message}"):
+        load_image(source, "images[3]")
+
+
+@pytest.mark.parametrize("source", [None, 3, [1, 2], {"image": "x"}, np.array([["a"]]), np.zeros((2, 2), complex)])
+def test_bad_types_are_named(source):
+    with pytest.raises(TypeError, match="`image`.*expected"):
+        load_image(source)
+
+
+def test_bad_files_are_named(picture, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`image` \('nowhere/x.png'\) is not there"):
+        load_image("nowhere/x.png")
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        load_image("x." * 5000)
+    with pytest.raises(ValueError, match="cannot be read.*directory"):
+        load_image(tmp_path)
+    for name, data in {"empty.png": b"", "text.jpg": b"hello"}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"`image` .*{name}"):
+            load_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_truncated_files_are_refused(file_format):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), file_format)
+    for length in (len(data) // 2, len(data) - 200, 20):
+        with pytest.raises(ValueError, match="`image` .*expected an? "):
+            load_image(data[:length])
+
+
+def test_truncated_image_opened_before_is_refused():
+    data = encode(Image.effect_noise((64, 64), 50))
+    with pytest.raises(ValueError, match="`image` cannot be decoded"):
+        load_image(Image.open(io.BytesIO(data[: len(data) // 2])))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [34, 3])  # beyond the first PIL warns, beyond twice the second it refuses
+def test_decompression_bomb_is_refused(picture, monkeypatch, limit):
+    data = encode(picture)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match=f"`image` is too large: .*expected at most {limit} pixels"):
+        load_image(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 35)
+    assert same(load_image(data), picture)

@@ -1,0 +1,32 @@
+"""Loading a checkpoint by name, with an answer a person can use when it is not one."""
+
+from pathlib import Path
+
+import torch
+
+from mmgem.configuration_mmgem import MMGEMConfig
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.processing.processing_mmgem import MMGEMProcessor
+
+
+def load_checkpoint(name: str | Path) -> tuple[MMGEMModel, MMGEMProcessor]:
+    """Loads model and processor, in evaluation mode, onto the GPU where there is one.
+
+    Args:
+        name: A folder that holds a checkpoint, or a name on the Hub.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+        ValueError: If it is a checkpoint of another kind of model.
+    """
+    name = str(name)
+    try:
+        config, _ = MMGEMConfig.get_config_dict(name)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model is {name!r}, which is neither a folder with a config.json nor a model on the Hub that can be reached"
+        ) from error
+    if config.get("model_type") != MMGEMConfig.model_type:
+        raise ValueError(f"model is {name!r}, of type {config.get('model_type')!r}; expected {MMGEMConfig.model_type!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return MMGEMModel.from_pretrained(name).to(device).eval(), MMGEMProcessor.from_pretrained(name)

@@ -1,0 +1,169 @@
+"""A recipe is a YAML file that says everything about a training run: model, data, collator, arguments."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from mmgem.configuration_mmgem import MMGEMConfig
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem.processing.sentence_transformers_mmgem import save_sentence_transformer
+from mmgem.training.collator import MMGEMCollator
+from mmgem.training.scene_dataset import SceneDataset, read_image_folder
+from mmgem.training.tokenizer import train_tokenizer
+from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
+
+TOKENIZER_TRAINING_ROWS = 4000
+SECTIONS = ("seed", "model", "image_processor", "tokenizer", "train_data", "eval_data", "collator", "training")
+
+
+def load_recipe(path: str | Path) -> dict:
+    """
+    Read a recipe and check the names of its sections.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an unknown or missing section.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {str(path)!r} is not there; expected a YAML file.")
+    recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, Mapping):
+        raise ValueError(f"recipe {str(path)!r} holds {type(recipe).__name__}; expected sections {', '.join(SECTIONS)}.")
+    _check_keys(recipe, SECTIONS, "recipe")
+    for name in ("model", "train_data", "training"):
+        if name not in recipe:
+            raise ValueError(f"recipe {str(path)!r} has no section `{name}`.")
+    return dict(recipe)
+
+
+def train(recipe_path: str | Path, out: str | Path, resume: bool = False) -> dict[str, float]:
+    """
+    Train as a recipe says, and leave a complete Hub folder: weights, remote code, processor, sentence-transformers
+    files, the recipe and the log of the run.
+
+    Args:
+        recipe_path: YAML with the sections of `SECTIONS`. `model` is one of `{pretrained: NAME}`,
+            `{vision: NAME, text: NAME, ...}` (composed towers, further keys go to `MMGEMConfig`) and
+            `{vision_config: {...}, text_config: {...}, ...}` (from nothing, with `tokenizer` and `image_processor`);
+            each may name an `attn_implementation` to train with.
+            `train_data` and `eval_data` are `{scenes: {seed: S, count: N}}` or `{folder: PATH}`.
+        out: folder for the result; its `checkpoints/` holds what is needed to resume.
+        resume: go on from the last checkpoint in `out`, if there is one.
+
+    Returns:
+        The metrics of the final evaluation, empty without `eval_data`.
+
+    Raises:
+        FileNotFoundError, ValueError: for a recipe or data that cannot be used; FileExistsError if `out` holds
+            checkpoints and `resume` is not asked for.
+    """
+    recipe, out = load_recipe(recipe_path), Path(out)
+    checkpoints = out / "checkpoints"
+    last_checkpoint = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    if last_checkpoint is not None and not resume:
+        raise FileExistsError(f"`out` is {str(out)!r}, which holds checkpoints; resume, or choose another folder.")
+
+    set_seed(recipe.get("seed", 0))
+    train_dataset = load_data(recipe["train_data"], "train_data")
+    eval_dataset = load_data(recipe["eval_data"], "eval_data") if "eval_data" in recipe else None
+    processor, model = build_model(recipe, train_dataset)
+    if "attn_implementation" in recipe["model"]:
+        model.set_attn_implementation(recipe["model"]["attn_implementation"])
+    arguments = MMGEMTrainingArguments(
+        output_dir=str(checkpoints),
+        seed=recipe.get("seed", 0),
+        report_to="none",
+        use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for
+        **recipe["training"],
+    )
+    trainer = MMGEMTrainer(
+        model,
+        arguments,
+        processing_class=processor,
+        data_collator=MMGEMCollator(processor, **recipe.get("collator", {})),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint)
+    metrics = trainer.evaluate() if eval_dataset is not None else {}
+    if trainer.is_world_process_zero():
+        save_sentence_transformer(model, processor, out)
+        (out / "recipe.yaml").write_text(Path(recipe_path).read_text())
+        trainer.state.save_to_json(str(out / "trainer_state.json"))
+    return metrics
+
+
+def load_data(section: Mapping, name: str):
+    """
+    The data set of a section: scenes drawn on the fly, or an image folder with `metadata.jsonl`.
+
+    Raises:
+        ValueError: if the section names neither.
+    """
+    _check_keys(section, ("scenes", "folder"), name)
+    if len(section) != 1:
+        raise ValueError(f"`{name}` is {dict(section)}; expected either `scenes` or `folder`.")
+    if "scenes" in section:
+        return SceneDataset(**section["scenes"])
+    return read_image_folder(section["folder"])
+
+
+def build_model(recipe: Mapping, train_dataset) -> tuple[MMGEMProcessor, MMGEMModel]:
+    """Processor and model of a recipe: a checkpoint, composed towers, or configs to train from nothing."""
+    section = {key: value for key, value in recipe["model"].items() if key != "attn_implementation"}
+    if "pretrained" in section:
+        name = section["pretrained"]
+        return MMGEMProcessor.from_pretrained(name), MMGEMModel.from_pretrained(name)
+    if "vision" in section:
+        model = MMGEMModel.from_towers(**section)
+        return MMGEMProcessor.from_towers(section["vision"], section["text"], model.config.num_visual_tokens), model
+
+    from transformers import SiglipImageProcessorPil
+
+    rows = range(min(len(train_dataset), TOKENIZER_TRAINING_ROWS))
+    tokenizer = train_tokenizer(_texts(train_dataset, rows), **recipe["tokenizer"])
+    section["text_config"] = section["text_config"] | {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = MMGEMConfig(image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **section)
+    processor = MMGEMProcessor(
+        SiglipImageProcessorPil(**recipe["image_processor"]), tokenizer, num_visual_tokens=config.num_visual_tokens
+    )
+    return processor, MMGEMModel(config)
+
+
+def _texts(dataset, rows):
+    """Every text of the rows, whatever column it stands in."""
+    for row in rows:
+        for column, value in dataset[row].items():
+            if column not in ("image", "file_name", "scene_id"):
+                yield from _strings(value)
+
+
+def _strings(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _check_keys(section: Mapping, known: tuple[str, ...], name: str):
+    for key in section:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+            raise ValueError(f"`{name}` has the unknown key `{key}`; expected {', '.join(known)}.{hint}")

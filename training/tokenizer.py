@@ -1,0 +1,47 @@
+"""A small byte-level BPE tokenizer, for models that are trained from nothing."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_TOKEN = "<|endoftext|>"
+IMAGE_TOKEN = "<image>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """
+    Train a lower-casing byte-level BPE tokenizer. Any text can be encoded; `<|endoftext|>` ends and pads.
+
+    Args:
+        texts: what to learn the merges from.
+        vocab_size: at most so many tokens, the 256 bytes and the two special tokens among them.
+        model_max_length: texts are cut to so many tokens.
+
+    Returns:
+        The tokenizer, padding on the left, with `<image>` among its tokens.
+
+    Raises:
+        ValueError: if `vocab_size` leaves no room for the bytes.
+    """
+    if vocab_size < 258:
+        raise ValueError(f"`vocab_size` is {vocab_size}; expected at least 258, for 256 bytes and two special tokens.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN, IMAGE_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
+        additional_special_tokens=[IMAGE_TOKEN],
+        model_max_length=model_max_length,
+        padding_side="left",
+    )
