@@ -1,7 +1,7 @@
 """The processor: images, texts and boxes in, tensors out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,13 +16,6 @@ from .image_loading import load_image
 # A conversation is its contents, one after the other, each answer closed by the end token: no role markers, so that an
 # image alone asks for a caption and an image followed by a question asks for its answer.
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- contents(message) -}}{{- eos_token -}}{%- endgeneration -%}"
-    "{%- else -%}{{- contents(message) -}}{%- endif -%}"
-    "{%- endfor -%}"
-)
-CHAT_CONTENTS = (
     "{%- macro contents(message) -%}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
     "{%- else -%}{%- for part in message['content'] -%}"
@@ -30,6 +23,11 @@ CHAT_CONTENTS = (
     "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- contents(message) -}}{{- eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- contents(message) -}}{%- endif -%}"
+    "{%- endfor -%}"
 )
 
 
@@ -42,7 +40,7 @@ class MMGEMImagesKwargs(ImagesKwargs, total=False):
 class MMGEMProcessorKwargs(ProcessingKwargs, total=False):
     """Arguments of `MMGEMProcessor.__call__`, by the part they belong to."""
 
-    images_kwargs: MMGEMImagesKwargs
+    images_kwargs: MMGEMImagesKwargs  # type: ignore[misc]
 
 
 class MMGEMProcessor(ProcessorMixin):
@@ -62,7 +60,7 @@ class MMGEMProcessor(ProcessorMixin):
         ValueError: the tokenizer lacks one of the tokens, or `num_visual_tokens` is not positive.
     """
 
-    valid_processor_kwargs = MMGEMProcessorKwargs
+    valid_processor_kwargs = MMGEMProcessorKwargs  # type: ignore[assignment]
 
     def __init__(self, image_processor, tokenizer, num_visual_tokens, image_token="<image>", chat_template=None):
         if not isinstance(num_visual_tokens, int) or num_visual_tokens < 1:
@@ -79,8 +77,7 @@ class MMGEMProcessor(ProcessorMixin):
         self.num_visual_tokens = num_visual_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if chat_template is None:
-            chat_template = CHAT_CONTENTS.replace("IMAGE_TOKEN", image_token) + CHAT_TEMPLATE
+        chat_template = chat_template or CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -117,7 +114,7 @@ class MMGEMProcessor(ProcessorMixin):
         return cls(vision, text, num_visual_tokens=num_visual_tokens, image_token=image_token)
 
     @property
-    def text_kwargs(self) -> dict:
+    def text_kwargs(self) -> dict:  # type: ignore[override]
         """Defaults for the tokenizer: rows padded to the longest, cut to what the model takes where that is known."""
         return {"padding": True, "truncation": self.tokenizer.model_max_length < LARGE_INTEGER}
 
@@ -160,19 +157,19 @@ class MMGEMProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Texts as a list, images as a flat list of RGB images. See `__call__`."""
-        if videos is not None or audio is not None:
-            raise ValueError("`videos` or `audio` was given; expected only images and texts.")
         if text is not None:
-            text = [text] if isinstance(text, str) else list(text)
+            text = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
         if images is not None:
             images = _flatten(images)
             if not images:
                 raise ValueError("`images` is empty; expected at least one image, or None.")
             images = [load_image(image, f"images[{i}]") for i, image in enumerate(images)]
-        return images, text, None, None
+        return images, text, videos, audio
 
-    def validate_inputs(self, images=None, text=None, boxes=None, **kwargs):
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, boxes=None, **kwargs):
         """Refuses an empty batch, texts that are no strings, and boxes without images. See `__call__`."""
+        if videos is not None or audio is not None:
+            raise ValueError("`videos` or `audio` was given; expected only images and texts.")
         if images is None and text is None:
             raise ValueError("`images` and `text` are both None; expected at least one of them.")
         if text is not None and not text:
@@ -185,11 +182,17 @@ class MMGEMProcessor(ProcessorMixin):
 
     def _process_images(self, images, boxes=None, **kwargs):
         features = self.image_processor(images, **kwargs)
+        shapes = [pixels.shape for pixels in features["pixel_values"]]
+        if any(len(shape) != 3 for shape in shapes):
+            raise ValueError(
+                f"`image_processor` is a {type(self.image_processor).__name__}, which makes pixel values of shape "
+                f"{tuple(shapes[0])} of an image; expected (3, H, W)."
+            )
         units = [1] * len(images)
         if boxes is not None:
             sizes = [image.size for image in images]
             boxes = check_boxes(boxes, sizes)
-            view_sizes = [pixels.shape[:-3:-1] for pixels in features["pixel_values"]]
+            view_sizes = [(width, height) for _, height, width in shapes]
             features["boxes"] = boxes_in_view(boxes, model_views(self.image_processor, sizes, view_sizes, **kwargs))
             units = [len(row) for row in boxes]
         return features, [self.replace_image_token() * count for count in units]

@@ -68,26 +68,26 @@ class MMGEMTransformer(Transformer):
         return features
 
     def _routable(self, item, prompt: str):
-        """One input as a string or dict that tells its modality, with its prompt and its image placeholders."""
+        """One input in a form that tells its modality, with its prompt and its image placeholders."""
         if isinstance(item, (bytes, os.PathLike)):
             return {"image": item}
         if is_message_dict(item) or isinstance(item, list) and item and is_message_dict(item[0]):
             item = self._from_conversation(item)
         modality = infer_modality(item, supported_modalities=self.modalities)
         image_token = self.processor.image_token
+        parts = item if isinstance(item, dict) else {modality: item}
+        text, images = parts.get("text", ""), parts.get("image")
+        if not isinstance(text, str):
+            raise ValueError(f"`inputs` has a text of type {type(text).__name__}; expected a string.")
         if modality == "text":
-            text = item["text"] if isinstance(item, dict) else item
             # Without an image there is nothing a placeholder could stand for: it is a word that happens to be there.
-            return prompt + text.replace(image_token, image_token.strip("<>")) if isinstance(text, str) else text
+            return {"text": prompt + text.replace(image_token, image_token.strip("<>"))}
         if modality == ("image", "text"):
-            images = item["image"] if isinstance(item["image"], (list, tuple)) else [item["image"]]
-            placeholders = "" if image_token in item["text"] else image_token * len(images)
-            return {"image": images, "text": placeholders + prompt + item["text"]}
-        if isinstance(item, dict) and isinstance(item.get("image"), (list, tuple)):
-            raise ValueError(
-                f"`inputs` has a list of {len(item['image'])} images without a text; expected one image, or images "
-                "with a text."
-            )
+            images = images if isinstance(images, (list, tuple)) else [images]
+            placeholders = "" if image_token in text else image_token * len(images)
+            return {"image": images, "text": placeholders + prompt + text}
+        if isinstance(images, (list, tuple)):
+            raise ValueError(f"`inputs` has a list of {len(images)} images without a text; expected one image.")
         return item
 
     def _from_conversation(self, conversation):
@@ -97,7 +97,7 @@ class MMGEMTransformer(Transformer):
         sources = ("image", "url", "path", "base64")
         images = [part[key] for part in parts if part["type"] == "image" for key in sources if key in part]
         text = self.processor.apply_chat_template(messages)
-        return {"image": images, "text": text} if images else text
+        return {"image": images, "text": text} if images else {"text": text}
 
     def forward(self, features: dict, **kwargs) -> dict:
         """Adds the embeddings of a batch, `(B, D)`, in the order of its inputs.

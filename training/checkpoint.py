@@ -29,4 +29,6 @@ def load_checkpoint(name: str | Path) -> tuple[MMGEMModel, MMGEMProcessor]:
     if config.get("model_type") != MMGEMConfig.model_type:
         raise ValueError(f"model is {name!r}, of type {config.get('model_type')!r}; expected {MMGEMConfig.model_type!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return MMGEMModel.from_pretrained(name).to(device).eval(), MMGEMProcessor.from_pretrained(name)
+    # The code in the folder is what is installed here; without saying so, the parts of the processor ask about it.
+    processor = MMGEMProcessor.from_pretrained(name, trust_remote_code=False)
+    return MMGEMModel.from_pretrained(name).to(device).eval(), processor

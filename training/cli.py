@@ -2,7 +2,8 @@
 
 import json
 import sys
-from enum import Enum
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +12,12 @@ from typer.core import TyperGroup
 
 TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
 
-# What a user can cause; anything else is a defect of ours and deserves its traceback.
+# What a user can cause and mend, which takes a line; anything else is a defect and comes with its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 class _Commands(TyperGroup):
-    """Reports what a user can mend in one line, with exit code 1 (wrong usage has typer's 2)."""
+    """Reports user errors in one line, with exit code 1; wrong usage has typer's 2."""
 
     def invoke(self, ctx) -> Any:
         try:
@@ -24,40 +25,182 @@ class _Commands(TyperGroup):
         except USER_ERRORS as error:
             if ctx.params["traceback"]:
                 raise
-            typer.secho(f"mmgem: {' '.join(str(error).split())}", err=True, fg=typer.colors.RED)
+            message = " ".join(str(error).split()) or type(error).__name__
+            typer.secho(f"mmgem: {message}", err=True, fg=typer.colors.RED)
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(
-    cls=_Commands,
-    help="Search, caption and classify images with one model.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Folder = Annotated[Path, typer.Argument(help="Folder of images, at any depth.")]
-Model = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or its name on the Hub.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or a name on the Hub.")]
+ModelOption = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a name on the Hub.")]
+ImageFolder = Annotated[Path, typer.Argument(help="Folder of images, at any depth.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-Seed = Annotated[int, typer.Option(help="Which scenes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
 def main(traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False):
-    """Search, caption and classify images with one model."""
+    """One model that embeds images and text for search, and writes about images."""
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the page and everything it was made from.")] = Path("demo"),
-    count: Annotated[int, typer.Option(min=12, help="Images in the gallery.")] = 500,
-    model: Model = str(TINY),
+    out: Annotated[Path, typer.Option(help="Folder for the page and all it was made from.")] = Path("demo"),
+    count: Annotated[int, typer.Option(min=12, help="Scenes in the gallery.")] = 500,
+    model: ModelOption = str(TINY),
     as_json: AsJson = False,
 ):
-    """Draw a gallery, then index, search, classify, caption and measure it; leaves one HTML page."""
-    _be_quiet()
-    from mmgem.training.demo import run_demo
+    """Draw a gallery; index, search, classify, caption and measure it; leave one HTML page."""
+    with _work():
+        from mmgem.training.demo import run_demo
 
-    page, figures = run_demo(out, *_load(model), count=count)
-    _print({"page": str(page), "figures": figures}, as_json, [*_table(figures), f"\nOpen {page.resolve().as_uri()}"])
+        page, figures = run_demo(out, *_load(model), count=count)
+    result = {"page": str(page), "figures": figures}
+    _answer(result, as_json, [*_table(figures), "", f"The page is {page.resolve().as_uri()}"])
+
+
+@app.command()
+def scenes(
+    out: Annotated[Path, typer.Argument(help="New folder for the images and their metadata.jsonl.")],
+    seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 96,
+    as_json: AsJson = False,
+):
+    """Write drawn scenes with ground truth as an image folder."""
+    with _work():
+        from mmgem.training.scene_dataset import write_scene_folder
+
+        write_scene_folder(out, seed, count, image_size)
+    _answer({"folder": str(out), "count": count}, as_json, [f"{count} scenes in {out}"])
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file that says everything about the run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the checkpoint; by default runs/ and its name.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    as_json: AsJson = False,
+):
+    """Train a model as a recipe says."""
+    out = out or Path("runs") / (recipe.resolve().parent.name if recipe.stem == "recipe" else recipe.stem)
+    with _work():
+        from mmgem.training.recipe import train as train_recipe
+
+        figures = train_recipe(recipe, out, resume=resume)
+    _answer({"model": str(out), "figures": figures}, as_json, [*_table(figures), "", f"The model is in {out}"])
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[Path, typer.Argument(help="Image folder with metadata.jsonl.")],
+    batch_size: BatchSize = 64,
+    as_json: AsJson = False,
+):
+    """Measure retrieval, classification and captions on an image folder."""
+    with _work():
+        from mmgem.training.evaluation import evaluate_model
+        from mmgem.training.image_folder import read_image_folder
+
+        dataset = read_image_folder(data)
+        figures = evaluate_model(*_load(model), dataset, batch_size=batch_size)
+    _answer(figures, as_json, _table(figures))
+
+
+@app.command()
+def index(
+    folder: ImageFolder,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="Folder for the index.")],
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+):
+    """Embed every image below a folder into a search index; again, to bring it up to date."""
+    with _work():
+        from mmgem.training.search_index import build_index
+
+        report = build_index(folder, *_load(model), out, batch_size=batch_size)
+    _report_skipped(report.skipped)
+    counts = {"images": report.images, "embedded": report.embedded}
+    result = {"index": str(out), **counts, "skipped": [file._asdict() for file in report.skipped]}
+    summary = f"{report.images} images in {out}, {report.embedded} of them new; {len(report.skipped)} files left out"
+    _answer(result, as_json, [summary])
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="Folder that `mmgem index` wrote.")],
+    text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
+    image: Annotated[str | None, typer.Option(help="Image to look for, or one that TEXT speaks about.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of answers.")] = 10,
+    model: Annotated[str | None, typer.Option(help="The model of the index, if it has moved.")] = None,
+    as_json: AsJson = False,
+):
+    """Find images by text, by image, or by both."""
+    if text is None and image is None:
+        raise typer.BadParameter("give TEXT, --image, or both")
+    with _work():
+        from mmgem.training.search_index import SearchIndex
+
+        hits = SearchIndex.load(index, *(_load(model) if model else ())).search(text, image, top)
+    rows = [{"score": round(hit.score, 4), "path": str(hit.path)} for hit in hits]
+    _answer(rows, as_json, [f"{hit.score:7.4f}  {hit.path}" for hit in hits])
+
+
+@app.command()
+def caption(
+    folder: ImageFolder,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="File of JSON lines; captions it has are kept.")],
+    boxes: Annotated[bool, typer.Option("--boxes", help="Caption the boxes of FOLDER's metadata.jsonl too.")] = False,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+):
+    """Caption every image below a folder."""
+    with _work():
+        from mmgem.training.captioning import caption_folder
+
+        report = caption_folder(folder, *_load(model), out, with_boxes=boxes, batch_size=batch_size)
+    _report_skipped(report.skipped)
+    counts = {"images": report.images, "captioned": report.captioned}
+    result = {"file": str(out), **counts, "skipped": [file._asdict() for file in report.skipped]}
+    summary = f"{report.images} images in {out}, {report.captioned} of them new; {len(report.skipped)} files left out"
+    _answer(result, as_json, [summary])
+
+
+@contextmanager
+def _work() -> Iterator[None]:
+    """While a command works, stdout is kept for its answer, and of the progress bars only our own are shown."""
+    with redirect_stdout(sys.stderr):
+        import datasets
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        yield
+
+
+def _load(model: str):
+    if model == str(TINY) and not TINY.exists():
+        raise FileNotFoundError("mmgem-tiny comes with the source checkout, which this is not; give --model")
+    from mmgem.training.checkpoint import load_checkpoint
+
+    return load_checkpoint(model)
+
+
+def _report_skipped(skipped: Iterable) -> None:
+    for file_name, reason in skipped:
+        typer.secho(f"left out {file_name}: {reason}", err=True, fg=typer.colors.YELLOW)
+
+
+def _table(figures: dict[str, float]) -> list[str]:
+    width = max(map(len, figures), default=0)
+    return [f"{name:{width}}  {value:.4f}" for name, value in figures.items()]
+
+
+def _answer(result: Any, as_json: bool, lines: Iterable[str]) -> None:
+    """Prints what a command found: `result` as JSON, or `lines` for a person."""
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))

@@ -3,7 +3,7 @@
 import importlib.util
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -130,7 +130,7 @@ def _words(text: str) -> str:
 def evaluate_model(
     model,
     processor,
-    dataset: Iterable[Mapping[str, Any]],
+    dataset,
     batch_size: int = 64,
     max_new_tokens: int = 128,
     samples: list[dict[str, Any]] | None = None,
@@ -153,7 +153,8 @@ def evaluate_model(
     Args:
         model: An `MMGEMModel`, on any device; its training mode is the same afterwards.
         processor: Its `MMGEMProcessor`.
-        dataset: Rows with `image` and any of the columns above; `text`, a single caption, stands for `captions`.
+        dataset: Any iterable of rows: dicts with `image` and any of the columns above; a single caption may also be
+            called `text`.
         batch_size: Images or texts at a time.
         max_new_tokens: The length at which a generated caption is cut.
         samples: If given, receives for each row `caption` and, with boxes, `region_captions`, as generated.
@@ -162,7 +163,8 @@ def evaluate_model(
         Metric name to value.
 
     Raises:
-        ValueError: If there are fewer than two rows: there would be nothing to choose from.
+        ValueError: If there are fewer than two rows, so that there is nothing to choose from, or a row has not as many
+            `boxes` as `region_captions`.
     """
     rows: list[dict[str, Any]] = []  # without their images, which would fill the memory
     image_parts, region_parts = [], []
@@ -174,7 +176,7 @@ def evaluate_model(
         described = [row["image"] for row in batch if _captions_of(row)]
         if described:
             captions += generate_captions(model, processor, described, max_new_tokens)
-        boxed = [(row["image"], row["boxes"]) for row in batch if row.get("region_captions")]
+        boxed = [(row["image"], row["boxes"]) for row in batch if _region_texts_of(row)]
         if boxed:
             boxed_images, boxes = zip(*boxed, strict=True)
             region_parts.append(embed_regions(model, processor, boxed_images, boxes))
@@ -187,7 +189,7 @@ def evaluate_model(
     image_embeds = torch.cat(image_parts)  # (I, D)
     references = [_captions_of(row) for row in rows]
     long_captions = [[row["long_caption"]] if row.get("long_caption") else [] for row in rows]
-    labels = [row.get("label") for row in rows]
+    labels = [row["label"] for row in rows if row.get("label") is not None]
     metrics: dict[str, float | None] = {}
     if captions:
         text_ranks, image_ranks = _ranks_both_ways(image_embeds, references, embed)
@@ -195,29 +197,27 @@ def evaluate_model(
         metrics |= {f"image_to_text_recall@{k}": recall_at(image_ranks, k) for k in RECALL_AT}
     if any(long_captions):
         metrics["long_text_to_image_recall@1"] = recall_at(_ranks_both_ways(image_embeds, long_captions, embed)[0], 1)
-    if None not in labels:
+    if len(labels) == len(rows):
         metrics["zero_shot_accuracy"] = agreement(_classify(image_embeds, labels, embed), labels)
     if captions:
-        texts = [texts for texts in references if texts]
-        metrics["caption_fidelity"] = caption_fidelity(captions, [first for first, *_ in texts])
+        originals = [texts for texts in references if texts]
+        metrics["caption_fidelity"] = caption_fidelity(captions, [first for first, *_ in originals])
         if len(captions) > 1 and importlib.util.find_spec("pycocoevalcap"):
-            metrics["cider"] = cider(captions, texts)
+            metrics["cider"] = cider(captions, originals)
     if region_captions:
-        texts = [text for row in rows for text in row.get("region_captions") or []]
-        metrics["region_recall@1"] = recall_at(_region_ranks(torch.cat(region_parts), texts, embed), 1)
-        metrics["region_caption_fidelity"] = region_caption_fidelity(region_captions, texts)
+        region_texts = [text for row in rows for text in _region_texts_of(row)]
+        metrics["region_recall@1"] = recall_at(_region_ranks(torch.cat(region_parts), region_texts, embed), 1)
+        metrics["region_caption_fidelity"] = region_caption_fidelity(region_captions, region_texts)
 
     if samples is not None:
         generated, regions = iter(captions), iter(region_captions)
         for row, texts in zip(rows, references, strict=True):
             caption = next(generated) if texts else None
-            samples.append(
-                {"caption": caption, "region_captions": [next(regions) for _ in row.get("region_captions") or []]}
-            )
+            samples.append({"caption": caption, "region_captions": [next(regions) for _ in _region_texts_of(row)]})
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def _batches(dataset: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[list[Mapping[str, Any]]]:
+def _batches(dataset, batch_size: int) -> Iterator[list[Mapping[str, Any]]]:
     rows = iter(tqdm(dataset, desc="images", unit="image"))
     while batch := list(islice(rows, batch_size)):
         yield batch
@@ -226,6 +226,13 @@ def _batches(dataset: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[
 def _captions_of(row: Mapping[str, Any]) -> list[str]:
     captions = row.get("captions") or row.get("text") or []
     return [captions] if isinstance(captions, str) else list(captions)
+
+
+def _region_texts_of(row: Mapping[str, Any]) -> list[str]:
+    texts, boxes = row.get("region_captions") or [], row.get("boxes") or []
+    if texts and len(texts) != len(boxes):
+        raise ValueError(f"a row of dataset has {len(boxes)} boxes and {len(texts)} region_captions, expected as many")
+    return texts
 
 
 def _ranks_both_ways(

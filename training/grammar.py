@@ -20,7 +20,7 @@ from mmgem.training.scenes import COLORS, FILLS, LABELS, MAX_OBJECTS, PLACES, SH
 # ---------------------------------------------------------------------------------------------------------- the words
 
 # The first word of a tuple is the plain one; a repeated word is chosen more often; "" leaves the attribute unsaid.
-_WORDS = {
+_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {shape: (shape,) for shape in SHAPES}
     | {
         "circle": ("circle", "circle", "disc"),
@@ -57,8 +57,8 @@ _OPENINGS = {
     "dots": "this is a simple drawing on a dark ground with rows of faint specks.",
     "noise": "this is a simple drawing on a dark ground with a cloudy grain.",
 }
-# True of every scene, and free of any word that describes an object. `write_long_caption` relies on the sentences of
-# 8 words or less having 105 words together.
+# True of every scene, and free of any word that describes an object. Those of 8 words or less have 123 words together,
+# so that `write_long_caption` never runs out of them.
 _REMARKS = (
     "nothing in it moves.",
     "no person or animal can be seen.",
@@ -114,10 +114,10 @@ def write_long_caption(scene: Scene) -> str:
     style = rng.choice((_in_reading_order, _place_first))
     objects = style(scene.objects, None) + "."
     turn = rng.choice(_TURNS)
-    told = _count_words(objects)
+    told = _count_words(objects)  # 41 at most
     prose = [_OPENINGS[scene.background]]
     words = _count_words(prose[0]) + _count_words(turn)
-    # The objects are a third of all words at most; the span below is at least 8 words wide, as `_REMARKS` expects.
+    # The objects are at most a third of all words. No remark of 8 words leads from below `fewest` to above `most`.
     fewest, most = max(2 * told, LONG_CAPTION_WORDS[0] - told), LONG_CAPTION_WORDS[1] - told
     for remark in rng.sample(_REMARKS, len(_REMARKS)):
         if words >= fewest:
@@ -141,7 +141,7 @@ def write_qa(scene: Scene) -> list[dict[str, str]]:
 
     filled = {item.place: item for item in scene.objects}
     place = rng.choice([*filled, rng.choice(PLACES)])
-    answer = f"{_with_article(f'{filled[place].color} {filled[place].shape}')}" if place in filled else "nothing"
+    answer = _with_article(f"{filled[place].color} {filled[place].shape}") if place in filled else "nothing"
     pairs.append((f"what is {_plain('place', place)}?", answer))
 
     names = Counter(f"{item.color} {item.shape}" for item in scene.objects)
@@ -221,8 +221,8 @@ def write_edit(scene: Scene) -> Edit | None:
 
 
 def label_prompt(label: str) -> str:
-    """The text that images of a class are found by: for one of `LABELS` "a picture with a large red star", for a class
-    of other data "a picture of dog".
+    """The text that finds the images of a class: "a picture with a large red star" for one of `LABELS`, "a picture of
+    dog" for a class of other data.
     """
     return f"a picture with a large {label}" if label in LABELS else f"a picture of {label}"
 
@@ -339,7 +339,7 @@ def parse_region_caption(text: str) -> Look | None:
 
 def _lexicon() -> dict[str, tuple[str, str]]:
     """Every phrase that can be read, with its kind and value. Kind "filler" carries no meaning."""
-    lexicon = {}
+    lexicon: dict[str, tuple[str, str]] = {}
     for kind in ("shape", "color", "fill", "size"):
         for value, words in _WORDS[kind].items():
             lexicon |= {word: (kind, value) for word in words if word}
@@ -353,9 +353,9 @@ def _lexicon() -> dict[str, tuple[str, str]]:
         "fill": {"solid": "filled", "striped": "stripy stripey", "outlined": "outline empty unfilled"},
         "size": {"large": "huge", "small": "tiny"},
     }
-    for kind, values in synonyms.items():
-        for value, words in values.items():
-            lexicon |= {word.replace("_", " "): (kind, value) for word in words.split()}
+    for kind, synonyms_of in synonyms.items():
+        for value, phrases in synonyms_of.items():
+            lexicon |= {phrase.replace("_", " "): (kind, value) for phrase in phrases.split()}
     lexicon |= {"with stripes": ("fill after", "striped"), "in outline": ("fill after", "outlined")}
 
     middles = ("center", "centre", "middle")
@@ -364,16 +364,17 @@ def _lexicon() -> dict[str, tuple[str, str]]:
     for row, row_words in rows.items():
         for column, column_words in columns.items():
             place = f"{row} {column}".strip() or "center"
-            phrases = [f"{one} {other}" for one in row_words for other in column_words]
+            names = [f"{one} {other}" for one in row_words for other in column_words]
             if row and column:
-                phrases += [f"{phrase} corner" for phrase in phrases]
+                names += [f"{name} corner" for name in names]
             elif row or column:
-                phrases += [row or column]
-                phrases += [f"{word} {part}" for word in rows[row] + columns[column] for part in ("edge", "side")]
-                phrases += [f"{other} {one}" for one in row_words for other in column_words]
+                names += [row or column]
+                words = row_words if row else column_words
+                names += [f"{word} {part}" for word in words for part in ("edge", "side")]
+                names += [f"{other} {one}" for one in row_words for other in column_words]
             else:
-                phrases = list(middles)
-            lexicon |= {phrase: ("place", place) for phrase in phrases}
+                names = list(middles)
+            lexicon |= {name: ("place", place) for name in names}
 
     fillers = (
         "a an the one and also with at in on there is are this it shows you see can be seen here located placed "
@@ -394,7 +395,8 @@ def _read(text: str) -> list[list[Look | str] | None]:
         tokens = _TOKEN.findall(" ".join(sentence.replace(",", " , ").split()))
         meanings = [_LEXICON.get(token) for token in tokens]
         if any(meaning is not None and meaning[0] != "filler" for meaning in meanings):
-            sentences.append(None if None in meanings else _read_sentence(meanings))
+            known = [meaning for meaning in meanings if meaning is not None]
+            sentences.append(_read_sentence(known) if len(known) == len(meanings) else None)
     return sentences
 
 

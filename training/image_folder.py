@@ -1,7 +1,6 @@
 """Image folders with a `metadata.jsonl`: the data of users, and scenes once they are written."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def _read_fields(line: str, folder: Path, where: str) -> dict[str, Any]:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} must be a JSON object: {error}") from error
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("file_name"), str):
+    if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
         raise ValueError(f"{where} must be a JSON object with a `file_name`, got {line.strip()[:80]}")
     if not (folder / fields["file_name"]).is_file():
         raise FileNotFoundError(f"{where} names {fields['file_name']}, which is not in {folder}")
@@ -87,6 +86,6 @@ def _read_fields(line: str, folder: Path, where: str) -> dict[str, Any]:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{where} must have `captions`, a list of strings, or `text`, a string; got {captions!r:.80}")
-    if isinstance(fields.get("edit"), Mapping) and fields["edit"].get("instruction") is None:
+    if isinstance(fields.get("edit"), dict) and fields["edit"].get("instruction") is None:
         fields["edit"] = None  # see `write_scene_folder`
     return {**fields, "captions": captions}

@@ -53,6 +53,7 @@ _COLUMNS: dict[str, Callable[[Scene, int], Any]] = {
     "edit": lambda scene, size: _edit_field(scene),
 }
 COLUMNS = tuple(_COLUMNS)
+_BLOCK = 256  # rows of a `datasets` shard
 
 
 class SceneDataset(Dataset):
@@ -183,9 +184,6 @@ def scene_dataset(
     return datasets.Dataset.from_generator(_generate_rows, features=features, gen_kwargs=arguments)
 
 
-_BLOCK = 256
-
-
 def _generate_rows(scenes: SceneDataset, blocks: list[range]):
     for block in blocks:
         for row in block:
@@ -197,6 +195,10 @@ def write_scene_folder(out: str | Path, seed: int, count: int, image_size: int =
 
     The rows are those of `SceneDataset(..., unique=True)`. The folder appears under its name only when it is complete;
     until then it is called `<out>.partial`, and an interrupted run is simply started again.
+
+    `read_image_folder` gives the rows back. `datasets.load_dataset("imagefolder", data_dir=out)` reads them too and
+    turns each `file_name` into an `image`, that of `edit` included; for its sake a scene without an edit is written
+    with an `edit` of nulls.
 
     Args:
         out: The folder; it must not exist yet, or be empty.
@@ -221,11 +223,11 @@ def write_scene_folder(out: str | Path, seed: int, count: int, image_size: int =
         for row in tqdm(range(count), desc=f"scenes to {out}", unit="scene"):
             fields = scenes[row]
             fields.pop("image").save(partial / fields["file_name"])
-            if fields["edit"]:
-                edit = write_edit(scenes.scene(row))
+            edit = write_edit(scenes.scene(row))
+            if edit is not None:
                 draw_scene(edit.twin, image_size).save(partial / fields["edit"]["file_name"])
             else:
-                # The imagefolder of `datasets` cannot read a null where other rows have an object with a `file_name`.
+                # imagefolder fails on a plain null where other rows have an object with a `file_name`.
                 fields["edit"] = {"instruction": None, "file_name": None}
             metadata.write(json.dumps(fields) + "\n")
     if out.exists():

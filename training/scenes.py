@@ -220,8 +220,8 @@ def _stencil(shape: str, fill: str, size: str, image_size: int) -> _Stencil:
         draw = ImageDraw.Draw(pattern)
         if fill == "outlined":
             # Half of the line lies outside the silhouette and is cut off below.
-            width = round(2 * _LINE_WIDTH[size] * cell * _SUPERSAMPLING)
-            draw.line([*fine_points, *fine_points[:2]], fill=255, width=width, joint="curve")
+            width = 2 * _LINE_WIDTH[size] * cell * _SUPERSAMPLING
+            draw.line([*fine_points, *fine_points[:2]], fill=255, width=round(width), joint="curve")
         else:
             width = _STRIPE_WIDTH[size] * cell * _SUPERSAMPLING
             for number in range(math.ceil(fine / (2 * width))):

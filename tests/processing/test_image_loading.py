@@ -61,7 +61,7 @@ def test_url(picture):
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         assert same(load_image(f"{url}/picture"), picture)
         with pytest.raises(ValueError, match=r"`images\[2\]`.*cannot be fetched.*404"):
@@ -192,6 +192,7 @@ def test_bad_files_are_named(picture, tmp_path):
             load_image(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
 def test_truncated_files_are_refused(file_format):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

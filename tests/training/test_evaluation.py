@@ -279,11 +279,27 @@ def test_a_text_of_several_images_is_right_for_each(rows):
     assert metrics["text_to_image_recall@1"] == metrics["image_to_text_recall@1"] == 1
 
 
+def test_every_caption_is_a_query_also_where_images_share_it(rows):
+    shared = rows[0]["captions"][:1]
+    wrong = rows[4]["captions"][:1]
+    three = [dict(rows[0], captions=shared), dict(rows[1], captions=shared), dict(rows[3], captions=wrong)]
+    assert evaluate_model(KnowingModel(rows), KnowingProcessor(), three)["text_to_image_recall@1"] == 2 / 3
+
+
 def test_a_region_of_the_same_meaning_is_right(rows):
-    looks = [item for row in rows for item in map(parse_region_caption, row["region_captions"])]
-    doubled = [*rows, {**rows[0], "captions": None}]  # every region of row 0 is there twice
-    metrics = evaluate_model(KnowingModel(rows), KnowingProcessor(), doubled)
-    assert len(looks) > COUNT and metrics["region_recall@1"] == 1
+    texts = [text.replace(" ", " the ", 1) for text in rows[0]["region_captions"]]
+    assert not set(texts) & set(rows[0]["region_captions"])
+    doubled = [*rows, {**rows[0], "captions": None, "region_captions": texts}]  # what row 0 shows is there twice
+    assert evaluate_model(KnowingModel(rows), KnowingProcessor(), doubled)["region_recall@1"] == 1
+
+
+def test_with_a_real_model_the_batch_size_does_not_matter(tiny_model, tiny_processor, rows):
+    one, other = [], []
+    metrics = evaluate_model(tiny_model, tiny_processor, rows[:5], batch_size=2, max_new_tokens=4, samples=one)
+    assert evaluate_model(tiny_model, tiny_processor, rows[:5], 5, max_new_tokens=4, samples=other) == metrics
+    assert one == other and len(one) == 5
+    assert metrics["caption_fidelity"] == metrics["region_caption_fidelity"] == 0  # it was never trained
+    assert metrics["text_to_image_recall@5"] == 1  # of 5 images
 
 
 def test_labels_of_other_data_choose_among_themselves(rows):
@@ -299,6 +315,13 @@ def test_labels_of_other_data_choose_among_themselves(rows):
 def test_one_row_is_refused(rows):
     with pytest.raises(ValueError, match="dataset must have 2 rows or more, got 1"):
         evaluate_model(KnowingModel(rows), KnowingProcessor(), rows[:1])
+
+
+def test_regions_without_their_boxes_are_refused(rows):
+    odd = [*rows[:3], {**rows[3], "boxes": rows[3]["boxes"][1:]}]
+    message = f"has {len(odd[3]['boxes'])} boxes and {len(odd[3]['region_captions'])} region_captions"
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(KnowingModel(rows), KnowingProcessor(), odd)
 
 
 def test_texts_are_batched_by_length_and_returned_in_order(rows):

@@ -1,0 +1,37 @@
+"""Fixtures: a tiny random model, its processor, and inputs."""
+
+import pytest
+import torch
+from tiny_models import IMAGE_SIZE, build_model
+from transformers import SiglipImageProcessorPil
+
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem.training.tokenizer import train_tokenizer
+
+TEXTS = ["a red star at the top left", "a large blue circle in the center and a striped green moon on the right"]
+
+
+@pytest.fixture
+def tiny_model() -> MMGEMModel:
+    return build_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_processor() -> MMGEMProcessor:
+    tokenizer = train_tokenizer(TEXTS * 20, vocab_size=300, model_max_length=200)
+    image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return MMGEMProcessor(image_processor, tokenizer, num_visual_tokens=4)
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def text_batch() -> dict[str, torch.Tensor]:
+    """Three texts of 7, 5 and 3 tokens, padded on the right."""
+    input_ids = torch.randint(2, 300, (3, 7), generator=torch.Generator().manual_seed(2))
+    attention_mask = (torch.arange(7) < torch.tensor([[7], [5], [3]])).long()
+    return {"input_ids": input_ids * attention_mask, "attention_mask": attention_mask}

@@ -1,0 +1,21 @@
+import torch
+
+from mmgem.packing import PackedLayout
+
+
+def test_pack_then_unpack_gives_the_tokens_back():
+    layout = PackedLayout([3, 7, 2, 5, 7, 1], torch.device("cpu"))
+    tokens = torch.arange(25 * 2).view(25, 2)
+    assert torch.equal(layout.unpack(layout.pack(tokens)), tokens)
+
+
+def test_positions_restart_with_each_sequence():
+    layout = PackedLayout([2, 3, 1], torch.device("cpu"))
+    assert layout.unpack(layout.position_ids).tolist() == [0, 1, 0, 1, 2, 0]
+    assert layout.unpack(layout.segment_ids).tolist() == [0, 0, 1, 1, 1, 2]
+
+
+def test_rows_are_filled_before_new_ones_are_opened():
+    layout = PackedLayout([6, 4, 5, 1, 2], torch.device("cpu"))
+    assert layout.position_ids.shape == (3, 6)  # 6 | 5 + 1 | 4 + 2
+    assert (layout.segment_ids == -1).sum() == 0

@@ -1,0 +1,157 @@
+"""The image-to-text pipeline, and the stock ones that work from the same folder."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from mmgem.pipeline_mmgem import MMGEMImageToTextPipeline
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)) for _ in range(3)]
+
+
+@pytest.fixture
+def folder(tiny_model, tiny_processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "hub")
+    tiny_processor.save_pretrained(tmp_path / "hub")
+    return str(tmp_path / "hub")
+
+
+@pytest.fixture
+def describe(tiny_model, tiny_processor) -> MMGEMImageToTextPipeline:
+    return MMGEMImageToTextPipeline(tiny_model, processor=tiny_processor, max_new_tokens=6, device="cpu")
+
+
+def generate(model, processor, photo, prompt="<image>", **kwargs) -> str:
+    """The text that `model.generate` itself gives."""
+    inputs = processor(images=photo, text=prompt, boxes=kwargs.pop("boxes", None), return_tensors="pt")
+    ids = model.generate(**inputs, **{"max_new_tokens": 6, "pad_token_id": 0, **kwargs})
+    return processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+def test_one_picture_of_any_kind(describe, tiny_model, tiny_processor, photos, tmp_path):
+    expected = [{"generated_text": generate(tiny_model, tiny_processor, photos[0])}]
+    assert expected[0]["generated_text"]
+    path = tmp_path / "photo.png"
+    photos[0].save(path)
+    for source in (photos[0], str(path), path, path.read_bytes(), np.asarray(photos[0])):
+        assert describe(source) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_lists_and_streams(describe, tiny_model, tiny_processor, photos, batch_size):
+    expected = [[{"generated_text": generate(tiny_model, tiny_processor, photo)}] for photo in photos]
+    assert len({str(result) for result in expected}) > 1
+    assert describe(photos, batch_size=batch_size) == expected
+    assert list(describe((photo for photo in photos), batch_size=batch_size)) == expected
+
+
+def test_prompt(describe, tiny_model, tiny_processor, photos):
+    expected = [{"generated_text": generate(tiny_model, tiny_processor, photos[0], "<image>a red")}]
+    assert describe(photos[0], prompt="a red") == describe(photos[0], prompt="<image>a red") == expected
+    assert describe(photos, prompt="a red", batch_size=3)[0] == expected
+
+
+def test_boxes(describe, tiny_model, tiny_processor, photos):
+    rows = [[[0, 0, 30, 20], [20, 10, 50, 40]], [[5, 5, 60, 40]], [[0, 0, 60, 40]]]
+    expected = [
+        [{"generated_text": generate(tiny_model, tiny_processor, photo, boxes=[[box]])} for box in boxes]
+        for photo, boxes in zip(photos, rows)
+    ]
+    assert describe(photos[0], boxes=rows[0]) == expected[0]
+    assert describe(photos, boxes=rows, batch_size=2) == expected
+    assert describe(photos[2], boxes=rows[2]) == describe(photos[2])  # the box of the whole image
+
+
+def test_generation_is_set_up_in_the_call(describe, tiny_model, tiny_processor, photos):
+    expected = generate(tiny_model, tiny_processor, photos[0], num_beams=3, max_new_tokens=3)
+    assert describe(photos[0], max_new_tokens=3, generate_kwargs={"num_beams": 3}) == [{"generated_text": expected}]
+    torch.manual_seed(0)
+    several = describe(photos, batch_size=3, generate_kwargs={"do_sample": True, "num_return_sequences": 2})
+    assert [len(results) for results in several] == [2, 2, 2]
+    assert len({result["generated_text"] for results in several for result in results}) > 3
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ([[]], {}, "`images` is an empty list"),
+        ([["a.png", "b.png"]], {"boxes": [[[0, 0, 1, 1]]]}, "`boxes` has 1 entries for 2 images"),
+        (
+            ["a.png"],
+            {"max_new_tokens": 3, "generate_kwargs": {"max_new_tokens": 5}},
+            "`max_new_tokens` is given twice",
+        ),
+        ([np.full((8, 8, 3), np.nan)], {}, r"`images\[0\]` has pixels that are NaN"),
+        ([Image.new("RGB", (8, 8))], {"boxes": [[9, 9, 12, 12]]}, r"`boxes\[0\]\[0\]` .*lies outside its image"),
+    ],
+)
+def test_bad_input_is_named(describe, args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        describe(*args, **kwargs)
+
+
+def test_it_is_loaded_from_the_folder(folder, describe, photos):
+    loaded = pipeline("image-to-text", model=folder, trust_remote_code=True, max_new_tokens=6, device="cpu")
+    assert type(loaded).__module__.startswith("transformers_modules.")
+    assert loaded(photos, batch_size=2) == describe(photos)
+
+
+def test_stock_pipelines(folder, tiny_model, tiny_processor, photos):
+    def load(task):
+        return pipeline(task, model=folder, trust_remote_code=True, device="cpu")
+
+    inputs = tiny_processor(images=photos[0], text=["a star", "a moon"], return_tensors="pt")
+    with torch.no_grad():
+        scores = tiny_model(**inputs).logits_per_image.softmax(-1)[0].tolist()
+        embedding = tiny_model.get_image_features(inputs.pixel_values).pooler_output
+
+    answers = load("zero-shot-image-classification")(
+        photos[0], candidate_labels=["star", "moon"], hypothesis_template="a {}"
+    )
+    assert {row["label"]: row["score"] for row in answers} == pytest.approx(
+        dict(zip(["star", "moon"], scores)), abs=1e-5
+    )
+
+    features = load("image-feature-extraction")(photos[0], pool=True, return_tensors=True)
+    assert torch.allclose(features, embedding, atol=1e-5)
+
+    expected = generate(tiny_model, tiny_processor, photos[0], "<image>a red")
+    ask = load("image-text-to-text")
+    contents = [{"type": "image", "image": photos[0]}, {"type": "text", "text": "a red"}]
+    options = {"max_new_tokens": 6, "return_full_text": False}
+    for result in (
+        ask(text=[{"role": "user", "content": contents}], **options),
+        ask(images=photos[0], text="<image>a red", **options),
+    ):
+        assert result[0]["generated_text"].strip() == expected
+
+
+FRESH_PROCESS = """
+import json, sys
+sys.modules["mmgem"] = None  # as if it were not installed
+from transformers import AutoModelForImageTextToText, pipeline
+folder, photo, again = sys.argv[1:]
+AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).save_pretrained(again)
+describe = pipeline("image-to-text", model=folder, trust_remote_code=True, device="cpu")
+again = pipeline("image-to-text", model=again, processor=describe.processor, trust_remote_code=True, device="cpu")
+print(json.dumps([task(photo, max_new_tokens=6) for task in (describe, again)]))
+"""
+
+
+@pytest.mark.slow
+def test_in_a_fresh_process_without_the_package(folder, describe, photos, tmp_path):
+    photos[0].save(tmp_path / "photo.png")
+    command = [sys.executable, "-c", FRESH_PROCESS, folder, str(tmp_path / "photo.png"), str(tmp_path / "again")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == [describe(photos[0])] * 2

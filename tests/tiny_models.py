@@ -1,0 +1,88 @@
+"""Tiny random towers and models, built from configs in milliseconds."""
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CohereConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen3Config,
+    Siglip2VisionConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
+
+from mmgem.configuration_mmgem import MMGEMConfig
+from mmgem.modeling_mmgem import MMGEMModel
+
+IMAGE_SIZE = 32
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 8,
+}
+_TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+VISION_CONFIGS = {
+    "clip": lambda: CLIPVisionConfig(**_VISION),
+    "siglip": lambda: SiglipVisionConfig(**_VISION),
+    "siglip2": lambda: Siglip2VisionConfig(**_VISION, num_patches=16),
+    "vit": lambda: ViTConfig(**_VISION),
+    "dinov2": lambda: Dinov2Config(**_VISION),
+    "dinov2_with_registers": lambda: Dinov2WithRegistersConfig(**_VISION),
+    "dinov3": lambda: DINOv3ViTConfig(**_VISION),
+}
+TEXT_CONFIGS = {
+    "llama": lambda: LlamaConfig(**_TEXT, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_TEXT, head_dim=8),
+    "gemma3": lambda: Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=16),
+    "gemma2": lambda: Gemma2Config(**_TEXT, head_dim=8, final_logit_softcapping=0.5),
+    "granite": lambda: GraniteConfig(**_TEXT, logits_scaling=3.0),
+    "cohere": lambda: CohereConfig(**_TEXT, logit_scale=0.25),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=300, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    ),
+}
+
+
+def build_towers(vision: str = "siglip", text: str = "llama"):
+    """Random towers by the names of `VISION_CONFIGS` and `TEXT_CONFIGS`."""
+    torch.manual_seed(0)
+    vision_tower = AutoModel.from_config(VISION_CONFIGS[vision]())
+    language_model = AutoModelForCausalLM.from_config(TEXT_CONFIGS[text]())
+    return vision_tower.eval(), language_model.eval()
+
+
+def build_model(vision: str = "siglip", text: str = "llama", **config_kwargs) -> MMGEMModel:
+    """A random model whose aggregator attends, as a trained one does."""
+    torch.manual_seed(0)
+    config = {"projection_dim": 16, "num_visual_tokens": 4, "image_token_id": 1} | config_kwargs
+    model = MMGEMModel(
+        MMGEMConfig(
+            vision_config=VISION_CONFIGS[vision]().to_dict(), text_config=TEXT_CONFIGS[text]().to_dict(), **config
+        )
+    )
+    torch.nn.init.normal_(model.pool_aggregator.output.weight, std=0.1)
+    return model.eval()

@@ -1,0 +1,57 @@
+"""One SGD step of MMGEMTrainer on four fixed rows; saves the gradient. Run plainly, or by torchrun on two processes."""
+
+import sys
+
+import torch
+from PIL import Image
+from tiny_models import IMAGE_SIZE, build_model
+
+from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
+
+CAPTIONS = ["a red star", "two blue moons and a green heart", "nothing", "a large white cross on the left"]
+
+
+def rows() -> list[dict]:
+    """Four images, one caption each, of different lengths; two of the images with a captioned box."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator)
+    data = [
+        {"image": Image.fromarray(image.numpy()), "caption": text} for image, text in zip(pixels, CAPTIONS, strict=True)
+    ]
+    for row in (0, 2):
+        data[row] |= {"boxes": [[2, 3, 20, 30]], "region_captions": [f"region {row}"]}
+    return data
+
+
+def gradient_of_one_step(processor, output_dir: str, **arguments) -> dict[str, torch.Tensor]:
+    """Parameter by parameter, what one optimizer step with learning rate 1 subtracts."""
+    model = build_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = MMGEMTrainingArguments(
+        output_dir=output_dir,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
+    )
+    MMGEMTrainer(model, arguments, processing_class=processor, train_dataset=rows()).train()
+    return {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+
+
+if __name__ == "__main__":
+    from transformers import AutoTokenizer, SiglipImageProcessorPil
+
+    from mmgem.processing.processing_mmgem import MMGEMProcessor
+
+    tokenizer_folder, out, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    processor = MMGEMProcessor(image_processor, AutoTokenizer.from_pretrained(tokenizer_folder), num_visual_tokens=4)
+    gradient = gradient_of_one_step(processor, out, per_device_train_batch_size=batch_size)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.save(gradient, f"{out}/gradient.pt")
