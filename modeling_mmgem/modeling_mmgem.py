@@ -288,12 +288,6 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         Returns:
             (B, L, H) hidden states after the final norm.
         """
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        if limit is not None and inputs_embeds.shape[1] > limit:
-            raise ValueError(
-                f"`input_ids` with its image and [EMB] tokens is {inputs_embeds.shape[1]} tokens long; the language "
-                f"model takes at most {limit}. Truncate the text when tokenizing."
-            )
         if bidirectional is not None:
             attention_mask = create_causal_mask(
                 config=self.language_model.get_decoder().config,
@@ -309,6 +303,14 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
 
+    def _check_length(self, length: int):
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"`input_ids` with its image, [EMB] and end tokens is {length} tokens long; the language model takes at "
+                f"most {limit}. Truncate the text when tokenizing."
+            )
+
     def _read_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(T, k, H) states of the [EMB] vectors -> (T, D)"""
         pooled = hidden_states[:, -1] if self.config.embedding_pooling == "last" else hidden_states.mean(dim=1)
@@ -321,6 +323,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         batch, k = len(inputs_embeds), self.config.num_embedding_tokens
         embedding_tokens = self.embedding_tokens.to(inputs_embeds.dtype).expand(batch, -1, -1)  # (B, k, H)
         inputs_embeds = torch.cat([inputs_embeds, embedding_tokens], dim=1)  # (B, L + k, H)
+        self._check_length(inputs_embeds.shape[1])
         attention_mask = torch.cat([attention_mask.long(), attention_mask.new_ones(batch, k).long()], dim=1)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, L + k)
         bidirectional = None if self.config.text_attention == "causal" else attention_mask - 1  # 0, or -1 for padding
@@ -646,6 +649,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
     def _run_packed(self, inputs_embeds: torch.Tensor, lengths: list[int], num_causal: int) -> torch.Tensor:
         """(N, H) flat sequences, the first `num_causal` of them always causal -> (N, H) hidden states."""
+        self._check_length(max(lengths))
         layout = PackedLayout(lengths, inputs_embeds.device)
         bidirectional = None
         if self.config.text_attention == "bidirectional":

@@ -1,6 +1,7 @@
 """A recipe is a YAML file that says everything about a training run: model, data, collator, arguments."""
 
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
-from mmgem.processing.sentence_transformers_mmgem import save_sentence_transformer
+from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 from mmgem.training.collator import MMGEMCollator
-from mmgem.training.scene_dataset import SceneDataset, read_image_folder
+from mmgem.training.image_folder import read_image_folder
+from mmgem.training.model_card import write_model_card
+from mmgem.training.scene_dataset import SceneDataset
 from mmgem.training.tokenizer import train_tokenizer
 from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
@@ -92,11 +95,13 @@ def train(recipe_path: str | Path, out: str | Path, resume: bool = False) -> dic
         eval_dataset=eval_dataset,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint)
-    metrics = trainer.evaluate() if eval_dataset is not None else {}
+    metrics = trainer.evaluate(metric_key_prefix="") if eval_dataset is not None else {}
     if trainer.is_world_process_zero():
         save_sentence_transformer(model, processor, out)
         (out / "recipe.yaml").write_text(Path(recipe_path).read_text())
         trainer.state.save_to_json(str(out / "trainer_state.json"))
+        (out / "results.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_model_card(out, model, recipe, metrics, trainer.state.log_history)
     return metrics
 
 

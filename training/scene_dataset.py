@@ -17,7 +17,7 @@ from mmgem.training.grammar import (
     write_qa,
     write_region_captions,
 )
-from mmgem.training.image_folder import METADATA_NAME, read_image_folder  # noqa: F401
+from mmgem.training.image_folder import METADATA_NAME
 from mmgem.training.scenes import MIN_IMAGE_SIZE, Scene, draw_scene, make_scene, scene_boxes
 
 if TYPE_CHECKING:

@@ -82,16 +82,14 @@ class MMGEMTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            steps = max(self.state.global_step - self._last_logged_step, 1)
             for name, losses in self._logged_losses.items():
                 if losses:
-                    logs[name] = self.accelerator.gather(torch.stack(losses).sum()).mean().item() / steps
+                    # Each is its share of an optimizer step, which accumulation makes of several forward calls.
+                    mean = self.accelerator.gather(torch.stack(losses).mean()).mean().item()
+                    logs[name] = mean * self.args.gradient_accumulation_steps
                 losses.clear()
-            self._last_logged_step = self.state.global_step
             logs["temperature"] = self.model.logit_scale.detach().neg().exp().item()
         super().log(logs, start_time)
-
-    _last_logged_step = 0
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -100,7 +98,8 @@ class MMGEMTrainer(Trainer):
         metrics = evaluate_model(
             self.model, self.processing_class, dataset, batch_size=self.args.per_device_eval_batch_size
         )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        prefix = f"{metric_key_prefix}_" if metric_key_prefix else ""
+        metrics = {f"{prefix}{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

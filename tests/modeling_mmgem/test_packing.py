@@ -16,6 +16,11 @@ def test_positions_restart_with_each_sequence():
 
 
 def test_rows_are_filled_before_new_ones_are_opened():
-    layout = PackedLayout([6, 4, 5, 1, 2], torch.device("cpu"))
-    assert layout.position_ids.shape == (3, 6)  # 6 | 5 + 1 | 4 + 2
+    layout = PackedLayout([8, 5, 6, 3, 2] * 8, torch.device("cpu"))
+    assert layout.shape == (24, 8)  # 8 | 6 + 2 | 5 + 3
     assert (layout.segment_ids == -1).sum() == 0
+
+
+def test_shapes_recur():
+    shapes = {PackedLayout([length, 3, 4], torch.device("cpu")).shape for length in range(9, 17)}
+    assert shapes == {(8, 16)}

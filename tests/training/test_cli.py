@@ -1,0 +1,137 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mmgem.training.cli import app
+
+COMMANDS = ("demo", "scenes", "train", "evaluate", "index", "search", "caption")
+
+
+def run(*arguments, exit_code=0):
+    """The result of `mmgem *arguments`, which must end with `exit_code`."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tiny_processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    run("scenes", tmp_path / "gallery", "--seed", 5, "--count", 6)
+    return tmp_path / "gallery"
+
+
+def test_help_lists_the_commands_and_needs_no_heavy_import():
+    code = "import sys; from mmgem.training.cli import app; print([m for m in sys.modules if m in ('torch', 'datasets')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    output = run("--help").output
+    assert all(command in output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_speaks_json(command):
+    assert "--json" in run(command, "--help").output
+
+
+def test_scenes_writes_an_image_folder(tmp_path):
+    answer = json.loads(run("scenes", tmp_path / "out", "--count", 3, "--image-size", 64, "--json").stdout)
+    assert answer == {"folder": str(tmp_path / "out"), "count": 3}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [Image.open(tmp_path / "out" / row["file_name"]).size for row in rows] == [(64, 64)] * 3
+
+
+def test_what_was_indexed_is_found(checkpoint, gallery, tmp_path):
+    (gallery / "empty.png").write_bytes(b"")
+    result = run("index", gallery, "--model", checkpoint, "--out", tmp_path / "index", "--json")
+    answer = json.loads(result.stdout)
+    assert answer["images"] == answer["embedded"] == len(list(gallery.glob("scene*.png")))
+    assert [file["file_name"] for file in answer["skipped"]] == ["empty.png"]
+    assert "left out empty.png" in result.stderr
+
+    picture = sorted(gallery.glob("scene*.png"))[3]
+    hits = json.loads(run("search", tmp_path / "index", "--image", picture, "--top", 2, "--json").stdout)
+    assert len(hits) == 2 and hits[0]["path"] == str(picture) and hits[0]["score"] == 1
+    [line] = run("search", tmp_path / "index", "a red star", "--top", 1).stdout.splitlines()
+    assert line.split()[1].startswith(str(gallery))
+    both = ("search", tmp_path / "index", "a red star", "--image", picture, "--model", checkpoint)
+    assert len(run(*both, "--top", 3).stdout.splitlines()) == 3
+
+
+def test_caption_writes_json_lines(checkpoint, gallery, tmp_path):
+    arguments = ("caption", gallery, "--model", checkpoint, "--out", tmp_path / "captions.jsonl", "--boxes")
+    answer = json.loads(run(*arguments, "--json").stdout)
+    lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert answer["images"] == answer["captioned"] == len(lines) == len(list(gallery.glob("*.png")))
+    assert all(len(line["boxes"]) == len(line["region_captions"]) for line in lines)
+    assert "0 of them new" in run(*arguments).stdout
+
+
+def test_evaluate_prints_figures(checkpoint, gallery):
+    figures = json.loads(run("evaluate", checkpoint, gallery, "--json").stdout)
+    assert 0 <= figures["text_to_image_recall@1"] <= figures["text_to_image_recall@10"] == 1
+    table = run("evaluate", checkpoint, gallery, "--batch-size", 2).stdout.splitlines()
+    assert [line.split()[0] for line in table] == list(figures)
+
+
+def test_train_hands_the_recipe_on_and_keeps_stdout_for_its_answer(monkeypatch, tmp_path):
+    calls = []
+
+    def train(recipe, out, resume):
+        calls.append((str(recipe), str(out), resume))
+        print("{'loss': 1.0}")
+        return {"recall": 0.5}
+
+    monkeypatch.setattr("mmgem.training.recipe.train", train)
+    result = run("train", "cards/small/recipe.yaml", "--json")
+    assert json.loads(result.stdout) == {"model": "runs/small", "figures": {"recall": 0.5}}
+    run("train", "quick.yaml", "--resume")
+    run("train", "quick.yaml", "--out", tmp_path)
+    assert calls == [
+        ("cards/small/recipe.yaml", "runs/small", False),
+        ("quick.yaml", "runs/quick", True),
+        ("quick.yaml", str(tmp_path), False),
+    ]
+
+
+def test_a_users_mistake_takes_one_line_and_exit_code_1(gallery, tmp_path):
+    for arguments, part in [
+        (("index", tmp_path / "nowhere", "--model", tmp_path, "--out", tmp_path / "index"), "model is"),
+        (("evaluate", "no/such-model", tmp_path / "nowhere"), "nowhere"),
+        (("search", tmp_path / "nowhere", "a star"), "index is"),
+        (("train", tmp_path / "nowhere.yaml", "--out", tmp_path / "out"), "nowhere.yaml"),
+        (("scenes", gallery), "gallery"),
+        (("scenes", tmp_path / "new", "--image-size", 3), "image_size"),
+    ]:
+        result = run(*arguments, exit_code=1)
+        [line] = [line for line in result.stderr.splitlines() if line.startswith("mmgem: ")]
+        assert part in line and "Traceback" not in result.output and result.stdout == ""
+
+
+def test_a_traceback_comes_when_asked_for(gallery):
+    result = CliRunner().invoke(app, ["--traceback", "scenes", str(gallery)])
+    assert isinstance(result.exception, FileExistsError)
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch, tmp_path):
+    def broken(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mmgem.training.scene_dataset.write_scene_folder", broken)
+    assert isinstance(CliRunner().invoke(app, ["scenes", str(tmp_path / "out")]).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("search", "index"), ("search",), ("index", "images"), ("scenes", "out", "--count", "0"), ("paint",)]
+)
+def test_wrong_usage_has_exit_code_2(arguments):
+    run(*arguments, exit_code=2)
