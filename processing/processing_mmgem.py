@@ -149,11 +149,7 @@ class MMGEMProcessor(ProcessorMixin):
         """
         if boxes is not None:
             kwargs["boxes"] = boxes
-        features = super().__call__(images=images, text=text, **kwargs)
-        for name in ("input_ids", "attention_mask"):
-            if isinstance(features.get(name), torch.Tensor):
-                features[name] = features[name].long()  # a tensor made of empty rows comes out as float
-        return features
+        return super().__call__(images=images, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Texts as a list, images as a flat list of RGB images. See `__call__`."""

@@ -85,7 +85,9 @@ def _caption(model, processor, files: list[ImageFile], boxes: dict[str, list] | 
 def _read_boxes(metadata: Path) -> dict[str, list]:
     """File name to boxes, of the lines that have any."""
     if not metadata.is_file():
-        raise FileNotFoundError(f"folder has no {metadata.name} ({str(metadata)!r}); captions of boxes need one with them")
+        raise FileNotFoundError(
+            f"folder has no {metadata.name} ({str(metadata)!r}); captions of boxes need one with them"
+        )
     boxes = {}
     for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():

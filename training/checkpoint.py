@@ -27,7 +27,9 @@ def load_checkpoint(name: str | Path) -> tuple[MMGEMModel, MMGEMProcessor]:
             f"model is {name!r}, which is neither a folder with a config.json nor a model on the Hub that can be reached"
         ) from error
     if config.get("model_type") != MMGEMConfig.model_type:
-        raise ValueError(f"model is {name!r}, of type {config.get('model_type')!r}; expected {MMGEMConfig.model_type!r}")
+        raise ValueError(
+            f"model is {name!r}, of type {config.get('model_type')!r}; expected {MMGEMConfig.model_type!r}"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The code in the folder is what is installed here; without saying so, the parts of the processor ask about it.
     processor = MMGEMProcessor.from_pretrained(name, trust_remote_code=False)

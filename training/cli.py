@@ -1,6 +1,7 @@
 """The command line `mmgem`. Every command imports what it needs when it runs, so that `--help` answers at once."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -172,14 +173,10 @@ def caption(
 
 @contextmanager
 def _work() -> Iterator[None]:
-    """While a command works, stdout is kept for its answer, and of the progress bars only our own are shown."""
+    """While a command works, stdout is kept for its answer, and libraries say only what a user needs."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with redirect_stdout(sys.stderr):
-        import datasets
-        from transformers.utils import logging
-
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
         yield
 
 

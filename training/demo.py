@@ -125,25 +125,31 @@ class _Gallery:
         return self.dataset.rows
 
     @property
+    def crowded(self) -> list[dict[str, Any]]:
+        """The rows of three objects or more."""
+        return [row for row in self.rows if len(row["boxes"]) >= 3]
+
+    @property
     def file_names(self) -> list[str]:
         """The image files of the scenes, without the twins."""
         return [row["file_name"] for row in self.rows]
 
-    def show(self, hits: Iterable[Hit], is_right: Callable[[str], bool]) -> list[dict[str, Any]]:
-        """Hits as the page has them."""
-        shown = [(hit.path.name, hit.score) for hit in hits]
-        return [{"file_name": name, "score": score, "right": is_right(name)} for name, score in shown]
+
+def _show(hits: Iterable[Hit], is_right: Callable[[str], bool]) -> list[dict[str, Any]]:
+    """Hits as the page has them."""
+    shown = [(hit.path.name, hit.score) for hit in hits]
+    return [{"file_name": name, "score": score, "right": is_right(name)} for name, score in shown]
 
 
 def _search_by_text(gallery: _Gallery, index: SearchIndex) -> list[dict[str, Any]]:
     """A few captions, of which one image is right; a class, of which several are; and a long caption."""
 
     def search(kind: str, text: str, is_right: Callable[[str], bool]) -> dict[str, Any]:
-        return {"kind": kind, "text": text, "hits": gallery.show(index.search(text, top=HITS), is_right)}
+        return {"kind": kind, "text": text, "hits": _show(index.search(text, top=HITS), is_right)}
 
-    crowded = [row for row in gallery.rows if len(row["boxes"]) >= 3]
     searches = [
-        search("caption", row["captions"][0], lambda name, row=row: name == row["file_name"]) for row in crowded[:3]
+        search("caption", row["captions"][0], lambda name, row=row: name == row["file_name"])
+        for row in gallery.crowded[:3]
     ]
     label = gallery.rows[0]["label"]
     searches.append(search("class", label_prompt(label), lambda name: gallery.scenes[name].label == label))
@@ -153,16 +159,19 @@ def _search_by_text(gallery: _Gallery, index: SearchIndex) -> list[dict[str, Any
 
 
 def _search_by_image(gallery: _Gallery, index: SearchIndex) -> list[dict[str, Any]]:
-    """Images whose twin is in the gallery; the nearest other image should be the twin."""
+    """Images whose twin is in the gallery; the nearest other image should be the twin.
+
+    Of three objects or more: where there is one and it is edited, images with that object are as near as the twin.
+    """
     searches = []
-    for row in [row for row in gallery.rows if row["edit"]][:3]:
+    for row in [row for row in gallery.crowded if row["edit"]][:3]:
         hits = index.search(image=index.folder / row["file_name"], top=HITS + 1)
         others = [hit for hit in hits if hit.path.name != row["file_name"]][:HITS]
         searches.append(
             {
                 "file_name": row["file_name"],
                 "instruction": row["edit"]["instruction"],
-                "hits": gallery.show(others, lambda name, row=row: name == row["edit"]["file_name"]),
+                "hits": _show(others, lambda name, row=row: name == row["edit"]["file_name"]),
             }
         )
     return searches
@@ -204,8 +213,7 @@ def _judge_captions(gallery: _Gallery, captions: dict[str, dict], count: int = 1
 
 
 def _judge_regions(gallery: _Gallery, captions: dict[str, dict], count: int = 6) -> list[dict[str, Any]]:
-    """Generated captions of the boxes of the first images with three objects or more."""
-    crowded = [row for row in gallery.rows if len(row["boxes"]) >= 3]
+    """Generated captions of the boxes of the last images with three objects or more."""
     return [
         {
             "file_name": row["file_name"],
@@ -220,7 +228,7 @@ def _judge_regions(gallery: _Gallery, captions: dict[str, dict], count: int = 6)
                 )
             ],
         }
-        for row in crowded[-count:]
+        for row in gallery.crowded[-count:]
     ]
 
 
@@ -240,6 +248,9 @@ def _search_regions(gallery: _Gallery, model, processor, count: int = 4) -> list
     for query, row_scores, row_numbers in zip(queries, scores.tolist(), numbers.tolist(), strict=True):
         wanted = parse_region_caption(query)
         found = [(score, *regions[number]) for score, number in zip(row_scores, row_numbers, strict=True)]
-        hits = [{"file_name": name, "box": box, "score": score, "right": look == wanted} for score, name, box, look in found]
+        hits = [
+            {"file_name": name, "box": box, "score": score, "right": look == wanted}
+            for score, name, box, look in found
+        ]
         searches.append({"text": query, "hits": hits})
     return searches

@@ -29,7 +29,11 @@ FIGURES = {
     "zero_shot_accuracy": ("Zero-shot accuracy", "images whose class, out of 64, comes first", "{:.1%}"),
     "caption_fidelity": ("Caption fidelity", "captions that name every object rightly, and no other", "{:.1%}"),
     "cider": ("CIDEr", "agreement with the reference captions in wording; 0 to 10", "{:.2f}"),
-    "region_recall@1": ("Text → region, recall@1", "texts whose region, of all images' regions, comes first", "{:.1%}"),
+    "region_recall@1": (
+        "Text → region, recall@1",
+        "texts whose region, of all images' regions, comes first",
+        "{:.1%}",
+    ),
     "region_caption_fidelity": ("Region caption fidelity", "captions of regions that are right in all", "{:.1%}"),
 }
 HEADLINES = ("text_to_image_recall@1", "zero_shot_accuracy", "caption_fidelity", "region_caption_fidelity")

@@ -11,7 +11,21 @@ from PIL import Image
 from mmgem.processing.image_loading import load_image
 
 # Extensions by which PIL opens pictures people keep, out of the many it knows (".pdf", ".h5", ".mpg" ...).
-SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 
 
 class Skipped(NamedTuple):

@@ -18,7 +18,7 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
         model: the `MMGEMModel`.
         recipe: as loaded by `mmgem.training.recipe.load_recipe`.
         metrics: name to value, of the final evaluation.
-        log_history: of the `TrainerState`.
+        log_history: what the trainer logged, stage after stage.
     """
     name = folder.resolve().name
     losses: dict = next((entry for entry in reversed(log_history) if "caption_loss" in entry), {})
@@ -32,8 +32,7 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
         visual_tokens=model.config.num_visual_tokens,
         data=data,
         results="\n".join(f"| {measure} | {value:.3f} |" for measure, value in metrics.items()),
-        steps=log_history[-1]["step"] if log_history else 0,
-        batch_size=recipe["training"].get("per_device_train_batch_size", 8),
+        steps=" + ".join(str(stage["training"].get("max_steps", "all")) for stage in recipe["stages"]),
         caption_loss=f"{losses.get('caption_loss', float('nan')):.3f}",
         contrastive_loss=f"{losses.get('contrastive_loss', float('nan')):.3f}",
     )

@@ -1,4 +1,4 @@
-"""A recipe is a YAML file that says everything about a training run: model, data, collator, arguments."""
+"""A recipe is a YAML file that says everything about a training run: a model, and stages of data and arguments."""
 
 import difflib
 import json
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import set_seed
+from transformers import TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmgem.configuration_mmgem import MMGEMConfig
@@ -22,7 +23,8 @@ from mmgem.training.tokenizer import train_tokenizer
 from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
 TOKENIZER_TRAINING_ROWS = 4000
-SECTIONS = ("seed", "model", "image_processor", "tokenizer", "train_data", "eval_data", "collator", "training")
+SECTIONS = ("seed", "model", "image_processor", "tokenizer", "eval_data", "stages")
+STAGE_SECTIONS = ("name", "train_data", "collator", "training")
 
 
 def load_recipe(path: str | Path) -> dict:
@@ -40,69 +42,92 @@ def load_recipe(path: str | Path) -> dict:
     if not isinstance(recipe, Mapping):
         raise ValueError(f"recipe {str(path)!r} holds {type(recipe).__name__}; expected sections {', '.join(SECTIONS)}.")
     _check_keys(recipe, SECTIONS, "recipe")
-    for name in ("model", "train_data", "training"):
-        if name not in recipe:
+    for name in ("model", "stages"):
+        if not recipe.get(name):
             raise ValueError(f"recipe {str(path)!r} has no section `{name}`.")
+    for stage in recipe["stages"]:
+        _check_keys(stage, STAGE_SECTIONS, "stages")
+        for name in ("name", "train_data", "training"):
+            if name not in stage:
+                raise ValueError(f"recipe {str(path)!r} has a stage without `{name}`.")
     return dict(recipe)
 
 
 def train(recipe_path: str | Path, out: str | Path, resume: bool = False) -> dict[str, float]:
     """
-    Train as a recipe says, and leave a complete Hub folder: weights, remote code, processor, sentence-transformers
-    files, the recipe and the log of the run.
+    Train as a recipe says, stage after stage, and leave a complete Hub folder: weights, remote code, processor,
+    sentence-transformers files, card, the recipe, the results and the log of the run.
 
     Args:
         recipe_path: YAML with the sections of `SECTIONS`. `model` is one of `{pretrained: NAME}`,
             `{vision: NAME, text: NAME, ...}` (composed towers, further keys go to `MMGEMConfig`) and
             `{vision_config: {...}, text_config: {...}, ...}` (from nothing, with `tokenizer` and `image_processor`);
-            each may name an `attn_implementation` to train with.
-            `train_data` and `eval_data` are `{scenes: {seed: S, count: N}}` or `{folder: PATH}`.
-        out: folder for the result; its `checkpoints/` holds what is needed to resume.
+            each may name an `attn_implementation` to train with. A stage has a `name`, `train_data`, arguments of the
+            `collator`, and `training`, arguments of `MMGEMTrainingArguments`; the model goes from stage to stage, the
+            optimizer starts anew. Data is `{scenes: {seed: S, count: N}}` or `{folder: PATH}`.
+        out: folder for the result; `checkpoints/STAGE` holds what is needed to resume.
         resume: go on from the last checkpoint in `out`, if there is one.
 
     Returns:
         The metrics of the final evaluation, empty without `eval_data`.
 
     Raises:
-        FileNotFoundError, ValueError: for a recipe or data that cannot be used; FileExistsError if `out` holds
-            checkpoints and `resume` is not asked for.
+        FileNotFoundError, ValueError: for a recipe or data that cannot be used.
+        FileExistsError: if `out` holds checkpoints and `resume` is not asked for.
     """
     recipe, out = load_recipe(recipe_path), Path(out)
-    checkpoints = out / "checkpoints"
-    last_checkpoint = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    if last_checkpoint is not None and not resume:
+    stages = recipe["stages"]
+    folders = [out / "checkpoints" / stage["name"] for stage in stages]
+    last_checkpoints = [get_last_checkpoint(folder) if folder.is_dir() else None for folder in folders]
+    if any(last_checkpoints) and not resume:
         raise FileExistsError(f"`out` is {str(out)!r}, which holds checkpoints; resume, or choose another folder.")
+    # A stage that a later one has begun after is finished; the later checkpoint holds its weights.
+    first = max((i for i, checkpoint in enumerate(last_checkpoints) if checkpoint), default=0)
 
-    set_seed(recipe.get("seed", 0))
-    train_dataset = load_data(recipe["train_data"], "train_data")
+    seed = recipe.get("seed", 0)
+    set_seed(seed)
     eval_dataset = load_data(recipe["eval_data"], "eval_data") if "eval_data" in recipe else None
-    processor, model = build_model(recipe, train_dataset)
+    processor, model = build_model(recipe, load_data(stages[0]["train_data"], "train_data"))
     if "attn_implementation" in recipe["model"]:
         model.set_attn_implementation(recipe["model"]["attn_implementation"])
-    arguments = MMGEMTrainingArguments(
-        output_dir=str(checkpoints),
-        seed=recipe.get("seed", 0),
-        report_to="none",
-        use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for
-        **recipe["training"],
-    )
-    trainer = MMGEMTrainer(
-        model,
-        arguments,
-        processing_class=processor,
-        data_collator=MMGEMCollator(processor, **recipe.get("collator", {})),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-    )
-    trainer.train(resume_from_checkpoint=last_checkpoint)
+    log_history = []
+    for stage, folder, last_checkpoint in list(zip(stages, folders, last_checkpoints, strict=True))[first:]:
+        arguments = MMGEMTrainingArguments(
+            output_dir=str(folder),
+            seed=seed,
+            report_to="none",
+            use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for
+            **stage["training"],
+        )
+        trainer = MMGEMTrainer(
+            model,
+            arguments,
+            processing_class=processor,
+            data_collator=MMGEMCollator(processor, **stage.get("collator", {})),
+            train_dataset=load_data(stage["train_data"], "train_data"),
+            eval_dataset=eval_dataset,
+        )
+        state = TrainerState.load_from_json(f"{last_checkpoint}/{TRAINER_STATE_NAME}") if last_checkpoint else None
+        if state is not None and state.global_step >= state.max_steps:
+            # Killed between two stages; the Trainer would take one step too many.
+            trainer._load_from_checkpoint(last_checkpoint)
+            trainer.state = state
+        else:
+            trainer.train(resume_from_checkpoint=last_checkpoint)
+        log_history += [{"stage": stage["name"]} | entry for entry in trainer.state.log_history]
+
     metrics = trainer.evaluate(metric_key_prefix="") if eval_dataset is not None else {}
     if trainer.is_world_process_zero():
         save_sentence_transformer(model, processor, out)
         (out / "recipe.yaml").write_text(Path(recipe_path).read_text())
-        trainer.state.save_to_json(str(out / "trainer_state.json"))
-        (out / "results.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        write_model_card(out, model, recipe, metrics, trainer.state.log_history)
+        _write_json(out / "training_log.json", log_history)
+        _write_json(out / "results.json", metrics)
+        write_model_card(out, model, recipe, metrics, log_history)
     return metrics
+
+
+def _write_json(path: Path, content: Mapping | list):
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def load_data(section: Mapping, name: str):

@@ -32,7 +32,9 @@ def gallery(tmp_path):
 
 
 def test_help_lists_the_commands_and_needs_no_heavy_import():
-    code = "import sys; from mmgem.training.cli import app; print([m for m in sys.modules if m in ('torch', 'datasets')])"
+    code = (
+        "import sys; from mmgem.training.cli import app; print([m for m in sys.modules if m in ('torch', 'datasets')])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
     output = run("--help").output
     assert all(command in output for command in COMMANDS)

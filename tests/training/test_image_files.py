@@ -65,7 +65,13 @@ def test_whatever_is_wrong_with_a_file_is_reported_and_never_fatal(tmp_path):
     skipped = []
     [batch] = read_batches(tmp_path, find_images(tmp_path), 10, skipped)
     assert [file.file_name for file in batch] == ["good.png"]
-    assert sorted(file.file_name for file in skipped) == ["caf\ufffd.png", "cut.png", "empty.png", "link.png", "text.jpg"]
+    assert sorted(file.file_name for file in skipped) == [
+        "caf\ufffd.png",
+        "cut.png",
+        "empty.png",
+        "link.png",
+        "text.jpg",
+    ]
     assert all(file.reason and "\n" not in file.reason for file in skipped)
 
 

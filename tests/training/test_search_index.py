@@ -47,9 +47,7 @@ def embedded(monkeypatch):
     return sizes
 
 
-def test_an_index_is_a_datasets_folder_with_the_unit_embedding_of_every_image(
-    folder, out, tiny_model, tiny_processor
-):
+def test_an_index_is_a_datasets_folder_with_the_unit_embedding_of_every_image(folder, out, tiny_model, tiny_processor):
     report = build_index(folder, tiny_model, tiny_processor, out, batch_size=3)
     rows = load_from_disk(str(out))
     assert report == (7, 7, [])
