@@ -120,8 +120,8 @@ def _read_done(out: Path, with_boxes: bool) -> set[str]:
             has_boxes = "region_captions" in row
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"out is {str(out)!r}, whose line {number} is {line[:80]!r}; expected captions of an earlier run, to go "
-                "on from, or no file"
+                f"out is {str(out)!r}, whose line {number} is {line[:80]!r}; expected captions of an earlier run, to "
+                "go on from, or no file"
             ) from error
         if has_boxes != with_boxes:
             raise ValueError(

@@ -24,7 +24,7 @@ def load_checkpoint(name: str | Path) -> tuple[MMGEMModel, MMGEMProcessor]:
         config, _ = MMGEMConfig.get_config_dict(name)
     except OSError as error:
         raise FileNotFoundError(
-            f"model is {name!r}, which is neither a folder with a config.json nor a model on the Hub that can be reached"
+            f"model is {name!r}, neither a folder with a config.json nor a model on the Hub that can be reached"
         ) from error
     if config.get("model_type") != MMGEMConfig.model_type:
         raise ValueError(

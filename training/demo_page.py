@@ -74,7 +74,7 @@ def render_page(results: dict[str, Any], folder: str | Path) -> str:
 def data_uri(image: Image.Image) -> str:
     """A picture, enlarged or reduced to `PICTURE_SIZE`, as a `data:` URI."""
     scale = PICTURE_SIZE / max(image.size)
-    size = tuple(math.ceil(side * scale) for side in image.size)
+    size = math.ceil(image.width * scale), math.ceil(image.height * scale)
     file = BytesIO()
     image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(file, "WEBP", quality=90)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -92,13 +92,13 @@ def train(recipe_path: str | Path, out: str | Path, resume: bool = False) -> dic
         model.set_attn_implementation(recipe["model"]["attn_implementation"])
     log_history = []
     for stage, folder, last_checkpoint in list(zip(stages, folders, last_checkpoints, strict=True))[first:]:
-        arguments = MMGEMTrainingArguments(
-            output_dir=str(folder),
-            seed=seed,
-            report_to="none",
-            use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for
-            **stage["training"],
-        )
+        defaults = {
+            "seed": seed,
+            "report_to": "none",
+            "disable_tqdm": False,
+            "use_cpu": not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for
+        }
+        arguments = MMGEMTrainingArguments(output_dir=str(folder), **(defaults | stage["training"]))
         trainer = MMGEMTrainer(
             model,
             arguments,
