@@ -82,13 +82,12 @@ def contrastive_loss(
     """
     device = image_embeds.device
     image_sizes, text_sizes = gather_sizes(len(image_embeds), device), gather_sizes(len(text_embeds), device)
+    if sum(text_sizes) == 0:
+        return (image_embeds.sum() + text_embeds.sum()) * 0.0
     first_image = sum(image_sizes[: dist.get_rank()]) if is_distributed() else 0
     image_embeds, image_ids = gather_rows(image_embeds, image_sizes), gather_rows(image_ids, image_sizes)
     text_embeds, text_ids = gather_rows(text_embeds, text_sizes), gather_rows(text_ids, text_sizes)
     text_to_image = gather_rows(text_to_image + first_image, text_sizes)  # (T,) into the gathered images
-    if len(text_embeds) == 0:
-        return (image_embeds.sum() + text_embeds.sum()) * 0.0
-
     written_for = image_ids[:, None] == image_ids[text_to_image]  # (I, T)
     same_text = text_ids[:, None] == text_ids  # (T, T)
     describes = written_for.float() @ same_text.float() > 0  # (I, T)

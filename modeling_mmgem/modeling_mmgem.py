@@ -28,6 +28,7 @@ from .pool_aggregator import PoolAggregator
 
 IGNORED_LABEL = -100
 MAX_LOGIT_SCALE = math.log(100)
+DEFAULT_MAX_NEW_TOKENS = 128
 
 
 @dataclass
@@ -112,6 +113,8 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         # Not to be guessed from the class name: the Trainer counts labels by it, and full-graph compile needs it.
         self.loss_type = "ForCausalLM"
         self.post_init()
+        # The library's default of 20 tokens counts the prompt, which an image alone fills.
+        self.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -173,6 +176,8 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         model.language_model.load_state_dict(text.state_dict())
         model.to(text.dtype)
         model.generation_config = text.generation_config
+        if model.generation_config.max_new_tokens is None:
+            model.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
         model.eval()
         with torch.no_grad():
             height, width = _pair(config.vision_config.image_size)
@@ -550,6 +555,8 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         # Vision: the tower once; whole images and boxes through the same aggregator.
         grid = self._patch_grid(pixel_values)  # (I, C, rows, columns)
         _check_boxes(boxes, num_images)
+        if boxes is None and (box_index >= 0).any():
+            raise ValueError(f"`box_index` is {box_index.tolist()}, but `boxes` is None; expected the boxes it points to.")
         image_tokens = self.pool_aggregator(grid)  # (I, n, C)
         described_tokens = image_tokens[image_index]  # (T, n, C)
         if boxes is not None:
@@ -579,22 +586,22 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         text_ids = token_row_ids(input_ids, attention_mask)[contrastive_mask]  # (S_t,)
         of_image = box_index < 0
         temperature = self._temperature()
-        loss = contrastive_loss(
+        image_contrast = contrastive_loss(
             image_embeds, text_embeds[of_image], temperature, image_index[of_image], image_ids, text_ids[of_image]
         )
+        # Without boxes here there may be some on other processes, and all take part in the gathering.
+        region_embeds, region_ids, region_row = image_embeds[:0], image_ids[:0], image_index[~of_image]
         if boxes is not None:
             is_box = _is_box(boxes)  # (I, R)
             region_embeds = F.normalize(self._embed_visual_tokens(box_tokens[is_box]).float(), dim=-1)  # (boxes, D)
-            region_row = is_box.flatten().cumsum(0).view_as(is_box) - 1  # (I, R)
-            region_ids = image_ids[:, None] * boxes.shape[1] + torch.arange(boxes.shape[1], device=device)  # (I, R)
-            loss = loss + contrastive_loss(
-                region_embeds,
-                text_embeds[~of_image],
-                temperature,
-                region_row[image_index[~of_image], box_index[~of_image]],
-                region_ids[is_box],
-                text_ids[~of_image],
-            )
+            region_ids = (image_ids[:, None] << 20) + torch.arange(boxes.shape[1], device=device)  # (I, R)
+            region_ids = region_ids[is_box]  # (boxes,)
+            row_of_box = is_box.flatten().cumsum(0).view_as(is_box) - 1  # (I, R)
+            region_row = row_of_box[image_index[~of_image], box_index[~of_image]]
+        region_contrast = contrastive_loss(
+            region_embeds, text_embeds[~of_image], temperature, region_row, region_ids, text_ids[~of_image]
+        )
+        loss = image_contrast + region_contrast
         return self._pair_output(
             image_embeds, text_embeds, loss=caption_loss + loss, caption_loss=caption_loss, contrastive_loss=loss
         )

@@ -1,6 +1,7 @@
 """Captions for a folder of images, as JSON lines: of each image, and of the boxes in it if they are given."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,8 +76,11 @@ def _caption(model, processor, files: list[ImageFile], boxes: dict[str, list] | 
     if boxes is not None:
         for line in lines:
             line["boxes"] = boxes.get(line["file_name"], [])
-        pairs = [(file.image, line["boxes"]) for file, line in zip(files, lines, strict=True) if line["boxes"]]
-        region_captions = iter(generate_region_captions(model, processor, *zip(*pairs, strict=True)) if pairs else ())
+        with_any = [(file.image, line["boxes"]) for file, line in zip(files, lines, strict=True) if line["boxes"]]
+        region_captions: Iterator[str] = iter(())
+        if with_any:
+            images, boxes_of_images = zip(*with_any, strict=True)
+            region_captions = iter(generate_region_captions(model, processor, images, boxes_of_images))
         for line in lines:
             line["region_captions"] = [next(region_captions) for _ in line["boxes"]]
     return lines

@@ -1,5 +1,6 @@
 """Rows of a data set become one batch of images and of texts that know which image, or box, they describe."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmgem.modeling_mmgem import IGNORED_LABEL
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
+ID_COLUMNS = ("image_id", "scene_id", "file_name")
 WHOLE_IMAGE = -1
 
 
@@ -38,7 +40,8 @@ class MMGEMCollator:
     """
     Batches rows for the joint loss (meaning 4 of `MMGEMModel.forward`). Rows have an `image`, and `captions` (a list)
     or `caption` or `text`; whatever else of the following columns they have is trained too: `long_caption`, `boxes`
-    with `region_captions`, `label`, `qa`. What is drawn at random is drawn with torch's generator, so that runs repeat.
+    with `region_captions`, `label`, `qa`. Rows of equal `image_id` (or `scene_id` or `file_name`) show the same image, and
+    are never each other's negatives. What is drawn at random is drawn with torch's generator, so that runs repeat.
 
     Args:
         processor: an `MMGEMProcessor`.
@@ -74,8 +77,9 @@ class MMGEMCollator:
             rows: at least one row.
 
         Returns:
-            `pixel_values` (B, 3, H, W), `boxes` (B, R, 4) if there are any, `input_ids`, `attention_mask` and `labels`
-            (T, L), `image_index`, `box_index` and `contrastive_mask` (T,), `return_loss` True.
+            `pixel_values` (B, 3, H, W), `boxes` (B, R, 4) if there are any, `image_ids` (B,) if the rows name their
+            images, `input_ids`, `attention_mask` and `labels` (T, L), `image_index`, `box_index` and
+            `contrastive_mask` (T,), `return_loss` True.
         """
         texts, boxes = [], []
         for image_index, row in enumerate(rows):
@@ -89,6 +93,9 @@ class MMGEMCollator:
         inputs = self.processor(
             images=[row["image"] for row in rows], boxes=boxes if has_boxes else None, return_tensors="pt"
         )
+        id_column = next((column for column in ID_COLUMNS if all(row.get(column) is not None for row in rows)), None)
+        if id_column is not None:
+            inputs["image_ids"] = torch.tensor([_number(row[id_column]) for row in rows])
         return {
             **inputs,
             **self._tokenize(texts),
@@ -142,6 +149,11 @@ class MMGEMCollator:
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
         }
+
+
+def _number(name: str | int) -> int:
+    """The same 40-bit number for the same name, on every process."""
+    return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=5).digest(), "big")
 
 
 def _draw(items: Sequence, count: int) -> list:

@@ -330,3 +330,63 @@ def test_initial_temperature_is_that_of_clip(tiny_model):
 def test_every_tower_config_is_tested():
     assert {pair[0] for pair in TOWERS} == set(VISION_CONFIGS)
     assert {pair[1] for pair in TOWERS} == set(TEXT_CONFIGS)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "`input_ids` and `pixel_values` are both None"),
+        ({"pixel_values": torch.zeros(0, 3, 32, 32)}, r"`pixel_values` has shape \(0, 3, 32, 32\)"),
+        ({"pixel_values": torch.zeros(2, 1, 32, 32)}, r"`pixel_values` has shape \(2, 1, 32, 32\); expected \(B, 3"),
+        ({"pixel_values": torch.zeros(1, 3, 30, 32)}, "images of 30 x 32; expected multiples of the patch size 8 x 8"),
+        ({"pixel_values": torch.zeros(1, 3, 32, 32), "boxes": torch.zeros(2, 1, 4)}, r"expected \(1, R, 4\)"),
+        (
+            {"pixel_values": torch.zeros(2, 3, 32, 32), "input_ids": torch.full((1, 4), 1)},
+            "4 image placeholders, but .* give 2 images or boxes; expected 4 placeholders for each, 8 in all",
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 3, 32, 32), "input_ids": torch.full((3, 4), 5), "return_loss": True},
+            "`pixel_values` holds 2 images and `input_ids` 3 texts; expected pairs",
+        ),
+        (
+            {"pixel_values": torch.zeros(1, 3, 32, 32), "input_ids": torch.full((1, 4), 1), "return_loss": True},
+            "expects `pixel_values` and `input_ids` without image placeholders",
+        ),
+        (
+            {
+                "pixel_values": torch.zeros(1, 3, 32, 32),
+                "input_ids": torch.full((1, 4), 5),
+                "attention_mask": torch.ones(1, 3),
+            },
+            r"`attention_mask` has shape \(1, 3\); expected that of `input_ids`, \(1, 4\)",
+        ),
+        (
+            {"pixel_values": torch.zeros(1, 3, 32, 32), "input_ids": torch.full((1, 300), 5)},
+            "301 tokens long; the language model takes at most 256",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(tiny_model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**inputs)
+
+
+def test_an_empty_batch_of_texts_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"`input_ids` has shape \(0, 4\)"):
+        tiny_model.get_text_features(torch.zeros(0, 4, dtype=torch.long))
+
+
+def test_multi_vector_is_not_there_yet():
+    with pytest.raises(NotImplementedError, match="multi_vector"):
+        build_model(embedding_pooling="multi_vector")
+
+
+def test_a_tower_without_a_patch_grid_is_refused():
+    from transformers import SwinConfig, SwinModel
+
+    tower = SwinModel(SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2]))
+    with pytest.raises(ValueError, match="`swin`.*expected a patch grid of 8 x 8|has no patch grid"):
+        MMGEMModel.from_towers(tower, build_towers()[1], num_visual_tokens=4)

@@ -12,14 +12,13 @@ CAPTIONS = ["a red star", "two blue moons and a green heart", "nothing", "a larg
 
 
 def rows() -> list[dict]:
-    """Four images, one caption each, of different lengths; two of the images with a captioned box."""
+    """Four images, one caption each, of different lengths; one of the images, so one of two processes, has boxes."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator)
     data = [
         {"image": Image.fromarray(image.numpy()), "caption": text} for image, text in zip(pixels, CAPTIONS, strict=True)
     ]
-    for row in (0, 2):
-        data[row] |= {"boxes": [[2, 3, 20, 30]], "region_captions": [f"region {row}"]}
+    data[0] |= {"boxes": [[2, 3, 20, 30], [10, 0, 32, 12]], "region_captions": ["a tall region", "a flat one"]}
     return data
 
 

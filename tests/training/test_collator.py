@@ -64,6 +64,13 @@ def test_draws_repeat_with_the_seed_and_vary_without(tiny_processor, image):
     assert len(set(draws[0])) > 1
 
 
+def test_rows_of_one_image_share_its_id(tiny_processor, image):
+    rows = [{"image": image, "caption": text, "image_id": i} for i, text in [("a", "x"), ("b", "y"), ("a", "z")]]
+    ids = MMGEMCollator(tiny_processor)(rows)["image_ids"].tolist()
+    assert ids[0] == ids[2] != ids[1]
+    assert "image_ids" not in MMGEMCollator(tiny_processor)([*rows, {"image": image, "caption": "w"}])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
