@@ -153,7 +153,13 @@ def build_model(recipe: Mapping, train_dataset) -> tuple[MMGEMProcessor, MMGEMMo
         return MMGEMProcessor.from_pretrained(name), MMGEMModel.from_pretrained(name)
     if "vision" in section:
         model = MMGEMModel.from_towers(**section)
-        return MMGEMProcessor.from_towers(section["vision"], section["text"], model.config.num_visual_tokens), model
+        processor = MMGEMProcessor.from_towers(
+            section["vision"],
+            section["text"],
+            num_visual_tokens=model.config.num_visual_tokens,
+            num_embedding_tokens=model.config.num_embedding_tokens,
+        )
+        return processor, model
 
     from transformers import SiglipImageProcessorPil
 
