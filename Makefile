@@ -9,9 +9,10 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKED := build/types/mmgem
+PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint types format retrain clean
+.PHONY: help install demo test fast lint types format retrain picture clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -50,6 +51,11 @@ format: $(STAMP) ## let ruff rewrite what it can
 
 retrain: $(STAMP) ## train mmgem-tiny again, from nothing, into runs/mmgem-tiny
 	$(BIN)/mmgem train model_cards/mmgem-tiny/recipe.yaml --out runs/mmgem-tiny
+
+# Needs Chromium; the picture is the upper part of the page, in few colors to stay small.
+picture: demo ## take the README's picture of the demo page again
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1640 --screenshot=demo/page.png demo/index.html
+	$(BIN)/python -c "from PIL import Image; Image.open('demo/page.png').convert('RGB').quantize(256).save('$(PICTURE)', optimize=True)"
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -56,7 +56,7 @@ def demo(
     with _work():
         from mmgem.training.demo import run_demo
 
-        page, figures = run_demo(out, *_load(model), count=count)
+        page, figures = run_demo(out, *_load(model), count)
     result = {"page": str(page), "figures": figures}
     _answer(result, as_json, [*_table(figures), "", f"The page is {page.resolve().as_uri()}"])
 
@@ -180,7 +180,7 @@ def _work() -> Iterator[None]:
         yield
 
 
-def _load(model: str):
+def _load(model: str) -> tuple[Any, Any]:
     if model == str(TINY) and not TINY.exists():
         raise FileNotFoundError("mmgem-tiny comes with the source checkout, which this is not; give --model")
     from mmgem.training.checkpoint import load_checkpoint

@@ -7,7 +7,7 @@ Nothing on it is picked by its outcome: each section takes scenes by their order
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,12 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
 
     gallery = _Gallery.read(folder, count)
     index = SearchIndex.load(out / "index", model, processor)
-    written = [json.loads(line) for line in (out / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
-    captions = {line["file_name"]: line for line in written}
+    with open(out / "captions.jsonl", encoding="utf-8") as lines:
+        captions = {line["file_name"]: line for line in map(json.loads, lines)}
     results = {
         "model": {
             "name": Path(model.name_or_path).name,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "dimensions": model.config.projection_dim,
         },
         "gallery": {"scenes": count, "images": report.images, "first": gallery.file_names[:24]},
         "seconds": seconds,
@@ -115,8 +114,8 @@ class _Gallery:
         for number, row in enumerate(dataset.rows):
             scene = known.scene(number)
             scenes[row["file_name"]] = scene
-            if row["edit"]:
-                scenes[row["edit"]["file_name"]] = write_edit(scene).twin
+            if edit := write_edit(scene):
+                scenes[row["edit"]["file_name"]] = edit.twin
         return cls(dataset, scenes)
 
     @property
@@ -135,27 +134,25 @@ class _Gallery:
         return [row["file_name"] for row in self.rows]
 
 
-def _show(hits: Iterable[Hit], is_right: Callable[[str], bool]) -> list[dict[str, Any]]:
-    """Hits as the page has them."""
-    shown = [(hit.path.name, hit.score) for hit in hits]
-    return [{"file_name": name, "score": score, "right": is_right(name)} for name, score in shown]
+def _show(hits: Iterable[Hit], right: Collection[str]) -> list[dict[str, Any]]:
+    """Hits as the page has them; `right` are the files that should be found."""
+    names = [(hit.path.name, hit.score) for hit in hits]
+    return [{"file_name": name, "score": score, "right": name in right} for name, score in names]
 
 
 def _search_by_text(gallery: _Gallery, index: SearchIndex) -> list[dict[str, Any]]:
     """A few captions, of which one image is right; a class, of which several are; and a long caption."""
-
-    def search(kind: str, text: str, is_right: Callable[[str], bool]) -> dict[str, Any]:
-        return {"kind": kind, "text": text, "hits": _show(index.search(text, top=HITS), is_right)}
-
-    searches = [
-        search("caption", row["captions"][0], lambda name, row=row: name == row["file_name"])
-        for row in gallery.crowded[:3]
-    ]
+    *some, other = gallery.crowded[:4]
     label = gallery.rows[0]["label"]
-    searches.append(search("class", label_prompt(label), lambda name: gallery.scenes[name].label == label))
-    row = gallery.rows[1]
-    searches.append(search("long caption", row["long_caption"], lambda name: name == row["file_name"]))
-    return searches
+    searches = [
+        *(("caption", row["captions"][0], [row["file_name"]]) for row in some),
+        ("class", label_prompt(label), [name for name, scene in gallery.scenes.items() if scene.label == label]),
+        ("long caption", other["long_caption"], [other["file_name"]]),
+    ]
+    return [
+        {"kind": kind, "text": text, "hits": _show(index.search(text, top=HITS), right)}
+        for kind, text, right in searches
+    ]
 
 
 def _search_by_image(gallery: _Gallery, index: SearchIndex) -> list[dict[str, Any]]:
@@ -171,7 +168,7 @@ def _search_by_image(gallery: _Gallery, index: SearchIndex) -> list[dict[str, An
             {
                 "file_name": row["file_name"],
                 "instruction": row["edit"]["instruction"],
-                "hits": _show(others, lambda name, row=row: name == row["edit"]["file_name"]),
+                "hits": _show(others, [row["edit"]["file_name"]]),
             }
         )
     return searches

@@ -91,7 +91,11 @@ def train(recipe_path: str | Path, out: str | Path, resume: bool = False) -> dic
     if "attn_implementation" in recipe["model"]:
         model.set_attn_implementation(recipe["model"]["attn_implementation"])
     log_history = []
-    for stage, folder, last_checkpoint in list(zip(stages, folders, last_checkpoints, strict=True))[first:]:
+    for number, (stage, folder, last_checkpoint) in enumerate(zip(stages, folders, last_checkpoints, strict=True)):
+        state = TrainerState.load_from_json(f"{last_checkpoint}/{TRAINER_STATE_NAME}") if last_checkpoint else None
+        if number < first:
+            log_history += _named(stage, state)
+            continue
         defaults = {
             "seed": seed,
             "report_to": "none",
@@ -107,14 +111,13 @@ def train(recipe_path: str | Path, out: str | Path, resume: bool = False) -> dic
             train_dataset=load_data(stage["train_data"], "train_data"),
             eval_dataset=eval_dataset,
         )
-        state = TrainerState.load_from_json(f"{last_checkpoint}/{TRAINER_STATE_NAME}") if last_checkpoint else None
         if state is not None and state.global_step >= state.max_steps:
             # Killed between two stages; the Trainer would take one step too many.
             trainer._load_from_checkpoint(last_checkpoint)
             trainer.state = state
         else:
             trainer.train(resume_from_checkpoint=last_checkpoint)
-        log_history += [{"stage": stage["name"]} | entry for entry in trainer.state.log_history]
+        log_history += _named(stage, trainer.state)
 
     metrics = trainer.evaluate(metric_key_prefix="") if eval_dataset is not None else {}
     if trainer.is_world_process_zero():
@@ -124,6 +127,11 @@ def train(recipe_path: str | Path, out: str | Path, resume: bool = False) -> dic
         _write_json(out / "results.json", metrics)
         write_model_card(out, model, recipe, metrics, log_history)
     return metrics
+
+
+def _named(stage: Mapping, state: TrainerState | None) -> list[dict]:
+    """What was logged in a stage, with its name."""
+    return [{"stage": stage["name"]} | entry for entry in (state.log_history if state else [])]
 
 
 def _write_json(path: Path, content: Mapping | list):

@@ -264,10 +264,10 @@ class SearchIndex:
 
     def _embed_query(self, text: str | None, image: Image.Image | None) -> np.ndarray:
         """(D,) float32, unit length."""
-        if image is None:
-            return embed_texts(self.model, self.processor, [text])[0].numpy()
         if text is None:
             return embed_images(self.model, self.processor, [image])[0].numpy()
+        if image is None:
+            return embed_texts(self.model, self.processor, [text])[0].numpy()
         prompt = self.processor.image_token + text
         inputs = self.processor(images=[image], text=[prompt], return_tensors="pt").to(self.model.device)
         with inference(self.model):

@@ -100,7 +100,7 @@ class MMGEMTrainer(Trainer):
         )
         prefix = f"{metric_key_prefix}_" if metric_key_prefix else ""
         metrics = {f"{prefix}{name}": value for name, value in metrics.items()}
-        self.log(metrics)
+        self.log(dict(metrics))  # which adds to what it is given
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -1,0 +1,100 @@
+"""Configuration of MM-GEM: one vision tower, one causal language model, three small projections."""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+MODEL_CLASS = "modeling_mmgem.MMGEMModel"
+AUTO_MAP = {
+    "AutoConfig": "configuration_mmgem.MMGEMConfig",
+    "AutoModel": MODEL_CLASS,
+    "AutoModelForCausalLM": MODEL_CLASS,
+    "AutoModelForImageTextToText": MODEL_CLASS,
+    "AutoModelForZeroShotImageClassification": MODEL_CLASS,
+}
+# transformers 5 has no stock image-to-text task; `pipeline` looks here before it looks among its own.
+CUSTOM_PIPELINES = {
+    "image-to-text": {
+        "impl": "pipeline_mmgem.MMGEMImageToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+
+
+@strict
+class MMGEMConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`MMGEMModel`] (MM-GEM, https://arxiv.org/abs/2405.19333).
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`): any transformers vision encoder with a patch grid
+            (`clip_vision_model`, `siglip_vision_model`, `siglip2_vision_model`, `vit`, `dinov2`, `dinov3_vit`, ...).
+        text_config (`dict` or `PreTrainedConfig`): any transformers causal language model.
+        projection_dim (`int`, > 0): width D of the shared embedding space.
+        num_visual_tokens (`int`): visual tokens n of an image or a box; a square, n = g * g.
+        num_embedding_tokens (`int`, >= 1): learned [EMB] vectors k that the model appends to read a text.
+            k = 1 is MM-GEM; k > 1 with `embedding_pooling="mean"` is CoMa (https://arxiv.org/abs/2511.08480).
+        embedding_pooling (`"last"`, `"mean"` or `"multi_vector"`): how k read-outs become an embedding.
+        text_attention (`"causal"` or `"bidirectional"`): attention while a text is embedded; generation is
+            always causal.
+        image_token_id (`int`, >= 0): id of the `<image>` placeholder.
+        logit_scale_init_value (`float`): logarithm of the initial inverse temperature, as in CLIP; at most ln 100.
+
+    Raises:
+        ValueError: for a value outside its range. `StrictDataclassFieldValidationError` for one of a wrong type.
+    """
+
+    model_type = "mmgem"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    num_visual_tokens: int = 64
+    num_embedding_tokens: int = 1
+    embedding_pooling: Literal["last", "mean", "multi_vector"] = "last"
+    text_attention: Literal["causal", "bidirectional"] = "causal"
+    image_token_id: int = 0
+    logit_scale_init_value: float = math.log(1 / 0.07)
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        # Saved checkpoints carry both maps already; what a user added to them is kept.
+        kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
+        kwargs["custom_pipelines"] = CUSTOM_PIPELINES | (kwargs.get("custom_pipelines") or {})
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        self._check_ranges()
+
+    def _check_ranges(self):
+        if self.num_visual_tokens < 1 or math.isqrt(self.num_visual_tokens) ** 2 != self.num_visual_tokens:
+            raise ValueError(
+                f"`num_visual_tokens` is {self.num_visual_tokens}; expected a square (1, 4, 9, 16, 25, ...), "
+                "because the visual tokens of an image form a g x g grid."
+            )
+        for name in ("projection_dim", "num_embedding_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number of at least 1.")
+        if self.image_token_id < 0:
+            raise ValueError(f"`image_token_id` is {self.image_token_id}; expected a token id, 0 or more.")
+        if not self.logit_scale_init_value <= math.log(100):
+            raise ValueError(
+                f"`logit_scale_init_value` is {self.logit_scale_init_value}; expected at most ln 100 = 4.6052."
+            )
+        if not hasattr(self.vision_config, "patch_size") or not hasattr(self.vision_config, "hidden_size"):
+            raise ValueError(
+                f"`vision_config` is of type `{self.vision_config.model_type}`, which has no patch grid; "
+                "expected a vision encoder with `patch_size` and `hidden_size` (CLIP, SigLIP, ViT, DINOv2, ...)."
+            )
+
+
+MMGEMConfig.register_for_auto_class()
+
+__all__ = ["MMGEMConfig"]

@@ -1,0 +1,110 @@
+"""PoolAggregator: a patch grid becomes g x g visual tokens, for the whole image and for any box in it."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def adaptive_windows(size: int, bins: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Windows of `F.adaptive_avg_pool1d` along one axis.
+
+    Args:
+        size: cells along the axis.
+        bins: windows wanted.
+
+    Returns:
+        `index` (bins, width) of the cells of each window, and `valid` (bins, width), False where a window is
+        narrower than the widest one.
+    """
+    bin_ids = torch.arange(bins, device=device)
+    start = bin_ids * size // bins
+    end = -(-(bin_ids + 1) * size // bins)
+    width = max(-(-(i + 1) * size // bins) - i * size // bins for i in range(bins))
+    index = start[:, None] + torch.arange(width, device=device)
+    valid = index < end[:, None]
+    return index.clamp(max=size - 1), valid
+
+
+def roi_align(grid: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """
+    Resample every box to a grid of the full size (RoIAlign, https://arxiv.org/abs/1703.06870, aligned, one
+    bilinear sample per cell). The box (0, 0, 1, 1) gives the grid back.
+
+    Args:
+        grid: (B, C, h, w) patch features.
+        boxes: (B, R, 4) xyxy in [0, 1] of the image.
+
+    Returns:
+        (B * R, C, h, w).
+    """
+    (batch, channels, height, width), num_boxes = grid.shape, boxes.shape[1]
+    boxes = boxes.float()
+    x0, y0, x1, y1 = boxes[..., None].unbind(-2)  # each (B, R, 1)
+    centre_x = (torch.arange(width, device=grid.device) + 0.5) / width  # (w,)
+    centre_y = (torch.arange(height, device=grid.device) + 0.5) / height  # (h,)
+    sample_x = (x0 + (x1 - x0) * centre_x)[:, :, None, :].expand(-1, -1, height, -1)  # (B, R, h, w)
+    sample_y = (y0 + (y1 - y0) * centre_y)[:, :, :, None].expand(-1, -1, -1, width)  # (B, R, h, w)
+    samples = torch.stack([sample_x, sample_y], dim=-1) * 2 - 1  # (B, R, h, w, 2) in [-1, 1]
+    samples = samples.reshape(batch, num_boxes * height, width, 2)
+    # One call for all boxes of all images.
+    aligned = F.grid_sample(
+        grid.float(), samples, mode="bilinear", padding_mode="border", align_corners=False
+    )  # (B, C, R * h, w)
+    aligned = aligned.view(batch, channels, num_boxes, height, width).transpose(1, 2)  # (B, R, C, h, w)
+    return aligned.reshape(batch * num_boxes, channels, height, width).to(grid.dtype)
+
+
+class PoolAggregator(nn.Module):
+    """
+    Average pooling that looks again (MM-GEM, https://arxiv.org/abs/2405.19333): the grid is pooled to g x g tokens
+    by adaptive average pooling, then each token attends to the patches of its own window and adds what it finds.
+    The output layer starts at zero, so an untrained aggregator *is* average pooling. A box goes through the same
+    parameters, on the grid that RoIAlign cuts out of the patch grid.
+
+    Args:
+        hidden_size: channels C of the patch features.
+        num_heads: attention heads; divides `hidden_size`.
+        num_visual_tokens: n = g * g tokens per image or box.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_visual_tokens: int):
+        super().__init__()
+        self.grid_size = math.isqrt(num_visual_tokens)
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(hidden_size)
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, grid: torch.Tensor, boxes: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            grid: (B, C, h, w) patch features.
+            boxes: (B, R, 4) xyxy in [0, 1] of the image, or None for the whole image.
+
+        Returns:
+            (B, n, C), or (B, R, n, C) with boxes.
+        """
+        if boxes is not None:
+            tokens = self(roi_align(grid, boxes))  # (B * R, n, C)
+            return tokens.view(*boxes.shape[:2], *tokens.shape[1:])  # (B, R, n, C)
+
+        (batch, channels, height, width), g, heads = grid.shape, self.grid_size, self.num_heads
+        rows, row_valid = adaptive_windows(height, g, grid.device)
+        columns, column_valid = adaptive_windows(width, g, grid.device)
+        windows = grid[:, :, rows][..., columns]  # (B, C, g, wh, g, ww)
+        windows = windows.permute(0, 2, 4, 3, 5, 1).reshape(batch, g * g, -1, channels)  # (B, n, W, C)
+        valid = row_valid[:, None, :, None] & column_valid[None, :, None, :]  # (g, g, wh, ww)
+        valid = valid.view(g * g, -1)  # (n, W)
+
+        weights = valid / valid.sum(-1, keepdim=True)  # (n, W)
+        pooled = torch.einsum("bnwc,nw->bnc", windows, weights.to(windows.dtype))  # (B, n, C)
+
+        query = self.query(self.norm(pooled)).view(batch, g * g, heads, 1, -1)  # (B, n, H, 1, d)
+        key_value = self.key_value(self.norm(windows)).view(batch, g * g, valid.shape[-1], 2, heads, -1)
+        key, value = key_value.permute(3, 0, 1, 4, 2, 5)  # (B, n, H, W, d) each
+        looked_up = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :])
+        return pooled + self.output(looked_up.reshape(batch, g * g, channels))  # (B, n, C)
