@@ -12,10 +12,10 @@ CHECKED := build/types/mmgem
 PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint types format retrain picture clean
+.PHONY: help install demo test fast lint types format retrain picture hub-code clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 install: $(STAMP) ## create .venv and install mmgem into it with all extras, in the tested versions
 
@@ -52,10 +52,16 @@ format: $(STAMP) ## let ruff rewrite what it can
 retrain: $(STAMP) ## train mmgem-tiny again, from nothing, into runs/mmgem-tiny
 	$(BIN)/mmgem train model_cards/mmgem-tiny/recipe.yaml --out runs/mmgem-tiny
 
-# Needs Chromium; the picture is the upper part of the page, in few colors to stay small.
-picture: demo ## take the README's picture of the demo page again
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1640 --screenshot=demo/page.png demo/index.html
-	$(BIN)/python -c "from PIL import Image; Image.open('demo/page.png').convert('RGB').quantize(256).save('$(PICTURE)', optimize=True)"
+picture: demo ## take the README's picture of the demo page (needs Chromium)
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1720,1480 --screenshot=demo/poster.png \
+		file://$(CURDIR)/demo/index.html#poster
+	$(BIN)/python -c "from PIL import Image; image = Image.open('demo/poster.png').convert('RGB'); \
+		image.thumbnail((1200, 1200)); image.quantize(256, kmeans=1).save('$(PICTURE)', optimize=True)"
+
+hub-code: ## copy the code that travels into model_cards/mmgem-tiny again
+	for file in model_cards/mmgem-tiny/*.py; do \
+		name=$$(basename $$file); cp modeling_mmgem/$$name $$file 2>/dev/null || cp processing/$$name $$file; \
+	done
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .configuration_mmgem import MMGEMConfig
     from .modeling_mmgem import MMGEMModel, MMGEMOutput
     from .pool_aggregator import PoolAggregator
+    from .processing import MMGEMProcessor
 
 _HOME = {
     "MMGEMConfig": ".configuration_mmgem",
@@ -16,7 +17,7 @@ _HOME = {
     "PoolAggregator": ".pool_aggregator",
     "MMGEMProcessor": ".processing",
 }
-__all__ = list(_HOME)
+__all__ = ["MMGEMConfig", "MMGEMModel", "MMGEMOutput", "MMGEMProcessor", "PoolAggregator"]
 
 
 def __getattr__(name: str):

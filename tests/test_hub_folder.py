@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from tiny_models import IMAGE_SIZE, TEXT_CONFIGS, VISION_CONFIGS, build_towers
+from tiny_models import IMAGE_SIZE, VISION_CONFIGS, build_towers
 from transformers import (
     BitImageProcessorPil,
     CLIPConfig,

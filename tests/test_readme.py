@@ -1,4 +1,4 @@
-"""The README is a promise: its snippets run in order, as they stand there, and its figures are those of the checkpoint."""
+"""The README is a promise: its snippets run, in order and as they stand, and its figures are the checkpoint's."""
 
 import json
 import os
@@ -46,7 +46,9 @@ def test_there_are_snippets_of_each_kind():
 @pytest.mark.parametrize("page", [ROOT / "README.md", TINY / "README.md"], ids=["readme", "card"])
 def test_figures_are_those_of_the_checkpoint(page):
     results = json.loads((TINY / "results.json").read_text())
-    table = dict(re.findall(r"^\| ([a-z_0-9@]+) \| ([0-9.]+) \|$", page.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    table = dict(
+        re.findall(r"^\| ([a-z_0-9@]+) \| ([0-9.]+) \|$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
     assert table == {name: f"{value:.3f}" for name, value in results.items()}
 
 

@@ -40,8 +40,8 @@ class MMGEMCollator:
     """
     Batches rows for the joint loss (meaning 4 of `MMGEMModel.forward`). Rows have an `image`, and `captions` (a list)
     or `caption` or `text`; whatever else of the following columns they have is trained too: `long_caption`, `boxes`
-    with `region_captions`, `label`, `qa`. Rows of equal `image_id` (or `scene_id` or `file_name`) show the same image, and
-    are never each other's negatives. What is drawn at random is drawn with torch's generator, so that runs repeat.
+    with `region_captions`, `label`, `qa`. Rows of equal `image_id` (or `scene_id` or `file_name`) show the same image
+    and are never each other's negatives. What is drawn at random is drawn with torch's generator, so that runs repeat.
 
     Args:
         processor: an `MMGEMProcessor`.
@@ -108,7 +108,9 @@ class MMGEMCollator:
     def _texts_of(self, row: Mapping, image_index: int) -> tuple[list[TextRow], list[Sequence[float]]]:
         captions = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), None)
         if row.get("image") is None or captions is None:
-            raise ValueError(f"row {image_index} has columns {sorted(row)}; expected `image` and one of {CAPTION_COLUMNS}.")
+            raise ValueError(
+                f"row {image_index} has columns {sorted(row)}; expected `image` and one of {CAPTION_COLUMNS}."
+            )
         captions = [captions] if isinstance(captions, str) else captions
         texts = [TextRow(image_index, caption) for caption in _draw(captions, self.captions_per_image)]
         if row.get("long_caption") and float(torch.rand(())) < self.long_caption_probability:

@@ -40,7 +40,9 @@ def load_recipe(path: str | Path) -> dict:
         raise FileNotFoundError(f"recipe {str(path)!r} is not there; expected a YAML file.")
     recipe = yaml.safe_load(path.read_text())
     if not isinstance(recipe, Mapping):
-        raise ValueError(f"recipe {str(path)!r} holds {type(recipe).__name__}; expected sections {', '.join(SECTIONS)}.")
+        raise ValueError(
+            f"recipe {str(path)!r} holds {type(recipe).__name__}; expected sections {', '.join(SECTIONS)}."
+        )
     _check_keys(recipe, SECTIONS, "recipe")
     for name in ("model", "stages"):
         if not recipe.get(name):

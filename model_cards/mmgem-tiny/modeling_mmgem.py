@@ -217,7 +217,9 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         accepted = inspect.signature(self.vision_tower.forward).parameters
         if "spatial_shapes" in accepted:  # SigLIP2 (NaFlex) takes flattened patches
             patches = pixel_values.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-            patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(batch, rows * columns, -1)  # (B, P, ph * pw * channels)
+            patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(
+                batch, rows * columns, -1
+            )  # (B, P, ph * pw * channels)
             hidden_states = self.vision_tower(
                 patches,
                 pixel_attention_mask=patches.new_ones(batch, rows * columns, dtype=torch.long),
@@ -312,8 +314,8 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         if limit is not None and length > limit:
             raise ValueError(
-                f"`input_ids` with its image, [EMB] and end tokens is {length} tokens long; the language model takes at "
-                f"most {limit}. Truncate the text when tokenizing."
+                f"`input_ids` with its image, [EMB] and end tokens is {length} tokens long; the language model takes "
+                f"at most {limit}. Truncate the text when tokenizing."
             )
 
     def _read_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -556,7 +558,9 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         grid = self._patch_grid(pixel_values)  # (I, C, rows, columns)
         _check_boxes(boxes, num_images)
         if boxes is None and (box_index >= 0).any():
-            raise ValueError(f"`box_index` is {box_index.tolist()}, but `boxes` is None; expected the boxes it points to.")
+            raise ValueError(
+                f"`box_index` is {box_index.tolist()}, but `boxes` is None; expected the boxes it points to."
+            )
         image_tokens = self.pool_aggregator(grid)  # (I, n, C)
         described_tokens = image_tokens[image_index]  # (T, n, C)
         if boxes is not None:
@@ -574,7 +578,9 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         )  # (N_t, H), (N_t,), (S_t,)
         lengths = torch.cat([caption_lengths, text_lengths]).tolist()
         hidden_states = self._run_packed(torch.cat([caption_embeds, text_embeds]), lengths, len(caption_lengths))
-        caption_states, text_states = hidden_states.split([len(caption_embeds), len(text_embeds)])  # (N_c, H), (N_t, H)
+        caption_states, text_states = hidden_states.split(
+            [len(caption_embeds), len(text_embeds)]
+        )  # (N_c, H), (N_t, H)
 
         caption_loss = self._caption_loss(caption_states, caption_labels, num_items_in_batch)
 
@@ -635,7 +641,13 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         visual_embeds = self.token_projection(tokens)  # (S, n, H)
         embeds = torch.cat([embed(bos), visual_embeds, embed(input_ids), embed(eos)], dim=1)  # (S, 1 + n + L + 1, H)
         keep = torch.cat(
-            [is_bos.any(-1, keepdim=True), is_token.new_ones(visual_embeds.shape[:2]), is_token & ~is_bos, appends_eos], dim=1
+            [
+                is_bos.any(-1, keepdim=True),
+                is_token.new_ones(visual_embeds.shape[:2]),
+                is_token & ~is_bos,
+                appends_eos,
+            ],
+            dim=1,
         )  # (S, 1 + n + L + 1)
         prefix_labels = labels.new_full((len(labels), 1 + tokens.shape[1]), IGNORED_LABEL)
         eos_labels = eos.masked_fill(~is_generated, IGNORED_LABEL)
@@ -645,7 +657,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     def _text_sequences(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(S, L) -> text and [EMB] without padding: flat embeddings (N, H), which of them are [EMB] (N,), lengths (S,)."""
+        """(S, L) -> text and [EMB] without padding: flat embeddings (N, H), whether [EMB] (N,), lengths (S,)."""
         input_ids, attention_mask = _without_empty_columns(attention_mask, input_ids, attention_mask)
         embedding_tokens = self.embedding_tokens.expand(len(input_ids), -1, -1)  # (S, k, H)
         embeds = torch.cat([self.get_input_embeddings()(input_ids), embedding_tokens], dim=1)  # (S, L + k, H)

@@ -183,9 +183,7 @@ def test_rows_without_labels_are_only_embedded_and_masked_rows_only_generated(ti
     labels = text_batch["input_ids"].masked_fill(text_batch["attention_mask"] == 0, IGNORED_LABEL)
     labels[0] = IGNORED_LABEL
     arguments = {"pixel_values": pixel_values, "return_loss": True}
-    outputs = tiny_model(
-        **text_batch, **arguments, labels=labels, contrastive_mask=torch.tensor([True, True, False])
-    )
+    outputs = tiny_model(**text_batch, **arguments, labels=labels, contrastive_mask=torch.tensor([True, True, False]))
     assert outputs.text_embeds.shape[0] == 2
     generated = tiny_model(
         text_batch["input_ids"][1:], pixel_values[1:], text_batch["attention_mask"][1:], return_loss=True
@@ -210,7 +208,9 @@ def test_every_part_learns_from_the_joint_loss(vision, text, text_batch, pixel_v
     for name, parameter in model.named_parameters():
         if name.split(".")[0] in [*parts, "logit_scale", "language_model"]:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-    patch_embedding = next(p for n, p in model.vision_tower.named_parameters() if "patch_embedding" in n or "proj" in n)
+    patch_embedding = next(
+        p for n, p in model.vision_tower.named_parameters() if "patch_embedding" in n or "proj" in n
+    )
     assert patch_embedding.grad.abs().sum() > 0
 
 
@@ -251,7 +251,9 @@ def test_generation_with_and_without_cache_agree(vision, text, pixel_values):
 
 def test_generation_from_left_padding_is_unchanged(tiny_model, pixel_values):
     batch = prompts(tiny_model, question_length=2)
-    plain = tiny_model.generate(**batch, pixel_values=pixel_values, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    plain = tiny_model.generate(
+        **batch, pixel_values=pixel_values, max_new_tokens=5, min_new_tokens=5, do_sample=False
+    )
     padded = {name: F.pad(tensor, (3, 0)) for name, tensor in batch.items()}
     moved = tiny_model.generate(
         **padded, pixel_values=pixel_values, max_new_tokens=5, min_new_tokens=5, do_sample=False
@@ -387,6 +389,8 @@ def test_multi_vector_is_not_there_yet():
 def test_a_tower_without_a_patch_grid_is_refused():
     from transformers import SwinConfig, SwinModel
 
-    tower = SwinModel(SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2]))
+    tower = SwinModel(
+        SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    )
     with pytest.raises(ValueError, match="`swin`.*expected a patch grid of 8 x 8|has no patch grid"):
         MMGEMModel.from_towers(tower, build_towers()[1], num_visual_tokens=4)

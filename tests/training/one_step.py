@@ -1,4 +1,4 @@
-"""One SGD step of MMGEMTrainer on four fixed rows; saves the gradient. Run plainly, or by torchrun on two processes."""
+"""One SGD step of MMGEMTrainer on four fixed rows; saves the gradient. Run by torchrun, it takes two processes."""
 
 import sys
 
@@ -16,7 +16,8 @@ def rows() -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator)
     data = [
-        {"image": Image.fromarray(image.numpy()), "caption": text} for image, text in zip(pixels, CAPTIONS, strict=True)
+        {"image": Image.fromarray(image.numpy()), "caption": text}
+        for image, text in zip(pixels, CAPTIONS, strict=True)
     ]
     data[0] |= {"boxes": [[2, 3, 20, 30], [10, 0, 32, 12]], "region_captions": ["a tall region", "a flat one"]}
     return data

@@ -67,7 +67,10 @@ def test_killed_runs_end_where_others_do(written, tmp_path):
     expected = weights(tmp_path / "whole")
     checkpoints = tmp_path / "whole" / "checkpoints"
     # Killed in the middle of the second stage, and between the two.
-    for name, kept in {"middle": ["first/checkpoint-2", "second/checkpoint-1"], "between": ["first/checkpoint-2"]}.items():
+    for name, kept in {
+        "middle": ["first/checkpoint-2", "second/checkpoint-1"],
+        "between": ["first/checkpoint-2"],
+    }.items():
         for checkpoint in kept:
             target = tmp_path / name / "checkpoints" / checkpoint
             target.parent.mkdir(parents=True)

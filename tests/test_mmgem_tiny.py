@@ -1,0 +1,50 @@
+"""The checkpoint in the repository: complete, small, of the code beside it, and as good as it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmgem.training.checkpoint import load_checkpoint
+from mmgem.training.evaluation import evaluate_model
+from mmgem.training.scene_dataset import SceneDataset
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "model_cards" / "mmgem-tiny"
+AIMS = {
+    "text_to_image_recall@1": 0.85,
+    "image_to_text_recall@1": 0.85,
+    "long_text_to_image_recall@1": 0.90,
+    "caption_fidelity": 0.80,
+    "region_caption_fidelity": 0.90,
+    "region_recall@1": 0.80,
+    "zero_shot_accuracy": 0.95,
+}
+
+
+def test_its_code_is_the_code_of_the_package():
+    copies = sorted(TINY.glob("*.py"))
+    assert len(copies) >= 8
+    for copy in copies:
+        original = next(
+            ROOT / folder / copy.name
+            for folder in ("modeling_mmgem", "processing")
+            if (ROOT / folder / copy.name).exists()
+        )
+        assert copy.read_text() == original.read_text(), f"{copy.name} differs: run `make hub-code`"
+
+
+def test_its_weights_are_small():
+    assert (TINY / "model.safetensors").stat().st_size <= 16e6
+
+
+def test_its_results_are_what_was_aimed_at():
+    results = json.loads((TINY / "results.json").read_text())
+    assert {name: results[name] >= aim for name, aim in AIMS.items()} == dict.fromkeys(AIMS, True)
+
+
+@pytest.mark.slow
+def test_it_is_that_good_on_scenes_of_another_seed():
+    model, processor = load_checkpoint(TINY)
+    metrics = evaluate_model(model, processor, SceneDataset(seed=3_141_592, count=200, unique=True))
+    assert {name: metrics[name] >= aim for name, aim in AIMS.items()} == dict.fromkeys(AIMS, True), metrics
