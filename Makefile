@@ -59,7 +59,7 @@ picture: demo ## take the README's picture of the demo page (needs Chromium)
 		image.thumbnail((1200, 1200)); image.quantize(256, kmeans=1).save('$(PICTURE)', optimize=True)"
 
 hub-code: ## copy the code that travels into model_cards/mmgem-tiny again
-	for file in model_cards/mmgem-tiny/*.py; do \
+	@for file in model_cards/mmgem-tiny/*.py; do \
 		name=$$(basename $$file); cp modeling_mmgem/$$name $$file 2>/dev/null || cp processing/$$name $$file; \
 	done
 

@@ -14,7 +14,7 @@ def gather_sizes(size: int, device: torch.device) -> list[int]:
     if not is_distributed():
         return [size]
     sizes = torch.empty(dist.get_world_size(), dtype=torch.long, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([size], device=device))
+    dist.all_gather_single(sizes, torch.tensor([size], device=device))
     return sizes.tolist()
 
 
@@ -31,10 +31,10 @@ def gather_rows(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """
     if not is_distributed():
         return rows
-    from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
+    from torch.distributed._functional_collectives import all_gather_single, all_gather_single_autograd
 
     padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])]).contiguous()
-    gather = all_gather_tensor_autograd if rows.requires_grad else all_gather_tensor
+    gather = all_gather_single_autograd if rows.requires_grad else all_gather_single
     gathered = gather(padded, 0, dist.group.WORLD).view(len(sizes), max(sizes), *rows.shape[1:])
     return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)])
 

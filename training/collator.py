@@ -86,12 +86,8 @@ class MMGEMCollator:
             row_texts, row_boxes = self._texts_of(row, image_index)
             texts += row_texts
             boxes.append(row_boxes)
-        # An image without boxes beside images with boxes gets the box of all of it, which no text describes.
-        has_boxes = any(boxes)
-        if has_boxes:
-            boxes = [row_boxes or [[0, 0, *row["image"].size]] for row_boxes, row in zip(boxes, rows, strict=True)]
         inputs = self.processor(
-            images=[row["image"] for row in rows], boxes=boxes if has_boxes else None, return_tensors="pt"
+            images=[row["image"] for row in rows], boxes=boxes if any(boxes) else None, return_tensors="pt"
         )
         id_column = next((column for column in ID_COLUMNS if all(row.get(column) is not None for row in rows)), None)
         if id_column is not None:
