@@ -504,6 +504,12 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
                 contrastive_mask,
                 num_items_in_batch,
             )
+        if labels is not None or boxes is not None:
+            raise ValueError(
+                f"`{'boxes' if labels is None else 'labels'}` came with images and texts that are only compared; "
+                "expected image placeholders in `input_ids` to generate from, or `return_loss=True` to train. Boxes "
+                "are embedded by `get_image_features`."
+            )
         image_embeds = F.normalize(self.get_image_features(pixel_values).pooler_output, dim=-1)  # (I, D)
         text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)  # (T, D)
         return self._pair_output(image_embeds, text_embeds)

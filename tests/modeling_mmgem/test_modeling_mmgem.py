@@ -229,6 +229,19 @@ def test_one_batch_is_learned(text_batch, pixel_values):
         assert torch.equal(caption[: int(mask.sum())], ids[mask.bool()])
 
 
+def test_activation_checkpointing_changes_nothing(text_batch, pixel_values):
+    gradients = []
+    for checkpointing in (False, True):
+        model = build_model().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(**text_batch, pixel_values=pixel_values, return_loss=True).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
 def test_temperature_is_clamped(tiny_model, text_batch, pixel_values):
     tiny_model.logit_scale.data.fill_(10.0)
     outputs = tiny_model(**text_batch, pixel_values=pixel_values)
@@ -364,6 +377,31 @@ def test_every_tower_config_is_tested():
                 "attention_mask": torch.ones(1, 3),
             },
             r"`attention_mask` has shape \(1, 3\); expected that of `input_ids`, \(1, 4\)",
+        ),
+        (
+            {
+                "pixel_values": torch.zeros(1, 3, 32, 32),
+                "input_ids": torch.full((1, 4), 5),
+                "labels": torch.full((1, 4), 5),
+            },
+            "`labels` came with images and texts that are only compared",
+        ),
+        (
+            {
+                "pixel_values": torch.zeros(1, 3, 32, 32),
+                "input_ids": torch.full((1, 4), 5),
+                "boxes": torch.ones(1, 1, 4),
+            },
+            "`boxes` came with images and texts that are only compared",
+        ),
+        (
+            {
+                "pixel_values": torch.zeros(1, 3, 32, 32),
+                "input_ids": torch.full((1, 4), 5),
+                "box_index": torch.tensor([0]),
+                "return_loss": True,
+            },
+            r"`box_index` is \[0\], but `boxes` is None",
         ),
         (
             {"pixel_values": torch.zeros(1, 3, 32, 32), "input_ids": torch.full((1, 300), 5)},
