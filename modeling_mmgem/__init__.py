@@ -26,4 +26,20 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'mmgem' has no attribute '{name}'")
     from importlib import import_module
 
+    _register()
     return getattr(import_module(_HOME[name], __name__), name)
+
+
+def _register():
+    """Where the package is installed, a checkpoint loads with its code, and nobody is asked to trust another copy."""
+    import transformers
+
+    from .configuration_mmgem import AUTO_MAP, MODEL_CLASS, MMGEMConfig
+    from .modeling_mmgem import MMGEMModel
+    from .processing.processing_mmgem import MMGEMProcessor
+
+    transformers.AutoConfig.register(MMGEMConfig.model_type, MMGEMConfig, exist_ok=True)
+    transformers.AutoProcessor.register(MMGEMConfig, MMGEMProcessor, exist_ok=True)
+    for auto_class, class_name in AUTO_MAP.items():
+        if class_name == MODEL_CLASS:
+            getattr(transformers, auto_class).register(MMGEMConfig, MMGEMModel, exist_ok=True)

@@ -1,6 +1,8 @@
 """The checkpoint in the repository: complete, small, of the code beside it, and as good as it says."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,24 @@ def test_it_is_that_good_on_scenes_of_another_seed():
     model, processor = load_checkpoint(TINY)
     metrics = evaluate_model(model, processor, SceneDataset(seed=3_141_592, count=200, unique=True))
     assert {name: metrics[name] >= aim for name, aim in AIMS.items()} == dict.fromkeys(AIMS, True), metrics
+
+
+@pytest.mark.slow
+def test_with_the_package_imported_nobody_is_asked_to_trust_a_copy_of_it():
+    code = f"""
+from mmgem import MMGEMModel, MMGEMProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+MMGEMProcessor.from_pretrained({str(TINY)!r})
+assert type(AutoProcessor.from_pretrained({str(TINY)!r})) is MMGEMProcessor
+assert type(AutoModel.from_pretrained({str(TINY)!r})) is MMGEMModel
+assert type(AutoModelForImageTextToText.from_pretrained({str(TINY)!r})) is MMGEMModel
+
+from sentence_transformers import SentenceTransformer
+
+assert SentenceTransformer({str(TINY)!r}, trust_remote_code=True).encode(["a red star"]).shape == (1, 192)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
+    assert result.returncode == 0, result.stderr[-4000:]

@@ -15,6 +15,7 @@ from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
+from mmgem.training.checkpoint import load_checkpoint
 from mmgem.training.collator import MMGEMCollator
 from mmgem.training.image_folder import read_image_folder
 from mmgem.training.model_card import write_model_card
@@ -159,8 +160,8 @@ def build_model(recipe: Mapping, train_dataset) -> tuple[MMGEMProcessor, MMGEMMo
     """Processor and model of a recipe: a checkpoint, composed towers, or configs to train from nothing."""
     section = {key: value for key, value in recipe["model"].items() if key != "attn_implementation"}
     if "pretrained" in section:
-        name = section["pretrained"]
-        return MMGEMProcessor.from_pretrained(name), MMGEMModel.from_pretrained(name)
+        model, processor = load_checkpoint(section["pretrained"])
+        return processor, model
     if "vision" in section:
         model = MMGEMModel.from_towers(**section)
         processor = MMGEMProcessor.from_towers(
