@@ -1,4 +1,4 @@
-# A fresh machine needs CPython >= 3.10 with pip, and make. `make help` lists the targets.
+# A fresh machine needs CPython >= 3.11 with pip, and make. `make help` lists the targets.
 
 PYTHON ?= python3
 VENV ?= .venv
