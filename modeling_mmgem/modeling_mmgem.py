@@ -636,12 +636,12 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         position = is_token.long().cumsum(-1) - 1  # (S, L)
         is_first = is_token & (position == 0)
         is_last = is_token & (position == position.max(-1, keepdim=True).values)
-        is_bos = is_first & (input_ids == _first(text_config.bos_token_id))  # the image comes after it
-        eos_token_id = _first(text_config.eos_token_id)
+        is_bos = is_first & (input_ids == first_token_id(text_config.bos_token_id))  # the image comes after it
+        eos_token_id = first_token_id(text_config.eos_token_id)
         ends = (is_last & (input_ids == eos_token_id)).any(-1, keepdim=True)  # (S, 1)
         is_generated = (is_last & (labels != IGNORED_LABEL)).any(-1, keepdim=True)
         appends_eos = ~ends & (eos_token_id >= 0)  # (S, 1)
-        bos = torch.full_like(ends, max(_first(text_config.bos_token_id), 0), dtype=torch.long)
+        bos = torch.full_like(ends, max(first_token_id(text_config.bos_token_id), 0), dtype=torch.long)
         eos = torch.full_like(bos, max(eos_token_id, 0))
 
         visual_embeds = self.token_projection(tokens)  # (S, n, H)
@@ -730,7 +730,7 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _first(token_id: int | list[int] | None) -> int:
+def first_token_id(token_id: int | list[int] | None) -> int:
     """Some language models list several end tokens; some have none, and -1 equals no token."""
     if isinstance(token_id, list | tuple):
         return token_id[0]

@@ -90,7 +90,7 @@ def train(recipe_path: str | Path, out: str | Path, resume: bool = False) -> dic
     seed = recipe.get("seed", 0)
     set_seed(seed)
     eval_dataset = load_data(recipe["eval_data"], "eval_data") if "eval_data" in recipe else None
-    processor, model = build_model(recipe, load_data(stages[0]["train_data"], "train_data"))
+    processor, model = build_model(recipe)
     if "attn_implementation" in recipe["model"]:
         model.set_attn_implementation(recipe["model"]["attn_implementation"])
     log_history = []
@@ -156,8 +156,11 @@ def load_data(section: Mapping, name: str):
     return read_image_folder(section["folder"])
 
 
-def build_model(recipe: Mapping, train_dataset) -> tuple[MMGEMProcessor, MMGEMModel]:
-    """Processor and model of a recipe: a checkpoint, composed towers, or configs to train from nothing."""
+def build_model(recipe: Mapping) -> tuple[MMGEMProcessor, MMGEMModel]:
+    """
+    Processor and model of a recipe: a checkpoint, composed towers, or configs to train from nothing, with a tokenizer
+    that learns from the data of the first stage.
+    """
     section = {key: value for key, value in recipe["model"].items() if key != "attn_implementation"}
     if "pretrained" in section:
         model, processor = load_checkpoint(section["pretrained"])
@@ -174,6 +177,7 @@ def build_model(recipe: Mapping, train_dataset) -> tuple[MMGEMProcessor, MMGEMMo
 
     from transformers import SiglipImageProcessorPil
 
+    train_dataset = load_data(recipe["stages"][0]["train_data"], "train_data")
     rows = range(min(len(train_dataset), TOKENIZER_TRAINING_ROWS))
     tokenizer = train_tokenizer(_texts(train_dataset, rows), **recipe["tokenizer"])
     section["text_config"] = section["text_config"] | {

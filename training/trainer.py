@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mmgem.modeling_mmgem import IGNORED_LABEL, MAX_LOGIT_SCALE
+from mmgem.modeling_mmgem import IGNORED_LABEL, MAX_LOGIT_SCALE, first_token_id
 from mmgem.training.collator import MMGEMCollator
 from mmgem.training.evaluation import evaluate_model
 
@@ -63,8 +63,9 @@ class MMGEMTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Caption tokens of all processes and accumulation steps, with the end tokens that the model appends."""
-        eos_token_id = self.model.config.text_config.eos_token_id
-        count = sum(count_caption_tokens(batch["input_ids"], batch["labels"], eos_token_id) for batch in batch_samples)
+        text_config = self.model.config.text_config
+        ends = text_config.eos_token_id, text_config.bos_token_id
+        count = sum(count_caption_tokens(batch["input_ids"], batch["labels"], *ends) for batch in batch_samples)
         return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -105,15 +106,24 @@ class MMGEMTrainer(Trainer):
         return metrics
 
 
-def count_caption_tokens(input_ids: torch.Tensor, labels: torch.Tensor, eos_token_id: int | list[int] | None) -> int:
+def count_caption_tokens(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    eos_token_id: int | list[int] | None,
+    bos_token_id: int | list[int] | None = None,
+) -> int:
     """
-    Labels of the joint loss in a batch: the given ones, and an appended end token for each text generated to its end.
+    Labels of the joint loss in a batch: the given ones without a leading [BOS], which goes before the image, and an
+    appended end token for each text generated to its end.
 
     Args:
         input_ids, labels: (T, L), as for `MMGEMModel.forward`.
-        eos_token_id: of the language model.
+        eos_token_id, bos_token_id: of the language model.
     """
     is_label = labels != IGNORED_LABEL  # (T, L)
-    eos = eos_token_id[0] if isinstance(eos_token_id, list | tuple) else eos_token_id
-    ends = (is_label & (input_ids == eos)).any(-1) if eos is not None else is_label.any(-1)
-    return int(is_label.sum() + (is_label.any(-1) & ~ends).sum())
+    is_generated = is_label.any(-1)  # (T,)
+    first_label = labels.gather(1, is_label.long().argmax(-1, keepdim=True))[:, 0]  # (T,)
+    starts = is_generated & (first_label == first_token_id(bos_token_id))
+    eos = first_token_id(eos_token_id)
+    appends_eos = is_generated & ~(is_label & (input_ids == eos)).any(-1) & (eos >= 0)
+    return int(is_label.sum() - starts.sum() + appends_eos.sum())

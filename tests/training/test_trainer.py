@@ -110,6 +110,18 @@ def test_negative_loss_weight_is_refused(tmp_path):
         arguments_in(tmp_path, caption_loss_weight=-1.0)
 
 
+@pytest.mark.parametrize(("bos", "eos"), [(5, 0), (None, [0, 9]), (None, None)])
+def test_counted_tokens_are_those_the_model_divides_by(bos, eos, pixel_values):
+    model = build_model()
+    model.config.text_config.bos_token_id, model.config.text_config.eos_token_id = bos, eos
+    input_ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0], [6, 7, 8, 9]])
+    labels = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0], [-100, -100, 8, 9]])
+    batch = {"input_ids": input_ids, "labels": labels, "pixel_values": pixel_values, "return_loss": True}
+    mean = model(**batch).caption_loss
+    count = count_caption_tokens(input_ids, labels, eos, bos)
+    torch.testing.assert_close(model(**batch, num_items_in_batch=count).caption_loss, mean)
+
+
 def test_end_tokens_are_counted_once():
     input_ids = torch.tensor([[5, 6, 7], [5, 6, 0], [5, 6, 7], [5, 6, 7]])
     labels = torch.tensor([[5, 6, 7], [5, 6, 0], [-100, -100, 7], [-100, -100, -100]])
