@@ -55,3 +55,7 @@ if __name__ == "__main__":
     gradient = gradient_of_one_step(processor, out, per_device_train_batch_size=batch_size)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(gradient, f"{out}/gradient.pt")
+    if torch.distributed.is_initialized():
+        # Gloo's threads abort a process that exits before they are joined.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

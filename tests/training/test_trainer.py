@@ -61,7 +61,7 @@ def test_accumulated_contrastive_loss_is_the_mean_over_the_steps(tiny_processor,
 @pytest.mark.slow
 def test_two_processes_step_as_one_does(tiny_processor, tmp_path):
     tiny_processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [*command, str(TESTS / "one_step.py"), str(tmp_path / "tokenizer"), str(tmp_path), "2"],
