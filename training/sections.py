@@ -1,0 +1,90 @@
+"""A section of a recipe holds the arguments of something: their names and types are checked against its signature."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
+
+_LISTED = 20  # names of which an error message may list all
+
+
+def check_keys(section: object, known: Iterable[str], where: str) -> None:
+    """
+    Refuse a section that is no mapping or has a key that nothing reads.
+
+    Args:
+        section: as read from the recipe.
+        known: the keys it may have.
+        where: what error messages call the section.
+
+    Raises:
+        ValueError: naming the key and the nearest known one.
+    """
+    known = list(known)
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{where} is {section!r:.80}; expected a mapping with keys such as {', '.join(known[:3])}.")
+    for key in section:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            expected = f"; expected {', '.join(known)}." if len(known) <= _LISTED else "."
+            hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+            raise ValueError(f"{where} has the unknown key `{key}`{expected}{hint}")
+
+
+def check_type(value: Any, annotation: Any, where: str) -> None:
+    """
+    Refuse a value of a wrong type; a whole number will do where a `float` is expected.
+
+    Raises:
+        ValueError: naming the value and what was expected.
+    """
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    for candidate in (value, float(value)) if is_whole else (value,):
+        try:
+            return type_validator(where, candidate, annotation)
+        except TypeError:
+            continue
+    name = annotation.__name__ if isinstance(annotation, type) else re.sub(r"\w+\.", "", str(annotation))
+    raise ValueError(f"{where} is {value!r:.80}; expected {name}.")
+
+
+def check_arguments(
+    section: object, function: Callable, where: str, given: Iterable[str] = (), rest: Callable | None = None
+) -> None:
+    """
+    Refuse a section that cannot be the keyword arguments of a function, or of a class.
+
+    Args:
+        section: as read from the recipe.
+        function: with annotated parameters; those without an annotation take anything.
+        where: what error messages call the section.
+        given: parameters that do not come from the section.
+        rest: what the function hands its further keyword arguments (`**`) to, if it takes any.
+
+    Raises:
+        ValueError: for a key that is no parameter, a value of a wrong type, or a missing argument.
+    """
+    taken, hints = set(given), _hints(function)
+    parameters = {name: it for name, it in inspect.signature(function).parameters.items() if name not in taken}
+    if rest is not None:
+        parameters = {name: it for name, it in parameters.items() if it.kind != it.VAR_KEYWORD}
+        parameters = {**inspect.signature(rest).parameters, **parameters}
+        hints = _hints(rest) | hints
+    check_keys(section, parameters, where)
+    assert isinstance(section, Mapping)
+    for name, value in section.items():
+        if name in hints:
+            check_type(value, hints[name], f"`{name}` in {where}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in section:
+            raise ValueError(f"{where} has no `{name}`.")
+
+
+def _hints(function: Callable) -> dict[str, Any]:
+    """The annotations of a dataclass stand in the class, those of other classes at their `__init__`."""
+    is_plain_class = inspect.isclass(function) and not is_dataclass(function)
+    return get_type_hints(function.__init__ if is_plain_class else function)  # type: ignore[misc]
