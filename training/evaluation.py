@@ -3,7 +3,8 @@
 import importlib.util
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,6 +21,7 @@ from mmgem.training.encoding import (
 )
 from mmgem.training.grammar import label_prompt, parse_caption, parse_region_caption
 from mmgem.training.scenes import LABELS
+from mmgem.training.sharing import Share
 
 RECALL_AT = (1, 5, 10)
 _MAX_SCORES = 2**24  # scores held at a time
@@ -150,6 +152,9 @@ def evaluate_model(
 
     A text that several images share is right for each of them; so is a region caption for regions of the same meaning.
 
+    In a distributed run all processes call this with the same rows; each embeds and captions its share of them, and
+    all return the metrics of the whole (see [`mmgem.training.sharing.Share`]).
+
     Args:
         model: An `MMGEMModel`, on any device; its training mode is the same afterwards.
         processor: Its `MMGEMProcessor`.
@@ -166,27 +171,16 @@ def evaluate_model(
         ValueError: If there are fewer than two rows, so that there is nothing to choose from, or a row has not as many
             `boxes` as `region_captions`.
     """
-    rows: list[dict[str, Any]] = []  # without their images, which would fill the memory
-    image_parts, region_parts = [], []
-    captions: list[str] = []
-    region_captions: list[str] = []
-    for batch in _batches(dataset, batch_size):
-        images = [row["image"] for row in batch]
-        image_parts.append(embed_images(model, processor, images))
-        described = [row["image"] for row in batch if _captions_of(row)]
-        if described:
-            captions += generate_captions(model, processor, described, max_new_tokens)
-        boxed = [(row["image"], row["boxes"]) for row in batch if _region_texts_of(row)]
-        if boxed:
-            boxed_images, boxes = zip(*boxed, strict=True)
-            region_parts.append(embed_regions(model, processor, boxed_images, boxes))
-            region_captions += generate_region_captions(model, processor, boxed_images, boxes, max_new_tokens)
-        rows += [{name: value for name, value in row.items() if name != "image"} for row in batch]
-    if len(rows) < 2:
-        raise ValueError(f"dataset must have 2 rows or more, got {len(rows)}")
+    share = Share.for_model(model)
+    answers = share.gather(_answers(model, processor, share.of(dataset), batch_size, max_new_tokens))
+    if len(answers) < 2:
+        raise ValueError(f"dataset must have 2 rows or more, got {len(answers)}")
 
-    embed = partial(embed_texts, model, processor, batch_size=batch_size)
-    image_embeds = torch.cat(image_parts)  # (I, D)
+    embed = partial(_embed_texts, model, processor, batch_size, share)
+    rows = [answer.row for answer in answers]
+    image_embeds = torch.stack([answer.image_embed for answer in answers])  # (I, D)
+    captions = [answer.caption for answer in answers if answer.caption is not None]
+    region_captions = [caption for answer in answers for caption in answer.region_captions]
     references = [_captions_of(row) for row in rows]
     long_captions = [[row["long_caption"]] if row.get("long_caption") else [] for row in rows]
     labels = [row["label"] for row in rows if row.get("label") is not None]
@@ -206,20 +200,63 @@ def evaluate_model(
             metrics["cider"] = cider(captions, originals)
     if region_captions:
         region_texts = [text for row in rows for text in _region_texts_of(row)]
-        metrics["region_recall@1"] = recall_at(_region_ranks(torch.cat(region_parts), region_texts, embed), 1)
+        region_embeds = torch.cat([answer.region_embeds for answer in answers if answer.region_embeds is not None])
+        metrics["region_recall@1"] = recall_at(_region_ranks(region_embeds, region_texts, embed), 1)
         metrics["region_caption_fidelity"] = region_caption_fidelity(region_captions, region_texts)
 
     if samples is not None:
-        generated, regions = iter(captions), iter(region_captions)
-        for row, texts in zip(rows, references, strict=True):
-            caption = next(generated) if texts else None
-            samples.append({"caption": caption, "region_captions": [next(regions) for _ in _region_texts_of(row)]})
+        samples += [{"caption": answer.caption, "region_captions": answer.region_captions} for answer in answers]
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def _batches(dataset, batch_size: int) -> Iterator[list[Mapping[str, Any]]]:
-    rows = iter(tqdm(dataset, desc="images", unit="image"))
-    while batch := list(islice(rows, batch_size)):
+@dataclass
+class _Answer:
+    """What the model makes of a row, beside the row's columns without the image, which would fill the memory."""
+
+    row: dict[str, Any]
+    image_embed: torch.Tensor  # (D,)
+    caption: str | None = None
+    region_embeds: torch.Tensor | None = None  # (R, D)
+    region_captions: list[str] = field(default_factory=list)
+
+
+def _answers(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: int, max_new_tokens: int):
+    answers: list[_Answer] = []
+    for batch in _batches(rows, batch_size):
+        # Cloned: a row that is a view of its batch would be sent to other processes with all of the batch.
+        image_embeds = [embed.clone() for embed in embed_images(model, processor, [row["image"] for row in batch])]
+        columns = [{name: value for name, value in row.items() if name != "image"} for row in batch]
+        new = [_Answer(*pair) for pair in zip(columns, image_embeds, strict=True)]
+        answers += new
+
+        described = [number for number, row in enumerate(batch) if _captions_of(row)]
+        if described:
+            images = [batch[number]["image"] for number in described]
+            captions = generate_captions(model, processor, images, max_new_tokens)
+            for number, caption in zip(described, captions, strict=True):
+                new[number].caption = caption
+        boxed = [number for number, row in enumerate(batch) if _region_texts_of(row)]
+        if boxed:
+            images, boxes = [batch[number]["image"] for number in boxed], [batch[number]["boxes"] for number in boxed]
+            counts = [len(own) for own in boxes]
+            embeds = embed_regions(model, processor, images, boxes).split(counts)
+            texts = iter(generate_region_captions(model, processor, images, boxes, max_new_tokens))
+            for number, own_embeds in zip(boxed, embeds, strict=True):
+                new[number].region_embeds = own_embeds.clone()
+                new[number].region_captions = list(islice(texts, len(own_embeds)))
+    return answers
+
+
+def _embed_texts(model, processor, batch_size: int, share: Share, texts: list[str]) -> torch.Tensor:
+    """(T, D), each process embedding its share of the texts."""
+    own = list(share.of(texts))
+    embeds = embed_texts(model, processor, own, batch_size) if own else ()
+    return torch.stack(share.gather([embed.clone() for embed in embeds]))
+
+
+def _batches(rows: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[list[Mapping[str, Any]]]:
+    remaining = iter(tqdm(rows, desc="images", unit="image"))
+    while batch := list(islice(remaining, batch_size)):
         yield batch
 
 

@@ -1,33 +1,28 @@
-"""The joint training loop: InfoNCE and captioning in one forward call, on transformers' Trainer."""
+"""The joint training loop: a contrastive loss and captioning in one forward call, on transformers' Trainer."""
 
-from dataclasses import dataclass, field
+import errno
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from mmgem.modeling_mmgem import IGNORED_LABEL, MAX_LOGIT_SCALE, first_token_id
+from mmgem.modeling_mmgem import IGNORED_LABEL, MAX_LOGIT_SCALE, MMGEMOutput, first_token_id
+from mmgem.training.arguments import MMGEMTrainingArguments
+from mmgem.training.checkpoints import last_complete_checkpoint, mark_complete, mark_unfinished
 from mmgem.training.collator import MMGEMCollator
+from mmgem.training.ema import EMACallback
 from mmgem.training.evaluation import evaluate_model
-
-
-@dataclass
-class MMGEMTrainingArguments(TrainingArguments):
-    """
-    `TrainingArguments` with the weights of the two losses.
-
-    Raises:
-        ValueError: if a weight is negative.
-    """
-
-    caption_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the captioning loss."})
-    contrastive_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the InfoNCE loss."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads all columns."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("caption_loss_weight", "contrastive_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 or more.")
+from mmgem.training.grad_cache import GradCache, split_batch
+from mmgem.training.objective import PairwiseSigmoid, build_objective
+from mmgem.training.teacher import Teacher
+from mmgem.training.trainable import parameter_groups, set_trainable
 
 
 class LogitScaleClamp(TrainerCallback):
@@ -44,7 +39,8 @@ class MMGEMTrainer(Trainer):
 
     The caption loss is a mean over the caption tokens of all processes and accumulation steps; the contrastive loss is
     taken over the gathered batch of all processes and averaged over accumulation steps. So N processes with a batch of
-    B give the gradient of one process with N * B.
+    B give the gradient of one process with N * B. A larger contrastive batch than fits is not what accumulation gives
+    but what `grad_cache_chunk_size` does.
 
     `evaluate` measures what the model is for: recall, zero-shot accuracy, captions (see
     [`mmgem.training.evaluation.evaluate_model`]).
@@ -52,43 +48,231 @@ class MMGEMTrainer(Trainer):
     Args:
         model, args, train_dataset, eval_dataset, processing_class, kwargs: as in `Trainer`; `processing_class` is the
             `MMGEMProcessor`, and the default `data_collator` an [`MMGEMCollator`] of it.
+
+    Raises:
+        ValueError: for arguments that do not fit together.
+        FloatingPointError: while training, if a loss or gradient is no finite number; it names the rows of the batch.
+            Nothing is saved after it.
+        MemoryError: while training, if a step does not fit; it says what to lower.
     """
 
-    def __init__(self, model, args, processing_class, data_collator=None, **kwargs):
+    def __init__(self, model, args: MMGEMTrainingArguments, processing_class, data_collator=None, **kwargs):
         if data_collator is None:
             data_collator = MMGEMCollator(processing_class)
+        if args.freeze is not None or args.train_only is not None:
+            set_trainable(model, args.freeze, args.train_only)
+        if args.lora is not None:
+            from mmgem.training.lora import add_lora  # peft is needed only here
+
+            model = add_lora(model, **args.lora)
+        self.objective = build_objective(**(args.contrastive_objective or {}))
+        if isinstance(self.objective, PairwiseSigmoid) and model.logit_bias is None:
+            raise ValueError(
+                "`contrastive_objective` is the sigmoid loss, which needs a bias, but `logit_bias_init_value` in the "
+                "model's configuration is None; expected a number, such as -10."
+            )
+        self.grad_cache = GradCache(args.grad_cache_chunk_size) if args.grad_cache_chunk_size else None
+        self.teacher = Teacher(model, processing_class, **self.objective.teacher) if self.objective.teacher else None
+        self.ema = EMACallback(args.ema_decay) if args.ema_decay is not None else None
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
-        self.add_callback(LogitScaleClamp())
-        self._logged_losses: dict[str, list[torch.Tensor]] = {"caption_loss": [], "contrastive_loss": []}
+        for callback in (LogitScaleClamp(), self.teacher, self.ema):  # the averages come last
+            if callback is not None:
+                self.add_callback(callback)
+        self._row_keys: list[str] = []
+        self._figures: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    # Data and optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.max_tokens_per_batch is None:
+            return super().get_train_dataloader()
+        from mmgem.training.batching import TokenBudgetBatchSampler
+
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=TokenBudgetBatchSampler(self.train_dataset, self.args.max_tokens_per_batch),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.args.learning_rates:
+            model = self.model if model is None else model
+            groups = parameter_groups(
+                model,
+                self.args.learning_rate,
+                self.args.learning_rates,
+                self.args.weight_decay,
+                self.get_decay_parameter_names(model),
+            )
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **arguments)
+        return super().create_optimizer(model)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Caption tokens of all processes and accumulation steps, with the end tokens that the model appends."""
         text_config = self.model.config.text_config
-        ends = text_config.eos_token_id, text_config.bos_token_id
-        count = sum(count_caption_tokens(batch["input_ids"], batch["labels"], *ends) for batch in batch_samples)
+        count = sum(
+            count_caption_tokens(batch, text_config.eos_token_id, text_config.bos_token_id) for batch in batch_samples
+        )
         return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
 
+    # One step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._row_keys = inputs.pop("row_keys", [])
+        with _memory_advice(self.args):
+            if self.grad_cache is None:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            else:
+                loss = self._cached_step(model, inputs, num_items_in_batch)
+        self._check_finite(loss, "the loss")
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        # The Trainer averages gradients over processes but sums them over accumulation steps. The caption loss is
-        # already divided by the tokens of them all; the contrastive loss is, on each process, that of all of them.
-        caption_loss, contrastive_loss = outputs.caption_loss, outputs.contrastive_loss
+        inputs = self._without_unweighted(inputs)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, return_contrastive_batch=True)
+        teacher = None if self.teacher is None else self.teacher.embed([inputs])
+        contrastive_loss = self.objective(outputs.contrastive_batch, teacher)
+        self._note(outputs, contrastive_loss, num_items_in_batch)
+        loss = self._weigh(outputs.caption_loss, contrastive_loss, num_items_in_batch)
+        # With nothing to compare the scale has no part in the loss, which DDP would wait for.
+        loss = loss + 0.0 * outputs.contrastive_batch.logit_scale
+        return (loss, outputs) if return_outputs else loss
+
+    def _cached_step(self, model, inputs, num_items_in_batch):
+        """Forward and backward, `grad_cache_chunk_size` images at a time; gradients meet in the last chunk's pass."""
+        model.train()
+        chunks = split_batch(self._without_unweighted(self._prepare_inputs(inputs)), self.grad_cache.chunk_size)
+        with self.compute_loss_context_manager():
+            batches, random_states = self.grad_cache.embed(model, chunks)
+            teacher = None if self.teacher is None else self.teacher.embed(chunks)
+        contrastive_loss, gradients = self.grad_cache.loss_and_gradients(
+            batches, partial(self.objective, teacher=teacher)
+        )
+        del batches, teacher
+
+        total = self._weigh(0.0, contrastive_loss, num_items_in_batch)
+        for number, (chunk, random_state, gradient) in enumerate(zip(chunks, random_states, gradients, strict=True)):
+            is_last = number == len(chunks) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with random_state.replayed(), self.compute_loss_context_manager():
+                    outputs = model(**chunk, num_items_in_batch=num_items_in_batch, return_contrastive_batch=True)
+                    surrogate = self.grad_cache.surrogate(outputs.contrastive_batch, gradient)
+                    loss = self._weigh(outputs.caption_loss, surrogate, num_items_in_batch)
+                self.accelerator.backward(loss)
+            self._note(outputs, contrastive_loss / len(chunks), num_items_in_batch)
+            total = total + self._weigh(outputs.caption_loss.detach(), 0.0, num_items_in_batch)
+        return total
+
+    def _without_unweighted(self, inputs: Mapping) -> dict:
+        """What has no weight is not computed."""
+        inputs = dict(inputs)
+        if not self.args.caption_loss_weight:
+            inputs["labels"] = torch.full_like(inputs["labels"], IGNORED_LABEL)
+        if not self.args.contrastive_loss_weight:
+            inputs["contrastive_mask"] = torch.zeros_like(inputs["contrastive_mask"])
+        return inputs
+
+    def _weigh(self, caption_loss, contrastive_loss, num_items_in_batch):
+        """
+        The Trainer averages gradients over processes but sums them over accumulation steps. The caption loss is
+        already divided by the tokens of them all; the contrastive loss is, on each process, that of all of them.
+        """
         if num_items_in_batch is not None:
             caption_loss = caption_loss * self.accelerator.num_processes
             contrastive_loss = contrastive_loss / self.current_gradient_accumulation_steps
-            self._logged_losses["caption_loss"].append(caption_loss.detach())
-            self._logged_losses["contrastive_loss"].append(contrastive_loss.detach())
-        loss = self.args.caption_loss_weight * caption_loss + self.args.contrastive_loss_weight * contrastive_loss
-        return (loss, outputs) if return_outputs else loss
+        return self.args.caption_loss_weight * caption_loss + self.args.contrastive_loss_weight * contrastive_loss
+
+    # Bad numbers, no memory, no disk
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # whose scaler expects, and skips, a step now and then
+            self._check_finite(torch.as_tensor(grad_norm), "the gradient")
+        return grad_norm
+
+    def _check_finite(self, value: torch.Tensor, name: str):
+        is_finite = self.accelerator.gather(torch.isfinite(value).to(self.args.device).reshape(1))
+        if is_finite.all():
+            return
+        kept = last_complete_checkpoint(self.args.output_dir)
+        raise FloatingPointError(
+            f"{name} of step {self.state.global_step + 1} is {value.item()} on process {self.args.process_index}; the "
+            f"batch has the rows {', '.join(self._row_keys) or 'without keys'}. "
+            + (f"The last good checkpoint is {kept}." if kept else "There is no checkpoint yet.")
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self.ema.load(resume_from_checkpoint, self.model)
+        if self.teacher is not None:
+            self.teacher.load(resume_from_checkpoint)
+
+    def _save_checkpoint(self, model, trial):
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        mark_unfinished(folder)
+        # Old checkpoints go only once the new one is known to be whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.ema is not None:
+                self.ema.on_save(self.args, self.state, self.control)
+            if self.teacher is not None:
+                self.teacher.save(folder, self.args.should_save)
+            mark_complete(folder)
+        except Exception as error:
+            if _is_disk_full(error):
+                shutil.rmtree(folder, ignore_errors=True)
+                kept = last_complete_checkpoint(self.args.output_dir)
+                raise OSError(
+                    errno.ENOSPC, f"no space left to save; the last whole checkpoint is {kept}", folder
+                ) from error
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                self.args.output_dir, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    # Figures
+
+    def _note(self, outputs: MMGEMOutput, contrastive_loss: torch.Tensor, num_items_in_batch):
+        """Keep the figures of one forward call for the log. The losses are shares of an optimizer step."""
+        if num_items_in_batch is None:
+            return
+        if not self._figures:
+            self._steps_before_figures = self.state.global_step
+        batch = outputs.contrastive_batch
+        weighed = contrastive_loss.detach() / self.current_gradient_accumulation_steps
+        for name, value in {
+            "caption_loss": outputs.caption_loss.detach() * self.accelerator.num_processes,
+            "contrastive_loss": weighed,
+            "image_norm": outputs.image_norm,
+            "text_norm": outputs.text_norm,
+            "images": torch.as_tensor(float(len(outputs.image_embeds)), device=weighed.device),
+            "queries": torch.as_tensor(float(len(batch.query_embeds)), device=weighed.device),
+        }.items():
+            self._figures[name].append(value)
 
     def log(self, logs, start_time=None):
-        if "loss" in logs:
-            for name, losses in self._logged_losses.items():
-                if losses:
-                    # Each is its share of an optimizer step, which accumulation makes of several forward calls.
-                    mean = self.accelerator.gather(torch.stack(losses).mean()).mean().item()
-                    logs[name] = mean * self.args.gradient_accumulation_steps
-                losses.clear()
+        if "loss" in logs and self._figures:
+            steps = self.state.global_step - self._steps_before_figures
+            figures = {name: torch.stack(values).float() for name, values in self._figures.items()}
+            self._figures.clear()
+            # Losses add up to an optimizer step, on each process to its share of it; of the rest, the mean or the sum.
+            for name in ("caption_loss", "contrastive_loss"):
+                logs[name] = self.accelerator.gather(figures[name].sum()).mean().item() / steps
+            for name in ("image_norm", "text_norm"):
+                logs[name] = self.accelerator.gather(figures[name].nanmean()).nanmean().item()
+            logs["effective_batch_size"] = self.accelerator.gather(figures["images"].sum()).sum().item() / steps
+            logs["contrastive_queries"] = self.accelerator.gather(figures["queries"].sum()).sum().item() / steps
             logs["temperature"] = self.model.logit_scale.detach().neg().exp().item()
         super().log(logs, start_time)
 
@@ -96,9 +280,11 @@ class MMGEMTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("`eval_dataset` is None; expected a data set of images and captions to evaluate on.")
-        metrics = evaluate_model(
-            self.model, self.processing_class, dataset, batch_size=self.args.per_device_eval_batch_size
-        )
+        averaged = nullcontext() if self.ema is None else self.ema.averaged(self.model)
+        with averaged:
+            metrics = evaluate_model(
+                self.model, self.processing_class, dataset, batch_size=self.args.per_device_eval_batch_size
+            )
         prefix = f"{metric_key_prefix}_" if metric_key_prefix else ""
         metrics = {f"{prefix}{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))  # which adds to what it is given
@@ -107,23 +293,51 @@ class MMGEMTrainer(Trainer):
 
 
 def count_caption_tokens(
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
+    batch: Mapping[str, torch.Tensor],
     eos_token_id: int | list[int] | None,
     bos_token_id: int | list[int] | None = None,
 ) -> int:
     """
-    Labels of the joint loss in a batch: the given ones without a leading [BOS], which goes before the image, and an
-    appended end token for each text generated to its end.
+    Labels of the joint loss in a batch: the given ones without a leading [BOS], which goes before the image, or the
+    first token of a text without an image, and an appended end token for each text generated to its end.
 
     Args:
-        input_ids, labels: (T, L), as for `MMGEMModel.forward`.
+        batch: `input_ids`, `labels`, `attention_mask` (T, L) and `image_index` (T,), as for `MMGEMModel.forward`.
         eos_token_id, bos_token_id: of the language model.
     """
+    input_ids, labels, is_token = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
+    if len(input_ids) == 0:
+        return 0
     is_label = labels != IGNORED_LABEL  # (T, L)
     is_generated = is_label.any(-1)  # (T,)
-    first_label = labels.gather(1, is_label.long().argmax(-1, keepdim=True))[:, 0]  # (T,)
-    starts = is_generated & (first_label == first_token_id(bos_token_id))
+    is_first = is_token & (is_token.cumsum(-1) == 1)  # (T, L)
+    is_unscored = (input_ids == first_token_id(bos_token_id)) | (batch["image_index"] < 0)[:, None]
+    starts = (is_label & is_first & is_unscored).any(-1)  # (T,)
     eos = first_token_id(eos_token_id)
     appends_eos = is_generated & ~(is_label & (input_ids == eos)).any(-1) & (eos >= 0)
     return int(is_label.sum() - starts.sum() + appends_eos.sum())
+
+
+@contextmanager
+def _memory_advice(args: MMGEMTrainingArguments):
+    """Turns running out of memory into an error that says what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        advice = (
+            f"lower `grad_cache_chunk_size` ({args.grad_cache_chunk_size})"
+            if args.grad_cache_chunk_size
+            else f"set `grad_cache_chunk_size` below `per_device_train_batch_size` ({args.train_batch_size})"
+        )
+        more = "" if args.gradient_checkpointing else ", set `gradient_checkpointing`"
+        raise MemoryError(
+            f"a training step does not fit into memory: {advice}{more}, lower `per_device_train_batch_size`, "
+            "train in bf16, freeze a tower or use `lora`."
+        ) from error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """torch and safetensors wrap the system's error in their own."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)

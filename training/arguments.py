@@ -1,0 +1,59 @@
+"""What can be said about a training run, beyond what transformers' `TrainingArguments` say."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class MMGEMTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with those of the joint loss.
+
+    Args:
+        caption_loss_weight, contrastive_loss_weight: of the two losses, 0 or more. At 0 its part is not computed.
+        contrastive_objective: options of [`mmgem.training.objective.build_objective`]; by default plain InfoNCE.
+        grad_cache_chunk_size: images whose graph is held at a time (GradCache, https://arxiv.org/abs/2101.06983); by
+            default the whole batch.
+        freeze, train_only: parts of the model, see [`mmgem.training.trainable.set_trainable`].
+        learning_rates: of single parts, see [`mmgem.training.trainable.parameter_groups`].
+        lora: arguments of [`mmgem.training.lora.add_lora`].
+        ema_decay: of the exponential moving average of the weights, in (0, 1), with which the model is evaluated and
+            ends; by default there is none.
+        max_tokens_per_batch: visual and text tokens of a batch, which then varies in its number of rows; see
+            [`mmgem.training.batching.TokenBudgetBatchSampler`].
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    caption_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the captioning loss."})
+    contrastive_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the contrastive loss."})
+    contrastive_objective: dict | None = field(default=None, metadata={"help": "Options of the contrastive loss."})
+    grad_cache_chunk_size: int | None = field(default=None, metadata={"help": "Images in a chunk of GradCache."})
+    freeze: list[str] | None = field(default=None, metadata={"help": "Parts of the model that are not trained."})
+    train_only: list[str] | None = field(default=None, metadata={"help": "The only parts that are trained."})
+    learning_rates: dict | None = field(default=None, metadata={"help": "Learning rates of single parts."})
+    lora: dict | None = field(default=None, metadata={"help": "LoRA on the towers."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
+    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Token budget of a batch."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads all columns."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights = ("caption_loss_weight", "contrastive_loss_weight")
+        for name in weights:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 or more.")
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError("`caption_loss_weight` and `contrastive_loss_weight` are both 0; expected one above it.")
+        for name in ("grad_cache_chunk_size", "max_tokens_per_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected 1 or more, or None.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` is {self.ema_decay}; expected a number between 0 and 1, such as 0.999.")
+        if self.contrastive_loss_weight and self.train_batch_size * self.world_size < 2:
+            raise ValueError(
+                "`per_device_train_batch_size` is 1 on one process; in-batch negatives expect at least 2 images, or "
+                "`contrastive_loss_weight` 0."
+            )

@@ -1,0 +1,132 @@
+"""What a row of training data may hold. Sources and collator ask here, so that they agree on what can be trained."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+CAPTION_COLUMNS = ("captions", "caption", "text")
+IMAGE_COLUMNS = ("image", "images")
+ID_COLUMNS = ("image_id", "scene_id", "file_name")
+COLUMNS = (
+    *IMAGE_COLUMNS,
+    *CAPTION_COLUMNS,
+    *ID_COLUMNS,
+    *("long_caption", "boxes", "region_captions", "label", "qa", "hard_negatives", "edit"),
+)
+
+
+def captions_of(row: Mapping[str, Any]) -> list[str]:
+    """The captions of a row that `check_row` has passed, from whichever of `CAPTION_COLUMNS` holds them; or []."""
+    captions = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), [])
+    return [captions] if isinstance(captions, str) else list(captions)
+
+
+def images_of(row: Mapping[str, Any]) -> list:
+    """The images of a row: those in `images`, or the one in `image`; or []."""
+    if row.get("images"):
+        return list(row["images"])
+    return [] if row.get("image") is None else [row["image"]]
+
+
+def row_name(row: Mapping[str, Any], number: int) -> str:
+    """What error messages call a row: its `row_key` where it has one, else its number in the batch."""
+    return f"row {row['row_key']!r}" if row.get("row_key") is not None else f"row {number}"
+
+
+def check_row(row: Mapping[str, Any], name: str) -> None:
+    """
+    Refuse a row that cannot be trained. It may be a pair, an image alone or a text alone.
+
+    Args:
+        row: its columns, see [`MMGEMCollator`]; images need not be loaded.
+        name: what the error calls it.
+
+    Raises:
+        ValueError: if there is neither image nor text; a text is empty or no text; boxes are without their image or
+            their captions.
+    """
+    captions = [column for column in CAPTION_COLUMNS if row.get(column) is not None]
+    if captions:
+        filled = next((column for column in captions if row[column]), captions[0])
+        _check_texts([row[filled]] if isinstance(row[filled], str) else row[filled], f"{name} has `{filled}`")
+    if not images_of(row) and not captions and not row.get("qa"):
+        raise ValueError(f"{name} has columns {sorted(row)}; expected an `image`, one of {CAPTION_COLUMNS}, or both.")
+
+    if row.get("long_caption"):
+        _check_texts([row["long_caption"]], f"{name} has `long_caption`")
+    for column in ("region_captions", "hard_negatives"):
+        if row.get(column):
+            _check_texts(row[column], f"{name} has `{column}`")
+    for turn in row.get("qa") or []:
+        if not isinstance(turn, Mapping) or not {"question", "answer"} <= set(turn):
+            raise ValueError(f"{name} has {turn!r:.80} in `qa`; expected a `question` and an `answer`.")
+        _check_texts([turn["question"], turn["answer"]], f"{name} has `qa`")
+
+    boxes, region_captions = row.get("boxes") or [], row.get("region_captions") or []
+    if len(boxes) != len(region_captions):
+        raise ValueError(
+            f"{name} has {len(boxes)} `boxes` and {len(region_captions)} `region_captions`; expected as many of each."
+        )
+    if boxes and len(images_of(row)) != 1:
+        raise ValueError(f"{name} has `boxes` and {len(images_of(row))} images; expected the one they lie in.")
+
+
+def _check_texts(texts: object, found: str) -> None:
+    is_list = isinstance(texts, Sequence) and not isinstance(texts, str | bytes)
+    if not is_list or not texts or not all(isinstance(text, str) and text.strip() for text in texts):  # type: ignore
+        raise ValueError(f"{found} {texts!r:.80}; expected text that is not empty.")
+
+
+def check_columns(present: Collection[str], columns: Mapping[str, str | None], name: str) -> None:
+    """
+    Refuse data whose columns cannot be what was meant, before the first row is read.
+
+    Data without images, or without captions, is fine where nothing else could have been meant: a column with an
+    unknown name may be the caption that would be missed.
+
+    Args:
+        present: the columns of the data.
+        columns: for a column of ours the name it has there, or None to say that there is none.
+        name: what the error calls the data.
+
+    Raises:
+        ValueError: naming the missing column and those that there are.
+    """
+    shown = ", ".join(sorted(present)) or "none"
+    for ours, theirs in columns.items():
+        if theirs is not None and theirs not in present:
+            raise ValueError(f"{name} has no column `{theirs}`, which `columns` gives for `{ours}`; it has {shown}.")
+    named = {*present, *columns} - set(columns.values())
+    kinds = {"image": (*IMAGE_COLUMNS, "file_name"), "captions": (*CAPTION_COLUMNS, "qa", "label")}
+    missing = [kind for kind, names in kinds.items() if not named & set(names)]
+    for kind in missing:
+        if len(missing) == len(kinds) or named - set(COLUMNS):
+            raise ValueError(
+                f"{name} has no column `{kind}`; it has {shown}. Say which it is with `columns: {{{kind}: NAME}}`, or "
+                f"that there is none with `columns: {{{kind}: null}}`."
+            )
+
+
+def map_columns(fields: Mapping[str, Any], columns: Mapping[str, str | None], name: str) -> dict[str, Any]:
+    """
+    Fields by our names.
+
+    Args:
+        fields: a row as it is stored.
+        columns: as for `check_columns`.
+        name: what the error calls the row.
+
+    Raises:
+        ValueError: if the row lacks a column that is named there.
+    """
+    if not columns:
+        return dict(fields)
+    # Where one kind of captions is chosen, the others are not meant.
+    chosen = CAPTION_COLUMNS if set(CAPTION_COLUMNS) & set(columns) else ()
+    row = {column: value for column, value in fields.items() if column not in {*columns.values(), *columns, *chosen}}
+    for ours, theirs in columns.items():
+        if theirs is None:
+            continue
+        if theirs not in fields:
+            raise ValueError(f"{name} has no column `{theirs}`; it has {', '.join(sorted(fields))}.")
+        row[ours] = fields[theirs]
+    return row

@@ -1,0 +1,144 @@
+"""Checkpoint averaging: one model whose weights are the mean of those of several (`mmgem soup`)."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from mmgem.configuration_mmgem import MMGEMConfig
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem.processing.sentence_transformers_export import save_sentence_transformer
+
+# What says how a folder was written, not what the model is.
+_WRITTEN_BY = ("_name_or_path", "transformers_version")
+
+
+def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None) -> dict[str, float]:
+    """
+    Average the weights of models fine-tuned from one (Model soups, https://arxiv.org/abs/2203.05482), or of
+    checkpoints of one run, and save the mean as a complete Hub folder, with `soup.json` saying what it is made of.
+
+    Floating-point tensors are averaged in float64, one at a time, and come out in their own type; all others must be
+    equal. Processor, prompts and generation settings are those of the first folder.
+
+    Args:
+        folders: two or more, of trained models or `checkpoint-N` of a run; of one configuration and one tokenizer.
+        out: a new or empty folder.
+        weights: one per folder, 0 or more; divided by their sum. By default all are equal.
+
+    Returns:
+        The share of each folder in the mean.
+
+    Raises:
+        FileExistsError: if `out` holds something.
+        FileNotFoundError: for a folder without config or weights, such as one that holds a LoRA adapter.
+        ValueError: for fewer than two folders, a folder given twice, weights that do not fit or are not finite, and
+            models that differ in more than their weights.
+    """
+    paths, out = [Path(folder) for folder in folders], Path(out)
+    if len({path.resolve() for path in paths}) < max(2, len(paths)):
+        raise ValueError(f"`folders` is {[str(path) for path in paths]}; expected two or more different ones.")
+    shares = _shares(weights, len(paths))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or empty folder.")
+    configs = [_read_json(path / "config.json") for path in paths]
+    for path, config in zip(paths[1:], configs[1:], strict=True):
+        _check_equal(configs[0], config, "config.json", paths[0], path)
+        if _bytes(path / "tokenizer.json") != _bytes(paths[0] / "tokenizer.json"):
+            raise ValueError(f"{str(paths[0])!r} and {str(path)!r} have different tokenizers; expected the same one.")
+
+    averaged = _average(paths, shares)
+    config = MMGEMConfig.from_pretrained(paths[0])
+    # Through the class, which ties weights and knows how their names on disk differ from its own.
+    model = MMGEMModel.from_pretrained(None, config=config, state_dict=averaged, dtype=config.dtype)
+    if (paths[0] / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(paths[0])
+    processor = MMGEMProcessor.from_pretrained(paths[0], trust_remote_code=False)
+    settings = paths[0] / "config_sentence_transformers.json"
+    prompts = _read_json(settings)["prompts"] if settings.is_file() else None
+    save_sentence_transformer(model, processor, out, prompts)
+    made_of = {str(path): share for path, share in zip(paths, shares, strict=True)}
+    (out / "soup.json").write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+    return made_of
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    weights = [1.0] * count if weights is None else list(weights)
+    fits = len(weights) == count and all(math.isfinite(weight) and weight >= 0 for weight in weights)
+    if not fits or sum(weights) == 0:
+        raise ValueError(f"`weights` is {weights}; expected {count} numbers, 0 or more, not all of them 0.")
+    return [weight / sum(weights) for weight in weights]
+
+
+def _average(paths: list[Path], shares: list[float]) -> dict[str, torch.Tensor]:
+    files = [_weight_files(path) for path in paths]
+    for path, others in zip(paths[1:], files[1:], strict=True):
+        for name in sorted(files[0].keys() ^ others.keys()):
+            holder, misser = (paths[0], path) if name in files[0] else (path, paths[0])
+            raise ValueError(f"`{name}` is in {str(holder)!r}, but not in {str(misser)!r}; expected the same weights.")
+    return {name: _average_tensor(name, paths, [_tensor(of[name], name) for of in files], shares) for name in files[0]}
+
+
+def _average_tensor(name: str, paths: list[Path], tensors: list[torch.Tensor], shares: list[float]) -> torch.Tensor:
+    first = tensors[0]
+    for path, tensor in zip(paths, tensors, strict=True):
+        if tensor.shape != first.shape or tensor.dtype != first.dtype:
+            raise ValueError(
+                f"`{name}` is {first.dtype} {tuple(first.shape)} in {str(paths[0])!r}, but {tensor.dtype} "
+                f"{tuple(tensor.shape)} in {str(path)!r}; expected the same."
+            )
+        if not first.is_floating_point() and not torch.equal(tensor, first):
+            raise ValueError(f"`{name}` differs between {str(paths[0])!r} and {str(path)!r}, and has no mean.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"`{name}` is not finite in {str(path)!r}.")
+    if not first.is_floating_point():
+        return first
+    mean = torch.zeros_like(first, dtype=torch.float64)
+    for tensor, share in zip(tensors, shares, strict=True):
+        mean.add_(tensor.double(), alpha=share)
+    return mean.to(first.dtype)
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Which file of a folder holds each tensor."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return {name: folder / file for name, file in _read_json(index)["weight_map"].items()}
+    file = folder / SAFE_WEIGHTS_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {SAFE_WEIGHTS_NAME}; expected the folder of a whole model.")
+    with safe_open(file, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), file)
+
+
+def _tensor(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{str(path)!r} is not there; expected the folder of a whole model (merge an adapter into one first)."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _check_equal(first, other, key: str, first_path: Path, path: Path):
+    """Refuse configs that differ, naming the key at which they do."""
+    if isinstance(first, dict) and isinstance(other, dict):
+        for name in first.keys() | other.keys():
+            if name not in _WRITTEN_BY:
+                _check_equal(first.get(name), other.get(name), f"{key}: {name}", first_path, path)
+    elif first != other:
+        raise ValueError(f"{key} is {first!r} in {str(first_path)!r}, but {other!r} in {str(path)!r}.")
