@@ -122,12 +122,14 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             nn.LayerNorm(vision_size), nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size)
         )
         self.embedding_tokens = nn.Parameter(torch.empty(config.num_embedding_tokens, text_size))
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init_value]))
         has_bias = config.logit_bias_init_value is not None
-        self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value)) if has_bias else None
+        self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias_init_value])) if has_bias else None
         # Not to be guessed from the class name: the Trainer counts labels by it, and full-graph compile needs it.
         self.loss_type = "ForCausalLM"
         self.post_init()
+        # Towers list layers of their siblings too; FSDP expects to find each.
+        self._no_split_modules = sorted(set(self._no_split_modules) & {type(m).__name__ for m in self.modules()})
         # The library's default of 20 tokens counts the prompt, which an image alone fills.
         self.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
 
@@ -542,7 +544,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
     def _temperature(self) -> torch.Tensor:
         """Inverse temperature, at most 100."""
-        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().squeeze()
 
     def _pair_output(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, **fields) -> MMGEMOutput:
         logits_per_image = self._temperature() * image_embeds @ text_embeds.T  # (I, T)
@@ -661,7 +663,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             query_modality=torch.where(of_region, REGION, IMAGE),
             target_modality=torch.cat([torch.full_like(image_ids, IMAGE), torch.full_like(region_ids, REGION)]),
             logit_scale=self._temperature(),
-            logit_bias=self.logit_bias,
+            logit_bias=None if self.logit_bias is None else self.logit_bias.squeeze(),
         )
         contrastive = None if return_contrastive_batch else ContrastiveObjective()(batch)
         return self._pair_output(
@@ -705,7 +707,9 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         """
         text_config, embed = self.config.text_config, self.get_input_embeddings()
         if len(input_ids) == 0:
-            return embed(input_ids.flatten()), labels.flatten(), attention_mask.sum(-1)
+            # The projection takes part all the same: another process may have captions, and DDP waits for both.
+            nothing = torch.cat([embed(input_ids.flatten()), self.token_projection(tokens).flatten(0, 1)])  # (0, H)
+            return nothing, labels.flatten(), attention_mask.sum(-1)
         input_ids, attention_mask, labels = _without_empty_columns(attention_mask, input_ids, attention_mask, labels)
         is_token = attention_mask.bool()  # (S, L)
         position = is_token.long().cumsum(-1) - 1  # (S, L)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -38,21 +39,13 @@ class MMGEMPeftModel(PeftModel):
             if is_bare(name):
                 parameter.requires_grad_(not peft_config.inference_mode)
 
-    def save_pretrained(
-        self, save_directory: str | Path, state_dict: dict | None = None, is_main_process: bool = True, **kwargs
-    ):
-        """As [`peft.PeftModel.save_pretrained`], always as safetensors, with the model's own parameters."""
-        if state_dict is None:
-            state_dict = self.state_dict()
-        # Embeddings are not adapted; to find out, peft would ask the Hub about the base model.
-        super().save_pretrained(
-            str(save_directory),
-            state_dict=state_dict,
-            is_main_process=is_main_process,
-            save_embedding_layers=False,
-            **kwargs,
-        )
-        if is_main_process:
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """As [`peft.PeftModel.save_pretrained`], with the model's own parameters; always as safetensors."""
+        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        # Embeddings are not adapted; to find that out, peft would ask the Hub about the base model.
+        kwargs |= {"state_dict": state_dict, "save_embedding_layers": False}
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+        if kwargs.get("is_main_process", True):
             file = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
             bare = {name: tensor.detach().cpu() for name, tensor in state_dict.items() if is_bare(name)}
             save_file(load_file(file) | bare, file, metadata={"format": "pt"})

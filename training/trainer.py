@@ -10,19 +10,23 @@ from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mmgem.modeling_mmgem import IGNORED_LABEL, MAX_LOGIT_SCALE, MMGEMOutput, first_token_id
 from mmgem.training.arguments import MMGEMTrainingArguments
-from mmgem.training.checkpoints import last_complete_checkpoint, mark_complete, mark_unfinished
+from mmgem.training.batching import TokenBudgetBatchSampler
+from mmgem.training.checkpoints import is_disk_full, last_complete_checkpoint, mark_complete, mark_unfinished
 from mmgem.training.collator import MMGEMCollator
 from mmgem.training.ema import EMACallback
 from mmgem.training.evaluation import evaluate_model
 from mmgem.training.grad_cache import GradCache, split_batch
 from mmgem.training.objective import PairwiseSigmoid, build_objective
+from mmgem.training.sharded import adapt_to_fsdp, is_sharded, whole
 from mmgem.training.teacher import Teacher
 from mmgem.training.trainable import parameter_groups, set_trainable
+from mmgem.training.unused import freeze_unused
 
 
 class LogitScaleClamp(TrainerCallback):
@@ -59,12 +63,12 @@ class MMGEMTrainer(Trainer):
     def __init__(self, model, args: MMGEMTrainingArguments, processing_class, data_collator=None, **kwargs):
         if data_collator is None:
             data_collator = MMGEMCollator(processing_class)
-        if args.freeze is not None or args.train_only is not None:
-            set_trainable(model, args.freeze, args.train_only)
         if args.lora is not None:
             from mmgem.training.lora import add_lora  # peft is needed only here
 
             model = add_lora(model, **args.lora)
+        if args.freeze is not None or args.train_only is not None:
+            set_trainable(model, args.freeze, args.train_only)
         self.objective = build_objective(**(args.contrastive_objective or {}))
         if isinstance(self.objective, PairwiseSigmoid) and model.logit_bias is None:
             raise ValueError(
@@ -74,6 +78,7 @@ class MMGEMTrainer(Trainer):
         self.grad_cache = GradCache(args.grad_cache_chunk_size) if args.grad_cache_chunk_size else None
         self.teacher = Teacher(model, processing_class, **self.objective.teacher) if self.objective.teacher else None
         self.ema = EMACallback(args.ema_decay) if args.ema_decay is not None else None
+        freeze_unused(model)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         for callback in (LogitScaleClamp(), self.teacher, self.ema):  # the averages come last
             if callback is not None:
@@ -86,8 +91,6 @@ class MMGEMTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.args.max_tokens_per_batch is None:
             return super().get_train_dataloader()
-        from mmgem.training.batching import TokenBudgetBatchSampler
-
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=TokenBudgetBatchSampler(self.train_dataset, self.args.max_tokens_per_batch),
@@ -100,7 +103,7 @@ class MMGEMTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.args.learning_rates:
+        if self.optimizer is None:
             model = self.model if model is None else model
             groups = parameter_groups(
                 model,
@@ -110,7 +113,14 @@ class MMGEMTrainer(Trainer):
                 self.get_decay_parameter_names(model),
             )
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(groups, **arguments)
+            if is_optimizer_factory(optimizer_class) or arguments.keys() & {"params", "model", "optimizer_dict"}:
+                if self.args.learning_rates:
+                    raise ValueError(
+                        f"`optim` is {self.args.optim}, which groups parameters in its own way; expected another one, "
+                        "or no `learning_rates`."
+                    )
+            else:
+                self.optimizer = optimizer_class(groups, **arguments)
         return super().create_optimizer(model)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
@@ -120,6 +130,16 @@ class MMGEMTrainer(Trainer):
             count_caption_tokens(batch, text_config.eos_token_id, text_config.bos_token_id) for batch in batch_samples
         )
         return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
+
+    def _prepare_for_training(self, *args, **kwargs):
+        checkpointing = self.args.gradient_checkpointing_kwargs or {}
+        if not checkpointing.get("use_reentrant", False):
+            # Only that kind needs inputs with gradients, for which a frozen tower would be run backward.
+            self.model.disable_input_require_grads()
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            adapt_to_fsdp(self.model)
+        return prepared
 
     # One step
 
@@ -193,7 +213,7 @@ class MMGEMTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16:  # whose scaler expects, and skips, a step now and then
-            self._check_finite(torch.as_tensor(grad_norm), "the gradient")
+            self._check_finite(whole(torch.as_tensor(grad_norm)), "the gradient")
         return grad_norm
 
     def _check_finite(self, value: torch.Tensor, name: str):
@@ -208,11 +228,22 @@ class MMGEMTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if isinstance(model, PreTrainedModel) and not is_sharded(model):
+            # Some towers are saved under other names than they have, which only `from_pretrained` undoes.
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
         if self.ema is not None:
-            self.ema.load(resume_from_checkpoint, self.model)
+            self.ema.load(checkpoint, self.model)
         if self.teacher is not None:
-            self.teacher.load(resume_from_checkpoint)
+            self.teacher.load(checkpoint)
 
     def _save_checkpoint(self, model, trial):
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -222,12 +253,12 @@ class MMGEMTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             if self.ema is not None:
-                self.ema.on_save(self.args, self.state, self.control)
+                self.ema.save(folder)
             if self.teacher is not None:
                 self.teacher.save(folder, self.args.should_save)
             mark_complete(folder)
         except Exception as error:
-            if _is_disk_full(error):
+            if is_disk_full(error):
                 shutil.rmtree(folder, ignore_errors=True)
                 kept = last_complete_checkpoint(self.args.output_dir)
                 raise OSError(
@@ -273,7 +304,7 @@ class MMGEMTrainer(Trainer):
                 logs[name] = self.accelerator.gather(figures[name].nanmean()).nanmean().item()
             logs["effective_batch_size"] = self.accelerator.gather(figures["images"].sum()).sum().item() / steps
             logs["contrastive_queries"] = self.accelerator.gather(figures["queries"].sum()).sum().item() / steps
-            logs["temperature"] = self.model.logit_scale.detach().neg().exp().item()
+            logs["temperature"] = whole(self.model.logit_scale).neg().exp().item()
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -336,8 +367,3 @@ def _memory_advice(args: MMGEMTrainingArguments):
             f"a training step does not fit into memory: {advice}{more}, lower `per_device_train_batch_size`, "
             "train in bf16, freeze a tower or use `lora`."
         ) from error
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """torch and safetensors wrap the system's error in their own."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)

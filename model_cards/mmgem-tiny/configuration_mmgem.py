@@ -43,6 +43,8 @@ class MMGEMConfig(PreTrainedConfig):
             always causal.
         image_token_id (`int`, >= 0): id of the `<image>` placeholder.
         logit_scale_init_value (`float`): logarithm of the initial inverse temperature, as in CLIP; at most ln 100.
+        logit_bias_init_value (`float`, optional): initial bias of the logits, such as SigLIP's -10 for its sigmoid
+            objective (https://arxiv.org/abs/2303.15343); by default there is no bias.
 
     Raises:
         ValueError: for a value outside its range. `StrictDataclassFieldValidationError` for one of a wrong type.
@@ -63,6 +65,7 @@ class MMGEMConfig(PreTrainedConfig):
     text_attention: Literal["causal", "bidirectional"] = "causal"
     image_token_id: int = 0
     logit_scale_init_value: float = math.log(1 / 0.07)
+    logit_bias_init_value: float | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

@@ -1,102 +1,232 @@
-"""InfoNCE over the global batch, with gradients through the gather and several captions per image."""
+"""InfoNCE over the batch of all processes, as a class with four hooks."""
+
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .contrastive_batch import (
+    IMAGE,
+    REGION,
+    REGION_BITS,
+    ContrastiveBatch,
+    default_image_ids,
+    gather_rows,
+    gather_sizes,
+    ids_of_regions,
+    is_distributed,
+    token_row_ids,
+)
+
+__all__ = [
+    "IMAGE",
+    "REGION",
+    "ContrastiveBatch",
+    "ContrastiveObjective",
+    "Pairs",
+    "Ranking",
+    "default_image_ids",
+    "gather_rows",
+    "gather_sizes",
+    "ids_of_regions",
+    "is_distributed",
+    "token_row_ids",
+]
+
+SCORES_AT_ONCE = 2**20  # similarities in memory: above, the loss goes block by block, and once more for the gradients
 
 
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather_sizes(size: int, device: torch.device) -> list[int]:
-    """Number of rows that each process holds, in the order of ranks."""
-    if not is_distributed():
-        return [size]
-    sizes = torch.empty(dist.get_world_size(), dtype=torch.long, device=device)
-    dist.all_gather_single(sizes, torch.tensor([size], device=device))
-    return sizes.tolist()
-
-
-def gather_rows(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+@dataclass
+class Ranking:
     """
-    Concatenate the rows of all processes, in the order of ranks; gradients flow back to the process they came from.
+    Anchors against candidates, one direction of the loss: A texts against all targets, or A targets against all texts.
 
     Args:
-        rows: (N_rank, ...), N_rank may differ between processes.
-        sizes: N_rank of every process, from [`gather_sizes`].
-
-    Returns:
-        (sum of N_rank, ...), on every process.
+        scores: (A, C) similarities, from the hook `score`.
+        describes: (A, C) bool, whether text and target belong together by their ids.
+        other_modality: (A, C) bool, whether one is of an image and the other of a region.
+        same_image: (A, C) bool, whether the image is the same, if only in part; True for hard negatives, which stand
+            against nothing but targets of their own modality.
+        positive: (A,) long, the candidate that makes a pair with the anchor.
+        modality: (A,) long, `IMAGE` or `REGION`.
+        logit_scale: scalar, the inverse temperature; logit_bias: scalar or None.
+        teacher_scores: (A, C) similarities of a teacher's embeddings, without gradients, or None.
+        teacher_scale: scalar, the teacher's inverse temperature, or None.
     """
-    if not is_distributed():
-        return rows
-    from torch.distributed._functional_collectives import all_gather_single, all_gather_single_autograd
 
-    padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])]).contiguous()
-    gather = all_gather_single_autograd if rows.requires_grad else all_gather_single
-    gathered = gather(padded, 0, dist.group.WORLD).view(len(sizes), max(sizes), *rows.shape[1:])
-    return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)])
+    scores: torch.Tensor
+    describes: torch.Tensor
+    other_modality: torch.Tensor
+    same_image: torch.Tensor
+    positive: torch.Tensor
+    modality: torch.Tensor
+    logit_scale: torch.Tensor
+    logit_bias: torch.Tensor | None = None
+    teacher_scores: torch.Tensor | None = None
+    teacher_scale: torch.Tensor | None = None
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """(A, C)"""
+        logits = self.logit_scale * self.scores
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+    @property
+    def other_positives(self) -> torch.Tensor:
+        """(A, C) bool, the candidates that belong to the anchor too, beside its `positive`."""
+        return self.describes.scatter(1, self.positive[:, None], False)
 
 
-def token_row_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+class Pairs:
     """
-    A 64-bit fingerprint of each token row, equal for equal texts whatever their padding.
+    The texts and targets of all processes, as rankings of some of them against all others.
 
     Args:
-        input_ids: (T, L); attention_mask: (T, L).
+        objective: whose `score` compares them.
+        batch, teacher: gathered, in float32.
 
-    Returns:
-        (T,) long.
+    Attributes:
+        describing: (S,) long, the texts that describe something.
+        counts: (Q,) long, for each text the number of describing ones of its modality.
     """
-    multiplier = 6364136223846793005  # of Knuth's MMIX generator; odd, so no power of it vanishes modulo 2**64
-    power = torch.where(attention_mask.bool(), multiplier, 1).cumprod(-1)
-    return ((input_ids + 1) * power * attention_mask).sum(-1)
+
+    def __init__(
+        self, objective: "ContrastiveObjective", batch: ContrastiveBatch, teacher: ContrastiveBatch | None = None
+    ):
+        self.objective, self.batch, self.teacher = objective, batch, teacher
+        self.describing = (batch.target_index >= 0).nonzero()[:, 0]
+        counts = batch.query_modality[self.describing].bincount(minlength=2).clamp(min=1)  # (2,)
+        self.counts = counts[batch.query_modality]
+        # Equal texts, and copies of a target, get one number, and a table says which belong together.
+        _, self._text = batch.query_ids.unique(return_inverse=True)  # (Q,)
+        targets = torch.stack([batch.target_ids, batch.target_modality])
+        _, self._target = targets.unique(dim=1, return_inverse=True)  # (P,)
+        self._describes = torch.zeros(
+            len(batch.query_ids), len(batch.target_ids), dtype=torch.bool, device=self._text.device
+        )
+        own = batch.target_index[self.describing]  # (S,)
+        self._describes[self._text[self.describing], self._target[own]] = True
+        # Shifted up and down, as the ids of regions are, an image's id loses what does not fit.
+        is_image = batch.target_modality == IMAGE
+        self._image = torch.where(is_image, batch.target_ids << REGION_BITS, batch.target_ids) >> REGION_BITS  # (P,)
+
+    def by_text(self, rows: torch.Tensor) -> "Ranking":
+        """(A,) texts against all P targets; `positive` is -1 for hard negatives."""
+        matrices = self._compare(rows, slice(None))
+        return self._ranking(matrices, self.batch.target_index[rows], rows)
+
+    def by_target(self, rows: torch.Tensor) -> "Ranking":
+        """The targets that (A,) texts were written for against all Q texts."""
+        matrices = self._compare(slice(None), self.batch.target_index[rows])
+        return self._ranking({name: matrix.T for name, matrix in matrices.items()}, rows, rows)
+
+    def _ranking(self, matrices: dict[str, torch.Tensor], positive: torch.Tensor, rows: torch.Tensor) -> "Ranking":
+        return Ranking(
+            **matrices,
+            positive=positive,
+            modality=self.batch.query_modality[rows],
+            logit_scale=self.batch.logit_scale,
+            logit_bias=self.batch.logit_bias,
+            teacher_scale=None if self.teacher is None else self.teacher.logit_scale.detach(),
+        )
+
+    def _compare(self, texts: torch.Tensor | slice, targets: torch.Tensor | slice) -> dict[str, torch.Tensor]:
+        """The matrices of a [`Ranking`], texts in rows."""
+        batch, score = self.batch, self.objective.score
+        own = batch.target_index[texts]
+        matrices = {
+            "scores": score(batch.query_embeds[texts], batch.target_embeds[targets]),
+            "describes": self._describes[self._text[texts][:, None], self._target[targets]],
+            "other_modality": batch.query_modality[texts][:, None] != batch.target_modality[targets],
+            "same_image": (own < 0)[:, None] | (self._image[own][:, None] == self._image[targets]),
+        }
+        if self.teacher is not None:
+            with torch.no_grad():
+                matrices["teacher_scores"] = score(
+                    self.teacher.query_embeds[texts], self.teacher.target_embeds[targets]
+                )
+        return matrices
 
 
-def contrastive_loss(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    logit_scale: torch.Tensor,
-    text_to_image: torch.Tensor,
-    image_ids: torch.Tensor,
-    text_ids: torch.Tensor,
-) -> torch.Tensor:
+class ContrastiveObjective:
     """
-    Symmetric InfoNCE (CLIP, https://arxiv.org/abs/2103.00020) over the images and texts of all processes.
+    Symmetric InfoNCE (CLIP, https://arxiv.org/abs/2103.00020) over the texts, images and regions of all processes.
 
-    Each text is pulled to its image; against it stand all images that it does not describe, and against its image
-    all texts that do not describe it. A text describes an image if it is one of the captions of an image with that
-    id, or says the same as one of them. With one caption per image this is CLIP's loss.
+    For a text q with its target p, score s and inverse temperature t:
 
-    Args:
-        image_embeds: (I, D) unit vectors of this process's images (or regions).
-        text_embeds: (T, D) unit vectors of this process's texts.
-        logit_scale: scalar, the inverse temperature.
-        text_to_image: (T,) long, row of `image_embeds` that each text was written for.
-        image_ids: (I,) long, equal for copies of one image, different for different images on any process.
-        text_ids: (T,) long, equal for equal texts.
+        loss(q) = -1/2 log( exp(t s(q, p)) / sum over targets p' of exp(t s(q, p')) )
+                  -1/2 log( exp(t s(q, p)) / sum over texts q' of exp(t s(q', p)) )
 
-    Returns:
-        Scalar: the mean over the texts of the whole batch; 0 if there are none.
+    and the loss is its mean over the texts of images, plus its mean over the texts of regions. A text describes a
+    target if it is one of the captions of a target with that id, or says the same as one of them; what belongs
+    together is never a negative: of it, only p and q stand in the sums. Images and regions are never
+    each other's negatives (modality-aware masking, UNITE, https://arxiv.org/abs/2505.19650). Hard negatives are
+    candidates for images, never anchors (NegCLIP, https://arxiv.org/abs/2210.01936). With one caption per image, and
+    no boxes, this is CLIP's loss.
+
+    Subclasses change it by four hooks: `score`, `mask`, `weights` and `targets`.
     """
-    device = image_embeds.device
-    image_sizes, text_sizes = gather_sizes(len(image_embeds), device), gather_sizes(len(text_embeds), device)
-    if sum(text_sizes) == 0:
-        return (image_embeds.sum() + text_embeds.sum()) * 0.0
-    first_image = sum(image_sizes[: dist.get_rank()]) if is_distributed() else 0
-    image_embeds, image_ids = gather_rows(image_embeds, image_sizes), gather_rows(image_ids, image_sizes)
-    text_embeds, text_ids = gather_rows(text_embeds, text_sizes), gather_rows(text_ids, text_sizes)
-    text_to_image = gather_rows(text_to_image + first_image, text_sizes)  # (T,) into the gathered images
-    written_for = image_ids[:, None] == image_ids[text_to_image]  # (I, T)
-    same_text = text_ids[:, None] == text_ids  # (T, T)
-    describes = written_for.float() @ same_text.float() > 0  # (I, T)
 
-    logits = logit_scale * image_embeds @ text_embeds.T  # (I, T)
-    target = torch.arange(len(text_embeds), device=device)
-    lowest = torch.finfo(logits.dtype).min
-    other_image = describes.T & (torch.arange(len(image_embeds), device=device) != text_to_image[:, None])  # (T, I)
-    other_text = describes[text_to_image] & (target != target[:, None])  # (T, T)
-    text_to_image_loss = F.cross_entropy(logits.T.masked_fill(other_image, lowest), text_to_image)
-    image_to_text_loss = F.cross_entropy(logits[text_to_image].masked_fill(other_text, lowest), target)
-    return (text_to_image_loss + image_to_text_loss) / 2
+    def score(self, query_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
+        """(Q, D), (P, D) -> (Q, P) similarities: the cosine."""
+        return query_embeds @ target_embeds.T
+
+    def mask(self, ranking: Ranking) -> torch.Tensor:
+        """(A, C) bool, the candidates left out of the sum; never the anchor's `positive`."""
+        return ranking.other_modality | ranking.other_positives
+
+    def weights(self, ranking: Ranking) -> torch.Tensor | None:
+        """(A, C) logarithms of the weights that candidates have in the sum; None if all weigh the same."""
+        return None
+
+    def targets(self, ranking: Ranking, left_out: torch.Tensor) -> torch.Tensor:
+        """What the softmax should be: (A,) long, a candidate for each anchor, or (A, C), probabilities of them all."""
+        return ranking.positive
+
+    def __call__(self, batch: ContrastiveBatch, teacher: ContrastiveBatch | None = None) -> torch.Tensor:
+        """
+        Args:
+            batch: of this process.
+            teacher: the same texts and targets in the same order, embedded by a teacher; where a hook asks for it.
+
+        Returns:
+            Scalar, computed in float32, the same on every process; a 0 with gradients if no text describes anything.
+
+        Raises:
+            ValueError: if the shapes of the batch, or of its teacher's, do not fit together.
+        """
+        batch.check()
+        if teacher is not None:
+            teacher.check()
+            sizes, expected = [(len(b.query_embeds), len(b.target_embeds)) for b in (teacher, batch)]
+            if sizes != expected:
+                raise ValueError(f"`teacher` holds {sizes} texts and targets; expected those of `batch`, {expected}.")
+            teacher = teacher.gather().in_float32()
+        batch = batch.gather().in_float32()
+        if (batch.target_index < 0).all():
+            parts = batch.query_embeds, batch.target_embeds, batch.logit_scale, batch.logit_bias
+            return sum(part.sum() for part in parts if part is not None) * 0.0
+        with torch.autocast(batch.query_embeds.device.type, enabled=False):
+            pairs = Pairs(self, batch, teacher)
+            size = max(1, SCORES_AT_ONCE // max(len(batch.query_ids), len(batch.target_ids)))
+            blocks = self.anchors(pairs).split(size)
+            if len(blocks) == 1:
+                return self.loss(pairs, blocks[0])
+            return sum(checkpoint(self.loss, pairs, block, use_reentrant=False) for block in blocks)
+
+    def anchors(self, pairs: Pairs) -> torch.Tensor:
+        """(A,) long, the texts whose losses make up that of the batch."""
+        return pairs.describing
+
+    def loss(self, pairs: Pairs, rows: torch.Tensor) -> torch.Tensor:
+        """What the texts `rows`, (A,) long, contribute to the loss."""
+        losses = self._cross_entropy(pairs.by_text(rows)) + self._cross_entropy(pairs.by_target(rows))  # (A,)
+        return (losses / 2 / pairs.counts[rows]).sum()
+
+    def _cross_entropy(self, ranking: Ranking) -> torch.Tensor:
+        """(A,)"""
+        left_out, weights = self.mask(ranking), self.weights(ranking)
+        logits = ranking.logits if weights is None else ranking.logits + weights
+        logits = logits.masked_fill(left_out, torch.finfo(logits.dtype).min)
+        return F.cross_entropy(logits, self.targets(ranking, left_out), reduction="none")

@@ -22,7 +22,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mmgem import MMGEMConfig
-from .contrastive import contrastive_loss, token_row_ids
+from .contrastive import (
+    IMAGE,
+    REGION,
+    ContrastiveBatch,
+    ContrastiveObjective,
+    default_image_ids,
+    ids_of_regions,
+    token_row_ids,
+)
 from .packing import PackedLayout
 from .pool_aggregator import PoolAggregator
 
@@ -40,6 +48,8 @@ class MMGEMOutput(ModelOutput):
         loss: scalar. Language modelling loss of a prompt with `labels`; caption + contrastive loss with `return_loss`.
         caption_loss: scalar, mean (or sum / `num_items_in_batch`) over the caption tokens.
         contrastive_loss: scalar, InfoNCE of images and texts, plus that of boxes and texts.
+        contrastive_batch: what a contrastive loss is computed from, of this process; with `return_loss`.
+        image_norm, text_norm: scalars, mean length of the embeddings before they are normalised; with `return_loss`.
         logits: (B, L, vocabulary) next-token scores.
         logits_per_image: (B, T) scaled cosine similarity of every image with every text.
         logits_per_text: (T, B), its transpose.
@@ -52,6 +62,9 @@ class MMGEMOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     caption_loss: torch.FloatTensor | None = None
     contrastive_loss: torch.FloatTensor | None = None
+    contrastive_batch: ContrastiveBatch | None = None
+    image_norm: torch.FloatTensor | None = None
+    text_norm: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     logits_per_image: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
@@ -109,10 +122,14 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             nn.LayerNorm(vision_size), nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size)
         )
         self.embedding_tokens = nn.Parameter(torch.empty(config.num_embedding_tokens, text_size))
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init_value]))
+        has_bias = config.logit_bias_init_value is not None
+        self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias_init_value])) if has_bias else None
         # Not to be guessed from the class name: the Trainer counts labels by it, and full-graph compile needs it.
         self.loss_type = "ForCausalLM"
         self.post_init()
+        # Towers list layers of their siblings too; FSDP expects to find each.
+        self._no_split_modules = sorted(set(self._no_split_modules) & {type(m).__name__ for m in self.modules()})
         # The library's default of 20 tokens counts the prompt, which an image alone fills.
         self.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
 
@@ -124,6 +141,8 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         elif isinstance(module, MMGEMModel):
             init.normal_(module.embedding_tokens, std=0.02)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, self.config.logit_bias_init_value)
 
     @classmethod
     def from_towers(
@@ -425,7 +444,9 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         box_index: torch.LongTensor | None = None,
         image_ids: torch.LongTensor | None = None,
         contrastive_mask: torch.BoolTensor | None = None,
+        hard_negative_mask: torch.BoolTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        return_contrastive_batch: bool = False,
         **kwargs,
     ) -> MMGEMOutput | BaseModelOutputWithPooling:
         """
@@ -448,12 +469,17 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             labels: like `input_ids`, token ids to be generated, -100 elsewhere. In meaning 4 the default is every
                 token; a row of -100 is only embedded. An end-of-sequence token is appended to each generated text.
             return_loss: compute the joint loss.
-            image_index: (T,) which image each text describes; by default text i describes image i.
+            image_index: (T,) which image each text describes; by default text i describes image i. -1 for a text
+                without an image, of which language modelling is learned (then `pixel_values` may be missing as well).
             box_index: (T,) which box of that image; -1 (the default) for the whole image.
             image_ids: (I,) identity of each image, so that copies of one image are never each other's negatives; by
                 default every image is different.
             contrastive_mask: (T,) False for texts that are only generated, such as answers to a question.
+            hard_negative_mask: (T,) True for texts that describe no image: candidates that every image has to tell
+                from its own texts.
             num_items_in_batch: tokens to divide the caption loss by, over all processes and accumulation steps.
+            return_contrastive_batch: leave the contrastive loss to the caller, who finds its ingredients, of this
+                process and with gradients, in `contrastive_batch`; `loss` is the caption loss then.
             position_ids, past_key_values, inputs_embeds, kwargs: handed to the language model.
 
         Raises:
@@ -464,8 +490,8 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
                 raise ValueError("`input_ids` and `pixel_values` are both None; expected at least one of them.")
             return self.get_image_features(pixel_values, boxes, return_dict=True)
 
-        is_prompt = pixel_values is None or input_ids is None or (input_ids == self.config.image_token_id).any()
-        if is_prompt:
+        has_placeholders = input_ids is None or (input_ids == self.config.image_token_id).any()
+        if has_placeholders or (pixel_values is None and not return_loss):
             if return_loss:
                 raise ValueError(
                     "`return_loss` expects `pixel_values` and `input_ids` without image placeholders; for the loss of "
@@ -490,7 +516,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
                 attentions=outputs.attentions,
             )
 
-        attention_mask = _checked_mask(input_ids, attention_mask)
+        attention_mask = _checked_mask(input_ids, attention_mask, allow_empty=return_loss)
         if return_loss:
             return self._joint_forward(
                 input_ids,
@@ -502,7 +528,9 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
                 box_index,
                 image_ids,
                 contrastive_mask,
+                hard_negative_mask,
                 num_items_in_batch,
+                return_contrastive_batch,
             )
         if labels is not None or boxes is not None:
             raise ValueError(
@@ -516,12 +544,14 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
     def _temperature(self) -> torch.Tensor:
         """Inverse temperature, at most 100."""
-        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().squeeze()
 
-    def _pair_output(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, **losses) -> MMGEMOutput:
+    def _pair_output(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, **fields) -> MMGEMOutput:
         logits_per_image = self._temperature() * image_embeds @ text_embeds.T  # (I, T)
+        if self.logit_bias is not None:
+            logits_per_image = logits_per_image + self.logit_bias
         return MMGEMOutput(
-            **losses,
+            **fields,
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.T,
             image_embeds=image_embeds,
@@ -531,7 +561,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     def _joint_forward(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         attention_mask: torch.Tensor,
         boxes: torch.Tensor | None,
         labels: torch.Tensor | None,
@@ -539,10 +569,13 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         box_index: torch.Tensor | None,
         image_ids: torch.Tensor | None,
         contrastive_mask: torch.Tensor | None,
+        hard_negative_mask: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
+        return_contrastive_batch: bool,
     ) -> MMGEMOutput:
         """Meaning 4 of [`forward`]: one pass of each tower, both losses."""
-        num_images, num_texts, device = len(pixel_values), len(input_ids), input_ids.device
+        num_texts, device = len(input_ids), input_ids.device
+        num_images = 0 if pixel_values is None else len(pixel_values)
         if image_index is None:
             if num_images != num_texts:
                 raise ValueError(
@@ -553,84 +586,130 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         if box_index is None:
             box_index = torch.full((num_texts,), -1, device=device)
         if image_ids is None:
-            first = torch.distributed.get_rank() << 32 if torch.distributed.is_initialized() else 0
-            image_ids = torch.arange(num_images, device=device) + first
+            image_ids = default_image_ids(num_images, device)
         if contrastive_mask is None:
-            contrastive_mask = torch.ones(num_texts, dtype=torch.bool, device=device)
+            contrastive_mask = image_index >= 0
+        if hard_negative_mask is None:
+            hard_negative_mask = torch.zeros(num_texts, dtype=torch.bool, device=device)
         if labels is None:
             labels = input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL)
-
-        # Vision: the tower once; whole images and boxes through the same aggregator.
-        grid = self._patch_grid(pixel_values)  # (I, C, rows, columns)
         _check_boxes(boxes, num_images)
         if boxes is None and (box_index >= 0).any():
             raise ValueError(
                 f"`box_index` is {box_index.tolist()}, but `boxes` is None; expected the boxes it points to."
             )
+        if (contrastive_mask & (image_index < 0)).any():
+            raise ValueError(
+                "`contrastive_mask` is True for a text whose `image_index` is -1; expected an image for it."
+            )
+
+        # Vision: the tower once; whole images and boxes through the same aggregator. Without an image a blank one
+        # runs, so that in a distributed run every process takes part with every parameter.
+        size = _pair(self.config.vision_config.image_size)
+        blank = torch.zeros(1, self.config.vision_config.num_channels, *size, device=device)
+        grid = self._patch_grid(blank if pixel_values is None else pixel_values)  # (I, C, rows, columns)
         image_tokens = self.pool_aggregator(grid)  # (I, n, C)
-        described_tokens = image_tokens[image_index]  # (T, n, C)
+        described_tokens = image_tokens[image_index.clamp(min=0)]  # (T, n, C)
+        box_tokens = None
         if boxes is not None:
             box_tokens = self.pool_aggregator(grid, boxes)  # (I, R, n, C)
-            of_box = box_tokens[image_index, box_index.clamp(min=0)]  # (T, n, C)
+            of_box = box_tokens[image_index.clamp(min=0), box_index.clamp(min=0)]  # (T, n, C)
             described_tokens = torch.where((box_index >= 0)[:, None, None], of_box, described_tokens)
 
         # Language: captions behind their visual tokens, and bare texts before [EMB], packed into the same rows.
         generated = (labels != IGNORED_LABEL).any(-1)  # (T,)
         caption_embeds, caption_labels, caption_lengths = self._caption_sequences(
-            input_ids[generated], attention_mask[generated], labels[generated], described_tokens[generated]
+            input_ids[generated],
+            attention_mask[generated],
+            labels[generated],
+            described_tokens[generated],
+            image_index[generated] >= 0,
         )  # (N_c, H), (N_c,), (S_c,)
         text_embeds, is_read_out, text_lengths = self._text_sequences(
             input_ids[contrastive_mask], attention_mask[contrastive_mask]
         )  # (N_t, H), (N_t,), (S_t,)
-        lengths = torch.cat([caption_lengths, text_lengths]).tolist()
-        hidden_states = self._run_packed(torch.cat([caption_embeds, text_embeds]), lengths, len(caption_lengths))
-        caption_states, text_states = hidden_states.split(
-            [len(caption_embeds), len(text_embeds)]
-        )  # (N_c, H), (N_t, H)
+        sequences, lengths = [caption_embeds, text_embeds], torch.cat([caption_lengths, text_lengths]).tolist()
+        if not lengths:  # as above: some text always runs
+            sequences, lengths = [*sequences, self.embedding_tokens], [len(self.embedding_tokens)]
+        hidden_states = self._run_packed(torch.cat(sequences), lengths, len(caption_lengths))
+        caption_states = hidden_states[: len(caption_embeds)]  # (N_c, H)
+        text_states = hidden_states[len(caption_embeds) :][: len(text_embeds)]  # (N_t, H)
 
         caption_loss = self._caption_loss(caption_states, caption_labels, num_items_in_batch)
+        if not (len(caption_lengths) and num_images):
+            caption_loss = caption_loss + 0.0 * (hidden_states.sum() + image_tokens.sum())
 
-        k = self.config.num_embedding_tokens
-        text_embeds = self._read_out(text_states[is_read_out].view(len(text_lengths), k, -1))  # (S_t, D)
-        text_embeds = F.normalize(text_embeds.float(), dim=-1)
-        image_embeds = F.normalize(self._embed_visual_tokens(image_tokens).float(), dim=-1)  # (I, D)
-        image_index, box_index = image_index[contrastive_mask], box_index[contrastive_mask]  # (S_t,)
-        text_ids = token_row_ids(input_ids, attention_mask)[contrastive_mask]  # (S_t,)
-        of_image = box_index < 0
-        temperature = self._temperature()
-        image_contrast = contrastive_loss(
-            image_embeds, text_embeds[of_image], temperature, image_index[of_image], image_ids, text_ids[of_image]
-        )
-        # Without boxes here there may be some on other processes, and all take part in the gathering.
-        region_embeds, region_ids, region_row = image_embeds[:0], image_ids[:0], image_index[~of_image]
+        k, hidden_size = self.embedding_tokens.shape
+        read_outs = text_states[is_read_out].view(len(text_lengths), k, hidden_size)
+        text_features = self._read_out(read_outs).float()  # (S_t, D)
+        image_features = self._embed_visual_tokens(image_tokens[:num_images]).float()  # (I, D)
+        image_embeds = F.normalize(image_features, dim=-1)  # (I, D)
+        text_embeds = F.normalize(text_features, dim=-1)  # (S_t, D)
+        region_embeds, region_ids, row_of_box = image_embeds[:0], image_ids[:0], None
         if boxes is not None:
-            is_box = _is_box(boxes)  # (I, R)
-            region_embeds = F.normalize(self._embed_visual_tokens(box_tokens[is_box]).float(), dim=-1)  # (boxes, D)
-            region_ids = (image_ids[:, None] << 20) + torch.arange(boxes.shape[1], device=device)  # (I, R)
-            region_ids = region_ids[is_box]  # (boxes,)
-            row_of_box = is_box.flatten().cumsum(0).view_as(is_box) - 1  # (I, R)
-            region_row = row_of_box[image_index[~of_image], box_index[~of_image]]
-        region_contrast = contrastive_loss(
-            region_embeds, text_embeds[~of_image], temperature, region_row, region_ids, text_ids[~of_image]
+            region_embeds, region_ids, row_of_box = self._regions(box_tokens, boxes, image_ids)
+        image_index, box_index = image_index[contrastive_mask], box_index[contrastive_mask]  # (S_t,)
+        of_region = box_index >= 0
+        target_index = image_index
+        if row_of_box is not None:
+            region_index = num_images + row_of_box[image_index, box_index.clamp(min=0)]  # (S_t,)
+            target_index = torch.where(of_region, region_index, image_index)
+        batch = ContrastiveBatch(
+            query_embeds=text_embeds,
+            target_embeds=torch.cat([image_embeds, region_embeds]),  # (I + boxes, D)
+            target_index=target_index.masked_fill(hard_negative_mask[contrastive_mask], -1),
+            query_ids=token_row_ids(input_ids, attention_mask)[contrastive_mask],
+            target_ids=torch.cat([image_ids, region_ids]),
+            query_modality=torch.where(of_region, REGION, IMAGE),
+            target_modality=torch.cat([torch.full_like(image_ids, IMAGE), torch.full_like(region_ids, REGION)]),
+            logit_scale=self._temperature(),
+            logit_bias=None if self.logit_bias is None else self.logit_bias.squeeze(),
         )
-        loss = image_contrast + region_contrast
+        contrastive = None if return_contrastive_batch else ContrastiveObjective()(batch)
         return self._pair_output(
-            image_embeds, text_embeds, loss=caption_loss + loss, caption_loss=caption_loss, contrastive_loss=loss
+            image_embeds,
+            text_embeds,
+            loss=caption_loss if contrastive is None else caption_loss + contrastive,
+            caption_loss=caption_loss,
+            contrastive_loss=contrastive,
+            contrastive_batch=batch,
+            image_norm=image_features.detach().norm(dim=-1).mean(),
+            text_norm=text_features.detach().norm(dim=-1).mean(),
         )
+
+    def _regions(
+        self, box_tokens: torch.Tensor, boxes: torch.Tensor, image_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(I, R, n, C) -> unit vectors (N, D) and ids (N,) of the boxes that are no padding; row in them (I, R)."""
+        is_box = _is_box(boxes)  # (I, R)
+        region_embeds = F.normalize(self._embed_visual_tokens(box_tokens[is_box]).float(), dim=-1)  # (N, D)
+        region_ids = ids_of_regions(image_ids, boxes.shape[1])  # (I, R)
+        row_of_box = is_box.flatten().cumsum(0).view_as(is_box) - 1  # (I, R)
+        return region_embeds, region_ids[is_box], row_of_box
 
     def _caption_sequences(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, tokens: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        tokens: torch.Tensor,
+        has_image: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         [BOS] visual tokens, text, [EOS], without padding.
 
         Args:
             input_ids, attention_mask, labels: (S, L); tokens: (S, n, C).
+            has_image: (S,), False for a text that goes without visual tokens.
 
         Returns:
             Flat embeddings (N, H), flat labels (N,), lengths (S,).
         """
         text_config, embed = self.config.text_config, self.get_input_embeddings()
+        if len(input_ids) == 0:
+            # The projection takes part all the same: another process may have captions, and DDP waits for both.
+            nothing = torch.cat([embed(input_ids.flatten()), self.token_projection(tokens).flatten(0, 1)])  # (0, H)
+            return nothing, labels.flatten(), attention_mask.sum(-1)
         input_ids, attention_mask, labels = _without_empty_columns(attention_mask, input_ids, attention_mask, labels)
         is_token = attention_mask.bool()  # (S, L)
         position = is_token.long().cumsum(-1) - 1  # (S, L)
@@ -649,12 +728,14 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         keep = torch.cat(
             [
                 is_bos.any(-1, keepdim=True),
-                is_token.new_ones(visual_embeds.shape[:2]),
+                has_image[:, None].expand(visual_embeds.shape[:2]),
                 is_token & ~is_bos,
                 appends_eos,
             ],
             dim=1,
         )  # (S, 1 + n + L + 1)
+        # The first token of all has nothing to be predicted from.
+        labels = labels.masked_fill(is_first & ~has_image[:, None], IGNORED_LABEL)
         prefix_labels = labels.new_full((len(labels), 1 + tokens.shape[1]), IGNORED_LABEL)
         eos_labels = eos.masked_fill(~is_generated, IGNORED_LABEL)
         labels = torch.cat([prefix_labels, labels, eos_labels], dim=1)
@@ -687,7 +768,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         """(N, H) flat states and (N,) labels -> scalar; vocabulary logits only where a label is."""
-        # Every sequence starts with unlabelled visual tokens, so shifting never crosses a border.
+        # Every sequence starts with an unlabelled token, so shifting never crosses a border.
         labelled = labels[1:] != IGNORED_LABEL
         logits = self._vocabulary_logits(hidden_states[:-1][labelled])  # (M, vocabulary)
         total = F.cross_entropy(logits.float(), labels[1:][labelled], reduction="sum")
@@ -753,8 +834,10 @@ def _check_boxes(boxes: torch.Tensor | None, num_images: int):
         raise ValueError(f"`boxes` has shape {tuple(boxes.shape)}; expected ({num_images}, R, 4).")
 
 
-def _checked_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    if input_ids.ndim != 2 or len(input_ids) == 0:
+def _checked_mask(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, allow_empty: bool = False
+) -> torch.Tensor:
+    if input_ids.ndim != 2 or (len(input_ids) == 0 and not allow_empty):
         raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; expected (B, L) with B at least 1.")
     if attention_mask is None:
         return torch.ones_like(input_ids)

@@ -140,7 +140,7 @@ def test_another_tokenizer_is_refused(two, tmp_path):
     [
         (lambda t: t.pop("logit_scale"), "`logit_scale` is in .*1', but not in .*2'"),
         (lambda t: t.update(extra=torch.ones(1)), "`extra` is in .*2', but not in .*1'"),
-        (lambda t: t.update(logit_scale=torch.ones(2)), r"`logit_scale` is torch.float32 \(\) in .*\(2,\) in .*2'"),
+        (lambda t: t.update(logit_scale=torch.ones(2)), r"`logit_scale` is torch.float32 \(1,\) in .*\(2,\) in .*2'"),
         (lambda t: t["logit_scale"].fill_(float("nan")), "`logit_scale` is not finite in .*2'"),
     ],
 )
