@@ -21,8 +21,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     batch, so a source must be one whose rows can be read twice: no stream. It has no length, since that would take
     reading all of the data; the `Trainer` needs `max_steps`.
 
-    With accelerate, `even_batches` must be False. As the sampler asks for `drop_last`, all processes get as many
-    batches; of the last ones some are left out for it.
+    It asks for `drop_last`, so that accelerate gives all processes as many batches and leaves out some of the last.
 
     Args:
         dataset: the rows of the run. Rows with more tokens than a batch may have are noted in its `skipped`.

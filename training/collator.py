@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -119,25 +118,22 @@ class MMGEMCollator:
         if pictures:
             inputs |= self.processor(images=pictures, return_tensors="pt")
         uses_boxes = self.regions_per_image > 0 and any(row.get("boxes") for row in rows)
-        views: list[Any] = self._views(pictures, inputs["pixel_values"]) if uses_boxes else [None] * len(pictures)
+        boxes, views = self._boxes_of(rows, images, inputs["pixel_values"]) if uses_boxes else ([], [])
 
         texts: list[TextRow] = []
-        boxes: list[Sequence] = []  # of each picture, in its pixels
+        first = 0  # image of the row
         for row, row_images in zip(rows, images, strict=True):
-            first, seed = len(boxes), row.get("draw_seed")
-            generator = None if seed is None else torch.Generator().manual_seed(seed)
-            texts += self._texts_of(row, range(first, first + len(row_images)), generator)
-            boxes += [[] for _ in row_images]
-            if row.get("boxes"):
-                boxes[first], region_texts = self._regions_of(row, first, views[first], generator)
-                texts += region_texts
-            texts += self._hard_negatives_of(row, range(first, first + len(row_images)), generator)
+            in_view = [uses_boxes and _is_in_view(box, views[first]) for box in row.get("boxes") or []]
+            row_texts, drawn = self._texts_of(row, range(first, first + len(row_images)), in_view)
+            texts += row_texts
+            if uses_boxes and in_view:
+                boxes[first] = boxes[first][drawn]
+            first += len(row_images)
         if not texts:
             raise ValueError(f"{', '.join(names)} have no text; expected a caption in at least one row of a batch.")
 
-        if uses_boxes and any(boxes):
-            checked = check_boxes(boxes, [picture.size for picture in pictures])
-            inputs["boxes"] = torch.from_numpy(boxes_in_view(checked, views))
+        if any(len(drawn_boxes) for drawn_boxes in boxes):
+            inputs["boxes"] = torch.from_numpy(boxes_in_view(boxes, views))
         if (image_ids := _image_ids(rows, names)) is not None:
             inputs["image_ids"] = image_ids
         if any(text.is_hard_negative for text in texts):
@@ -166,12 +162,8 @@ class MMGEMCollator:
             raise ValueError(
                 f"the row has columns {sorted(row)}; expected a `draw_seed`, as the rows of a Mixture have."
             )
-        generator = torch.Generator().manual_seed(row["draw_seed"])
-        indices = range(len(images_of(row)))
-        texts = self._texts_of(row, indices, generator)
-        if row.get("boxes"):
-            texts += self._regions_of(row, 0, None, generator)[1]
-        texts += self._hard_negatives_of(row, indices, generator)
+        in_view = [True] * len(row.get("boxes") or [])
+        texts, _ = self._texts_of(row, range(len(images_of(row))), in_view)
         lengths = self._tokenize(texts)["attention_mask"].sum(-1).tolist() if texts else []
         count = 0
         for text, length in zip(texts, lengths, strict=True):
@@ -179,9 +171,22 @@ class MMGEMCollator:
             count += (length + visual) * text.is_generated + length * text.is_embedded
         return count
 
-    def _texts_of(self, row: Mapping, indices: range, generator: torch.Generator | None) -> list[TextRow]:
-        """The texts of whole images, each for one of the images `indices`."""
-        has_image = len(indices) > 0
+    def _texts_of(
+        self, row: Mapping[str, Any], indices: range, in_view: Sequence[bool]
+    ) -> tuple[list[TextRow], list[int]]:
+        """
+        What is drawn from a row.
+
+        Args:
+            row: its columns.
+            indices: its images in the batch.
+            in_view: for each of its boxes, whether the model sees it.
+
+        Returns:
+            The texts, and the numbers of the boxes that some of them describe.
+        """
+        has_image, seed = len(indices) > 0, row.get("draw_seed")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
         texts = [
             TextRow(_draw_image(indices, generator), caption, is_embedded=has_image)
             for caption in _draw(captions_of(row), self.captions_per_image, generator)
@@ -195,31 +200,26 @@ class MMGEMCollator:
         for turn in _draw(row.get("qa") or [], self.questions_per_image, generator):
             image_index = _draw_image(indices, generator)
             texts.append(TextRow(image_index, " " + turn["answer"], prompt=turn["question"], is_embedded=False))
-        return texts
 
-    def _regions_of(
-        self, row: Mapping, image_index: int, view: np.ndarray | None, generator: torch.Generator | None
-    ) -> tuple[list[Sequence[float]], list[TextRow]]:
-        """Boxes that are drawn of those in view, if that is known, and their captions."""
-        order = _draw(range(len(row["boxes"])), len(row["boxes"]), generator)
-        seen = (box for box in order if view is None or _is_in_view(row["boxes"][box], view))
-        drawn = list(islice(seen, self.regions_per_image))
-        captions = [row["region_captions"][box] for box in drawn]
-        texts = [TextRow(image_index, caption, box_index=i) for i, caption in enumerate(captions)]
-        return [row["boxes"][box] for box in drawn], texts
+        order = _draw(range(len(in_view)), len(in_view), generator)
+        boxes = [box for box in order if in_view[box]][: self.regions_per_image]
+        for place, box in enumerate(boxes):
+            texts.append(TextRow(indices[0], row["region_captions"][box], box_index=place))
+        if has_image and self.hard_negatives_per_image:
+            for text in _draw(row.get("hard_negatives") or [], self.hard_negatives_per_image, generator):
+                image_index = _draw_image(indices, generator)
+                texts.append(TextRow(image_index, text, is_generated=False, is_hard_negative=True))
+        return texts, boxes
 
-    def _hard_negatives_of(self, row: Mapping, indices: range, generator: torch.Generator | None) -> list[TextRow]:
-        wrong = row.get("hard_negatives") if indices and self.hard_negatives_per_image else None
-        return [
-            TextRow(_draw_image(indices, generator), text, is_generated=False, is_hard_negative=True)
-            for text in _draw(wrong or [], self.hard_negatives_per_image, generator)
-        ]
-
-    def _views(self, pictures: list[Image.Image], pixel_values: torch.Tensor) -> list[np.ndarray]:
-        """What of each picture the model sees, `(x0, y0, x1, y1)` in pixels."""
+    def _boxes_of(
+        self, rows: Sequence[Mapping], images: list[list[Image.Image]], pixel_values: torch.Tensor
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """For each image its boxes, `(R_i, 4)` in its pixels, and what of it the model sees, `(x0, y0, x1, y1)`."""
+        boxes = [row.get("boxes") or [] for row, own in zip(rows, images, strict=True) for _ in own]
+        sizes = [image.size for own in images for image in own]
         height, width = pixel_values.shape[-2:]
-        sizes = [picture.size for picture in pictures]
-        return model_views(self.processor.image_processor, sizes, [(width, height)] * len(pictures))
+        views = model_views(self.processor.image_processor, sizes, [(width, height)] * len(sizes))
+        return check_boxes(boxes, sizes), views
 
     def _tokenize(self, texts: list[TextRow]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
@@ -244,7 +244,7 @@ class MMGEMCollator:
 
 
 def _is_in_view(box: Sequence[float], view: np.ndarray) -> bool:
-    """Whether the model sees more of a box than rounding leaves; what is wrong with the box `check_boxes` says."""
+    """Whether the model sees more of a box than rounding leaves."""
     x0, y0, x1, y1 = (float(edge) for edge in box)
     margin = 1e-6 * (view[2:] - view[:2]).max()
     overlap = min(x1, view[2]) - max(x0, view[0]), min(y1, view[3]) - max(y0, view[1])

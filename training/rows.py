@@ -1,6 +1,6 @@
 """What a row of training data may hold. Sources and collator ask here, so that they agree on what can be trained."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
@@ -16,7 +16,7 @@ COLUMNS = (
 
 def captions_of(row: Mapping[str, Any]) -> list[str]:
     """The captions of a row that `check_row` has passed, from whichever of `CAPTION_COLUMNS` holds them; or []."""
-    captions = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), [])
+    captions: str | list[str] = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), [])
     return [captions] if isinstance(captions, str) else list(captions)
 
 
@@ -71,8 +71,8 @@ def check_row(row: Mapping[str, Any], name: str) -> None:
 
 
 def _check_texts(texts: object, found: str) -> None:
-    is_list = isinstance(texts, Sequence) and not isinstance(texts, str | bytes)
-    if not is_list or not texts or not all(isinstance(text, str) and text.strip() for text in texts):  # type: ignore
+    is_list = isinstance(texts, list | tuple) and len(texts) > 0
+    if not is_list or not all(isinstance(text, str) and text.strip() for text in texts):  # type: ignore[attr-defined]
         raise ValueError(f"{found} {texts!r:.80}; expected text that is not empty.")
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -22,6 +22,7 @@ from mmgem.training.collator import MMGEMCollator
 from mmgem.training.ema import EMACallback
 from mmgem.training.evaluation import evaluate_model
 from mmgem.training.grad_cache import GradCache, split_batch
+from mmgem.training.mixture import Mixture
 from mmgem.training.objective import PairwiseSigmoid, build_objective
 from mmgem.training.sharded import adapt_to_fsdp, is_sharded, whole
 from mmgem.training.teacher import Teacher
@@ -93,7 +94,9 @@ class MMGEMTrainer(Trainer):
             return super().get_train_dataloader()
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=TokenBudgetBatchSampler(self.train_dataset, self.args.max_tokens_per_batch),
+            batch_sampler=TokenBudgetBatchSampler(
+                self.train_dataset, self.args.max_tokens_per_batch, self.data_collator.count_tokens
+            ),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -101,6 +104,12 @@ class MMGEMTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def _get_train_sampler(self, train_dataset=None):
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(train_dataset, Mixture):  # which is shuffled as it is, and resumes by position
+            return SequentialSampler(train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:

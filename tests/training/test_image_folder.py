@@ -56,6 +56,37 @@ def test_bad_lines_are_named(tmp_path, line, error, message):
         read_image_folder(tmp_path)
 
 
+def test_csv_says_the_same(tmp_path):
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    tmp_path.joinpath("metadata.csv").write_text(
+        "file_name,text,boxes,label\n"
+        'a.png,"a cat, asleep","[[0, 0, 3, 4]]",\n'
+        'a.png,"[sic] ein Käfer",,bug\n'
+        'a.png,"[""one"", ""two""]",,\n',
+        encoding="utf-8-sig",
+    )
+    rows = read_image_folder(tmp_path)
+    assert [row["captions"] for row in rows] == [["a cat, asleep"], ["[sic] ein Käfer"], ["one", "two"]]
+    assert rows[0]["boxes"] == [[0, 0, 3, 4]] and "boxes" not in rows[1]
+    assert rows[1]["label"] == "bug" and "label" not in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"file_name,text\na.png\n", "line 2 of .*csv must have 2 cells, got .*None"),
+        (b"file_name,text\na.png,a cat, asleep\n", "line 2 of .*csv must have 2 cells, got .*asleep"),
+        (b"file_name,text\na.png,K\xe4fer\n", "csv must be comma-separated UTF-8 text"),
+        (b"file_name,text\n", "csv names none"),
+    ],
+)
+def test_bad_csv_is_named(tmp_path, content, message):
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    tmp_path.joinpath("metadata.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_image_folder(tmp_path)
+
+
 def test_empty_metadata(tmp_path):
     _write(tmp_path, "")
     with pytest.raises(ValueError, match="metadata.jsonl names none"):

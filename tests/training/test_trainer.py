@@ -218,7 +218,7 @@ def test_a_step_that_does_not_fit_says_what_to_lower(tiny_processor, tmp_path, m
     def too_large(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: not enough memory: you tried ...")
 
-    monkeypatch.setattr(model.vision_tower, "forward", too_large)
+    monkeypatch.setattr(model.text_projection, "forward", too_large)
     arguments = arguments_in(tmp_path, max_steps=1, per_device_train_batch_size=4, grad_cache_chunk_size=chunk_size)
     with pytest.raises(MemoryError, match=advice):
         MMGEMTrainer(model, arguments, tiny_processor, train_dataset=rows()).train()
