@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
@@ -22,11 +23,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mmgem import MMGEMConfig
-from .contrastive import (
+from .contrastive import ContrastiveObjective
+from .contrastive_batch import (
     IMAGE,
     REGION,
     ContrastiveBatch,
-    ContrastiveObjective,
     default_image_ids,
     ids_of_regions,
     token_row_ids,
@@ -37,6 +38,8 @@ from .pool_aggregator import PoolAggregator
 IGNORED_LABEL = -100
 MAX_LOGIT_SCALE = math.log(100)
 DEFAULT_MAX_NEW_TOKENS = 128
+LOGITS_AT_ONCE = 2**24  # vocabulary logits in memory; a caption loss with more goes chunk by chunk
+LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma 2
 
 
 @dataclass
@@ -770,11 +773,35 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         """(N, H) flat states and (N,) labels -> scalar; vocabulary logits only where a label is."""
         # Every sequence starts with an unlabelled token, so shifting never crosses a border.
         labelled = labels[1:] != IGNORED_LABEL
-        logits = self._vocabulary_logits(hidden_states[:-1][labelled])  # (M, vocabulary)
-        total = F.cross_entropy(logits.float(), labels[1:][labelled], reduction="sum")
+        hidden_states, labels = hidden_states[:-1][labelled], labels[1:][labelled]  # (M, H), (M,)
+        chunk_size = max(1, LOGITS_AT_ONCE // self.config.text_config.vocab_size)
+        if len(labels) <= chunk_size:
+            total = self._cross_entropy(hidden_states, labels)
+        else:
+            total = self._chunked_cross_entropy(hidden_states, labels, chunk_size)
         if num_items_in_batch is None:
-            num_items_in_batch = labelled.sum().clamp(min=1)
+            num_items_in_batch = max(len(labels), 1)
         return total / num_items_in_batch
+
+    def _cross_entropy(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(M, H) states and (M,) labels -> sum of the losses."""
+        logits = self._vocabulary_logits(hidden_states)  # (M, vocabulary)
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    def _chunked_cross_entropy(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, chunk_size: int
+    ) -> torch.Tensor:
+        """The same, with the logits of `chunk_size` states in memory at a time."""
+        head, device = self.get_output_embeddings(), hidden_states.device.type
+        changes_logits = any(getattr(self.config.text_config, name, None) is not None for name in LOGIT_CHANGES)
+        is_matrix = type(head) is nn.Linear and head.bias is None and head.weight.ndim == 2 and not changes_logits
+        if is_matrix and head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(device):
+            # Takes the gradient along with the loss. In half precision it would round the loss and be slower.
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
+            return F.linear_cross_entropy(hidden_states, head.weight, labels, reduction="sum", options=options)
+        chunks = zip(hidden_states.split(chunk_size), labels.split(chunk_size), strict=True)
+        losses = [checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum()
 
     def _vocabulary_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The language model's head on single states, with the scalings some families put behind it."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mmgem.contrastive import IMAGE, REGION, ContrastiveBatch, ids_of_regions
+from mmgem.contrastive_batch import IMAGE, REGION, ContrastiveBatch, ids_of_regions
 
 # Images 0 to 3, of which 1 and 2 are copies, and regions 4 to 8: two of image 0, two of image 1, one of image 3.
 IMAGE_IDS = torch.tensor([3, 4, 4, 9])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmgem.contrastive import ContrastiveBatch, default_image_ids, gather_sizes
+from mmgem.contrastive_batch import ContrastiveBatch, default_image_ids, gather_sizes
 from mmgem.modeling_mmgem import IGNORED_LABEL
 
 PER_IMAGE = ("pixel_values", "boxes", "image_ids")

@@ -23,7 +23,7 @@ class MaskedObjective(ContrastiveObjective):
             https://arxiv.org/abs/2505.19650). If not, they are, but for an image and its own regions; hard negatives
             stay with images in any case.
         false_negative_threshold: negatives whose similarity with the anchor is above it are left out, as they are
-            probably none; with cosines, 1 leaves out nothing.
+            probably none; with cosines, a threshold above 1 leaves out nothing.
 
     Raises:
         ValueError: if the threshold is no finite number.
@@ -178,7 +178,7 @@ LOSSES = {"infonce": InfoNCE, "sigmoid": PairwiseSigmoid}
 
 def build_objective(loss: str = "infonce", **options: Any) -> InfoNCE | PairwiseSigmoid:
     """
-    The contrastive objective that a recipe's section describes.
+    The contrastive objective that a recipe's section describes. Hard negatives are no option: they come with the data.
 
     Args:
         loss: `infonce` or `sigmoid`.

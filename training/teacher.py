@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from mmgem.contrastive import ContrastiveBatch
+from mmgem.contrastive_batch import ContrastiveBatch
 from mmgem.modeling_mmgem import IGNORED_LABEL
 from mmgem.training.checkpoint import load_checkpoint
 from mmgem.training.grad_cache import concatenate

@@ -6,33 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .contrastive_batch import (
-    IMAGE,
-    REGION,
-    REGION_BITS,
-    ContrastiveBatch,
-    default_image_ids,
-    gather_rows,
-    gather_sizes,
-    ids_of_regions,
-    is_distributed,
-    token_row_ids,
-)
-
-__all__ = [
-    "IMAGE",
-    "REGION",
-    "ContrastiveBatch",
-    "ContrastiveObjective",
-    "Pairs",
-    "Ranking",
-    "default_image_ids",
-    "gather_rows",
-    "gather_sizes",
-    "ids_of_regions",
-    "is_distributed",
-    "token_row_ids",
-]
+from .contrastive_batch import IMAGE, REGION_BITS, ContrastiveBatch
 
 SCORES_AT_ONCE = 2**20  # similarities in memory: above, the loss goes block by block, and once more for the gradients
 
@@ -49,7 +23,6 @@ class Ranking:
         same_image: (A, C) bool, whether the image is the same, if only in part; True for hard negatives, which stand
             against nothing but targets of their own modality.
         positive: (A,) long, the candidate that makes a pair with the anchor.
-        modality: (A,) long, `IMAGE` or `REGION`.
         logit_scale: scalar, the inverse temperature; logit_bias: scalar or None.
         teacher_scores: (A, C) similarities of a teacher's embeddings, without gradients, or None.
         teacher_scale: scalar, the teacher's inverse temperature, or None.
@@ -60,7 +33,6 @@ class Ranking:
     other_modality: torch.Tensor
     same_image: torch.Tensor
     positive: torch.Tensor
-    modality: torch.Tensor
     logit_scale: torch.Tensor
     logit_bias: torch.Tensor | None = None
     teacher_scores: torch.Tensor | None = None
@@ -114,18 +86,17 @@ class Pairs:
     def by_text(self, rows: torch.Tensor) -> "Ranking":
         """(A,) texts against all P targets; `positive` is -1 for hard negatives."""
         matrices = self._compare(rows, slice(None))
-        return self._ranking(matrices, self.batch.target_index[rows], rows)
+        return self._ranking(matrices, self.batch.target_index[rows])
 
     def by_target(self, rows: torch.Tensor) -> "Ranking":
         """The targets that (A,) texts were written for against all Q texts."""
         matrices = self._compare(slice(None), self.batch.target_index[rows])
-        return self._ranking({name: matrix.T for name, matrix in matrices.items()}, rows, rows)
+        return self._ranking({name: matrix.T for name, matrix in matrices.items()}, rows)
 
-    def _ranking(self, matrices: dict[str, torch.Tensor], positive: torch.Tensor, rows: torch.Tensor) -> "Ranking":
+    def _ranking(self, matrices: dict[str, torch.Tensor], positive: torch.Tensor) -> "Ranking":
         return Ranking(
             **matrices,
             positive=positive,
-            modality=self.batch.query_modality[rows],
             logit_scale=self.batch.logit_scale,
             logit_bias=self.batch.logit_bias,
             teacher_scale=None if self.teacher is None else self.teacher.logit_scale.detach(),
@@ -160,10 +131,10 @@ class ContrastiveObjective:
 
     and the loss is its mean over the texts of images, plus its mean over the texts of regions. A text describes a
     target if it is one of the captions of a target with that id, or says the same as one of them; what belongs
-    together is never a negative: of it, only p and q stand in the sums. Images and regions are never
-    each other's negatives (modality-aware masking, UNITE, https://arxiv.org/abs/2505.19650). Hard negatives are
-    candidates for images, never anchors (NegCLIP, https://arxiv.org/abs/2210.01936). With one caption per image, and
-    no boxes, this is CLIP's loss.
+    together is never a negative: of it, only p and q stand in the sums. Images and regions are never each other's
+    negatives (modality-aware masking, UNITE, https://arxiv.org/abs/2505.19650). Hard negatives are candidates for
+    images, never anchors (NegCLIP, https://arxiv.org/abs/2210.01936). With one caption per image, and no boxes, this
+    is CLIP's loss.
 
     Subclasses change it by four hooks: `score`, `mask`, `weights` and `targets`.
     """

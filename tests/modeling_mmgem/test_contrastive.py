@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from contrastive_batches import image_batch, mixed_batch, part_of, unit_rows
 
-from mmgem.contrastive import IMAGE, REGION, ContrastiveObjective, ids_of_regions, token_row_ids
+from mmgem.contrastive import ContrastiveObjective
+from mmgem.contrastive_batch import IMAGE, REGION, ids_of_regions, token_row_ids
 
 
 def loss_of(*args, **kwargs):

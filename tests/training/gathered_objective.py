@@ -5,8 +5,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torchrun import leave
 
-from mmgem.contrastive import ContrastiveBatch
+from mmgem.contrastive_batch import ContrastiveBatch
 from mmgem.training.objective import build_objective
 
 LEAVES = ("query_embeds", "target_embeds", "logit_scale", "logit_bias")
@@ -26,6 +27,4 @@ if __name__ == "__main__":
     cases, folder = torch.load(f"{sys.argv[1]}/cases.pt"), sys.argv[1]
     results = [loss_and_gradients(options, batches[rank], teachers[rank]) for options, batches, teachers in cases]
     torch.save(results, f"{folder}/results_{rank}.pt")
-    # Gloo's threads abort a process that exits before they are joined.
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
