@@ -138,9 +138,10 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, PoolAggregator):
-            init.zeros_(module.output.weight)
-            init.zeros_(module.output.bias)
+        # Not by `isinstance(module, PoolAggregator)`: modules without parameters of their own are passed over.
+        if module is self.pool_aggregator.output:
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, MMGEMModel):
             init.normal_(module.embedding_tokens, std=0.02)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)

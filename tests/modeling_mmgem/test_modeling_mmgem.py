@@ -316,6 +316,14 @@ def test_images_need_not_be_square(vision):
 
 
 @every_tower_pair
+def test_a_fresh_model_pools_by_averages(vision, text, pixel_values):
+    model = MMGEMModel.from_towers(*build_towers(vision, text), projection_dim=16, num_visual_tokens=4)
+    grid = model._patch_grid(pixel_values)
+    averages = F.adaptive_avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.get_image_features(pixel_values).last_hidden_state, averages)
+
+
+@every_tower_pair
 def test_from_towers_keeps_the_towers(vision, text, pixel_values, text_batch):
     vision_tower, language_model = build_towers(vision, text)
     model = MMGEMModel.from_towers(vision_tower, language_model, projection_dim=16, num_visual_tokens=4)
