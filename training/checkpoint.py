@@ -9,16 +9,28 @@ from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 
 
-def load_checkpoint(name: str | Path) -> tuple[MMGEMModel, MMGEMProcessor]:
-    """Loads model and processor, in evaluation mode, onto the GPU where there is one.
+def load_checkpoint(name: str | Path, device: str | torch.device | None = None) -> tuple[MMGEMModel, MMGEMProcessor]:
+    """Loads model and processor, in evaluation mode.
 
     Args:
         name: A folder that holds a checkpoint, or a name on the Hub.
+        device: Where to; by default the GPU where there is one.
 
     Raises:
         FileNotFoundError: If it is neither.
         ValueError: If it is a checkpoint of another kind of model.
     """
+    load_config(name)
+    name = str(name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The code in the folder is what is installed here; without saying so, the parts of the processor ask about it.
+    processor = MMGEMProcessor.from_pretrained(name, trust_remote_code=False)
+    return MMGEMModel.from_pretrained(name).to(device).eval(), processor
+
+
+def load_config(name: str | Path) -> MMGEMConfig:
+    """Loads the configuration of a checkpoint; arguments and errors are those of `load_checkpoint`."""
     name = str(name)
     try:
         config, _ = MMGEMConfig.get_config_dict(name)
@@ -30,7 +42,4 @@ def load_checkpoint(name: str | Path) -> tuple[MMGEMModel, MMGEMProcessor]:
         raise ValueError(
             f"model is {name!r}, of type {config.get('model_type')!r}; expected {MMGEMConfig.model_type!r}"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The code in the folder is what is installed here; without saying so, the parts of the processor ask about it.
-    processor = MMGEMProcessor.from_pretrained(name, trust_remote_code=False)
-    return MMGEMModel.from_pretrained(name).to(device).eval(), processor
+    return MMGEMConfig.from_pretrained(name)

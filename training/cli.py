@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from typer.core import TyperGroup
 TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
 
 # What a user can cause and mend, which takes a line; anything else is a defect and comes with its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
 class _Commands(TyperGroup):
@@ -81,16 +82,64 @@ def scenes(
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file that says everything about the run.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the checkpoint; by default runs/ and its name.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Name or number of the only stage to run, from where the one before it ended.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only show what the model would see, and take one step of each stage.")
+    ] = False,
     as_json: AsJson = False,
 ):
     """Train a model as a recipe says."""
+    if check and resume:
+        raise typer.BadParameter("give --check or --resume, not both")
     out = out or Path("runs") / (recipe.resolve().parent.name if recipe.stem == "recipe" else recipe.stem)
+    if check:
+        _check(recipe, out, stage, as_json)
+        return
     with _work():
-        from mmgem.training.recipe import train as train_recipe
+        import torch.distributed as dist
 
-        figures = train_recipe(recipe, out, resume=resume)
-    _answer({"model": str(out), "figures": figures}, as_json, [*_table(figures), "", f"The model is in {out}"])
+        from mmgem.training.run import train as train_recipe
+
+        report = train_recipe(recipe, out, stage=stage, resume=resume)
+        if dist.is_initialized():
+            dist.destroy_process_group()  # whose threads may abort a process that exits before they do
+    result = {"model": str(report.model), "figures": report.metrics, "skipped": report.skipped}
+    skipped = [
+        f"{count} of {source} could not be read, see {out / 'skipped.jsonl'}"
+        for source, count in report.skipped.items()
+    ]
+    if os.environ.get("RANK", "0") == "0":  # one of the processes of a distributed run
+        _answer(result, as_json, [*_table(report.metrics), "", *skipped, f"The model is in {report.model}"])
+
+
+def _check(recipe: Path, out: Path, stage: str | None, as_json: bool) -> None:
+    """The dry run, whose lines are said as soon as they are known."""
+    stdout = sys.stdout
+    with _work():
+        from mmgem.training.check import check_recipe
+
+        checks = check_recipe(recipe, out, stage, lambda line: typer.echo(line, sys.stderr if as_json else stdout))
+    result = [asdict(check) | {"images": check.images and str(check.images)} for check in checks]
+    _answer(result, as_json, ["", "Nothing was trained."])
+
+
+@app.command()
+def soup(
+    out: Annotated[Path, typer.Argument(help="New folder for the averaged model.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Models to average.")],
+    weights: Annotated[list[float] | None, typer.Option("--weight", help="Of each folder, in their order.")] = None,
+    as_json: AsJson = False,
+):
+    """Average the weights of checkpoints of one run, or of models fine-tuned from one, into a Hub folder."""
+    with _work():
+        from mmgem.training.soup import soup as average
+
+        shares = average(folders, out, weights)
+    lines = [f"{share:.3f}  {folder}" for folder, share in shares.items()]
+    _answer({"folder": str(out), "shares": shares}, as_json, [*lines, "", f"The average is {out}"])
 
 
 @app.command()
@@ -201,3 +250,7 @@ def _table(figures: dict[str, float]) -> list[str]:
 def _answer(result: Any, as_json: bool, lines: Iterable[str]) -> None:
     """Prints what a command found: `result` as JSON, or `lines` for a person."""
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+if __name__ == "__main__":  # torchrun -m mmgem.training.cli train ...
+    app(prog_name="mmgem")

@@ -8,19 +8,24 @@ import torch
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
+from mmgem.training.sharded import is_sharded, reshard
+
 Box = Sequence[float]
 
 
 @contextmanager
 def inference(model) -> Iterator[None]:
     """No gradients and evaluation mode within, the model's former mode after."""
-    was_training = model.training
+    was_training, is_in_shards = model.training, is_sharded(model)
     model.eval()
     try:
-        with torch.inference_mode():
+        # FSDP keeps the tensors that it gathers parameters into, and could not train with those of inference mode.
+        with torch.no_grad() if is_in_shards else torch.inference_mode():
             yield
     finally:
         model.train(was_training)
+        if is_in_shards:
+            reshard(model)
 
 
 def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:

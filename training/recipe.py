@@ -1,220 +1,224 @@
 """A recipe is a YAML file that says everything about a training run: a model, and stages of data and arguments."""
 
-import difflib
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
 import yaml
-from transformers import TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig
+from transformers import CONFIG_MAPPING, SiglipImageProcessorPil
 
 from mmgem.configuration_mmgem import MMGEMConfig
-from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.processing.processing_mmgem import MMGEMProcessor
-from mmgem.processing.sentence_transformers_export import save_sentence_transformer
-from mmgem.training.checkpoint import load_checkpoint
+from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.collator import MMGEMCollator
-from mmgem.training.image_folder import read_image_folder
-from mmgem.training.model_card import write_model_card
-from mmgem.training.scene_dataset import SceneDataset
+from mmgem.training.lora import add_lora
+from mmgem.training.objective import build_objective
+from mmgem.training.sections import check_arguments, check_keys, check_type
+from mmgem.training.sources import check_section
 from mmgem.training.tokenizer import train_tokenizer
-from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
-TOKENIZER_TRAINING_ROWS = 4000
 SECTIONS = ("seed", "model", "image_processor", "tokenizer", "eval_data", "stages")
-STAGE_SECTIONS = ("name", "train_data", "collator", "training")
+STAGE_SECTIONS = ("name", "image_size", "text_attention", "train_data", "collator", "objective", "training")
+MODEL_SECTIONS = ("attn_implementation", "dtype")  # beside those that say which model
+# Arguments of the trainer that the run sets itself, or that have a place of their own in a stage.
+_NOT_IN_TRAINING = ("output_dir", "resume_from_checkpoint", "train_sampling_strategy", "contrastive_objective")
+_NOT_IN_MODEL = ("vision_config", "text_config", "image_token_id")
+_FOLDER_NAME = re.compile(r"[\w-][\w.-]*")
 
 
-def load_recipe(path: str | Path) -> dict:
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 has it; to PyYAML it is text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), list("-+0123456789"))
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
     """
-    Read a recipe and check the names of its sections.
+    Read a recipe and check it, to the last key, before any data or model is loaded.
+
+    | section | content |
+    |---|---|
+    | `model` | which model, in one of three ways, see below |
+    | `tokenizer` | arguments of `train_tokenizer`, which learns from the data of the first stage |
+    | `image_processor` | arguments of the image processor that are to be others |
+    | `eval_data` | a data section (see [`mmgem.training.sources.open_source`]) to measure the model on |
+    | `seed` | of weights, orders and draws; 0 by default |
+    | `stages` | a list, see below |
+
+    The model is `{pretrained: NAME}`, or towers to compose, `{vision: NAME, text: NAME}`, or, from nothing,
+    `{vision_config: {...}, text_config: {...}}`, which takes the sections `tokenizer` and `image_processor`. The last
+    two may have further fields of `MMGEMConfig`, each of the three an `attn_implementation` and a `dtype` to train
+    with.
+
+    | section of a stage | content |
+    |---|---|
+    | `name` | a name for its folder |
+    | `train_data` | a data section or a list of them, each with a `weight`: a mixture |
+    | `training` | arguments of `MMGEMTrainingArguments` |
+    | `image_size` | side of the images in pixels; by default as before |
+    | `text_attention` | `causal` or `bidirectional`, while a text is embedded; by default as before |
+    | `collator` | arguments of `MMGEMCollator` |
+    | `objective` | options of the contrastive loss, see [`mmgem.training.objective.build_objective`] |
+
+    Args:
+        path: a YAML file with the sections of `SECTIONS`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for an unknown or missing section.
+        ValueError: if it is no YAML, for a key that is unknown (the nearest known one is named), a section that is
+            missing, or a value of a wrong type.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"recipe {str(path)!r} is not there; expected a YAML file.")
-    recipe = yaml.safe_load(path.read_text())
-    if not isinstance(recipe, Mapping):
-        raise ValueError(
-            f"recipe {str(path)!r} holds {type(recipe).__name__}; expected sections {', '.join(SECTIONS)}."
-        )
-    _check_keys(recipe, SECTIONS, "recipe")
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {str(path)!r} is not YAML: {error}") from error
+    check_keys(recipe, SECTIONS, "recipe")
     for name in ("model", "stages"):
         if not recipe.get(name):
             raise ValueError(f"recipe {str(path)!r} has no section `{name}`.")
-    for stage in recipe["stages"]:
-        _check_keys(stage, STAGE_SECTIONS, "stages")
-        for name in ("name", "train_data", "training"):
-            if name not in stage:
-                raise ValueError(f"recipe {str(path)!r} has a stage without `{name}`.")
+    check_type(recipe.get("seed", 0), int, "`seed`")
+    _check_model(recipe)
+    if "eval_data" in recipe:
+        check_section(recipe["eval_data"], "`eval_data`")
+    check_type(recipe["stages"], list, "`stages`")
+    for number, stage in enumerate(recipe["stages"], start=1):
+        _check_stage(stage, number)
+    names = stage_names(recipe)
+    if len(set(names)) < len(names):
+        raise ValueError(f"`stages` are called {', '.join(names)}; expected a name of its own for each.")
     return dict(recipe)
 
 
-def train(recipe_path: str | Path, out: str | Path, resume: bool = False) -> dict[str, float]:
+def stage_names(recipe: Mapping[str, Any]) -> list[str]:
+    """The names of the stages, in order."""
+    return [stage["name"] for stage in recipe["stages"]]
+
+
+def stage_number(recipe: Mapping[str, Any], stage: str | int) -> int:
     """
-    Train as a recipe says, stage after stage, and leave a complete Hub folder: weights, remote code, processor,
-    sentence-transformers files, card, the recipe, the results and the log of the run.
-
-    Args:
-        recipe_path: YAML with the sections of `SECTIONS`. `model` is one of `{pretrained: NAME}`,
-            `{vision: NAME, text: NAME, ...}` (composed towers, further keys go to `MMGEMConfig`) and
-            `{vision_config: {...}, text_config: {...}, ...}` (from nothing, with `tokenizer` and `image_processor`);
-            each may name an `attn_implementation` to train with. A stage has a `name`, `train_data`, arguments of the
-            `collator`, and `training`, arguments of `MMGEMTrainingArguments`; the model goes from stage to stage, the
-            optimizer starts anew. Data is `{scenes: {seed: S, count: N}}` or `{folder: PATH}`.
-        out: folder for the result; `checkpoints/STAGE` holds what is needed to resume.
-        resume: go on from the last checkpoint in `out`, if there is one.
-
-    Returns:
-        The metrics of the final evaluation, empty without `eval_data`.
+    Which of the stages, from 0 on, a user means by a name or by a number from 1 on.
 
     Raises:
-        FileNotFoundError, ValueError: for a recipe or data that cannot be used.
-        FileExistsError: if `out` holds checkpoints and `resume` is not asked for.
+        ValueError: if there is no such stage.
     """
-    recipe, out = load_recipe(recipe_path), Path(out)
-    stages = recipe["stages"]
-    folders = [out / "checkpoints" / stage["name"] for stage in stages]
-    last_checkpoints = [get_last_checkpoint(folder) if folder.is_dir() else None for folder in folders]
-    if any(last_checkpoints) and not resume:
-        raise FileExistsError(f"`out` is {str(out)!r}, which holds checkpoints; resume, or choose another folder.")
-    # A stage that a later one has begun after is finished; the later checkpoint holds its weights.
-    first = max((i for i, checkpoint in enumerate(last_checkpoints) if checkpoint), default=0)
-
-    seed = recipe.get("seed", 0)
-    set_seed(seed)
-    eval_dataset = load_data(recipe["eval_data"], "eval_data") if "eval_data" in recipe else None
-    processor, model = build_model(recipe)
-    if "attn_implementation" in recipe["model"]:
-        model.set_attn_implementation(recipe["model"]["attn_implementation"])
-    log_history = []
-    for number, (stage, folder, last_checkpoint) in enumerate(zip(stages, folders, last_checkpoints, strict=True)):
-        state = TrainerState.load_from_json(f"{last_checkpoint}/{TRAINER_STATE_NAME}") if last_checkpoint else None
-        if number < first:
-            log_history += _named(stage, state)
-            continue
-        defaults = {
-            "seed": seed,
-            "report_to": "none",
-            "disable_tqdm": False,
-            "use_cpu": not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for
-        }
-        arguments = MMGEMTrainingArguments(output_dir=str(folder), **(defaults | stage["training"]))
-        trainer = MMGEMTrainer(
-            model,
-            arguments,
-            processing_class=processor,
-            data_collator=MMGEMCollator(processor, **stage.get("collator", {})),
-            train_dataset=load_data(stage["train_data"], "train_data"),
-            eval_dataset=eval_dataset,
-        )
-        if state is not None and state.global_step >= state.max_steps:
-            # Killed between two stages; the Trainer would take one step too many.
-            trainer._load_from_checkpoint(last_checkpoint)
-            trainer.state = state
-        else:
-            trainer.train(resume_from_checkpoint=last_checkpoint)
-        log_history += _named(stage, trainer.state)
-
-    metrics = trainer.evaluate(metric_key_prefix="") if eval_dataset is not None else {}
-    if trainer.is_world_process_zero():
-        save_sentence_transformer(model, processor, out)
-        (out / "recipe.yaml").write_text(Path(recipe_path).read_text())
-        _write_json(out / "training_log.json", log_history)
-        _write_json(out / "results.json", metrics)
-        write_model_card(out, model, recipe, metrics, log_history)
-    return metrics
+    names = stage_names(recipe)
+    numbers = [str(number) for number in range(1, len(names) + 1)]
+    for known in (names, numbers):
+        if str(stage) in known:
+            return known.index(str(stage))
+    raise ValueError(f"`stage` is {stage!r}; expected a number from 1 to {len(names)} or one of {', '.join(names)}.")
 
 
-def _named(stage: Mapping, state: TrainerState | None) -> list[dict]:
-    """What was logged in a stage, with its name."""
-    return [{"stage": stage["name"]} | entry for entry in (state.log_history if state else [])]
+def first_difference(old: Any, new: Any, name: str = "") -> str | None:
+    """Where two recipes differ first, such as "`stages[1].training.max_steps` is 10, was 20"; None if they do not."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        missing = object()
+        for key in [*old, *(key for key in new if key not in old)]:
+            inner = f"{name}.{key}" if name else str(key)
+            was, now = old.get(key, missing), new.get(key, missing)
+            if was is missing or now is missing:
+                return f"`{inner}` is {'new' if was is missing else 'gone'}"
+            if difference := first_difference(was, now, inner):
+                return difference
+        return None
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"`{name}` has {len(new)} entries, had {len(old)}"
+        pairs = enumerate(zip(old, new, strict=True))
+        return next((found for i, pair in pairs if (found := first_difference(*pair, f"{name}[{i}]"))), None)
+    return None if old == new else f"`{name}` is {new!r:.80}, was {old!r:.80}"
 
 
-def _write_json(path: Path, content: Mapping | list):
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def load_data(section: Mapping, name: str):
-    """
-    The data set of a section: scenes drawn on the fly, or an image folder with `metadata.jsonl`.
-
-    Raises:
-        ValueError: if the section names neither.
-    """
-    _check_keys(section, ("scenes", "folder"), name)
-    if len(section) != 1:
-        raise ValueError(f"`{name}` is {dict(section)}; expected either `scenes` or `folder`.")
-    if "scenes" in section:
-        return SceneDataset(**section["scenes"])
-    return read_image_folder(section["folder"])
-
-
-def build_model(recipe: Mapping) -> tuple[MMGEMProcessor, MMGEMModel]:
-    """
-    Processor and model of a recipe: a checkpoint, composed towers, or configs to train from nothing, with a tokenizer
-    that learns from the data of the first stage.
-    """
-    section = {key: value for key, value in recipe["model"].items() if key != "attn_implementation"}
-    if "pretrained" in section:
-        model, processor = load_checkpoint(section["pretrained"])
-        return processor, model
-    if "vision" in section:
-        model = MMGEMModel.from_towers(**section)
-        processor = MMGEMProcessor.from_towers(
-            section["vision"],
-            section["text"],
-            num_visual_tokens=model.config.num_visual_tokens,
-            num_embedding_tokens=model.config.num_embedding_tokens,
-        )
-        return processor, model
-
-    from transformers import SiglipImageProcessorPil
-
-    train_dataset = load_data(recipe["stages"][0]["train_data"], "train_data")
-    rows = range(min(len(train_dataset), TOKENIZER_TRAINING_ROWS))
-    tokenizer = train_tokenizer(_texts(train_dataset, rows), **recipe["tokenizer"])
-    section["text_config"] = section["text_config"] | {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = MMGEMConfig(image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **section)
-    processor = MMGEMProcessor(
-        SiglipImageProcessorPil(**recipe["image_processor"]), tokenizer, num_visual_tokens=config.num_visual_tokens
+def _check_stage(stage: object, number: int) -> None:
+    check_keys(stage, STAGE_SECTIONS, f"stage {number}")
+    assert isinstance(stage, Mapping)
+    for name in ("name", "train_data", "training"):
+        if name not in stage:
+            raise ValueError(f"stage {number} comes without `{name}`.")
+    check_type(stage["name"], str, f"`name` of stage {number}")
+    if not _FOLDER_NAME.fullmatch(stage["name"]):
+        raise ValueError(f"`name` of stage {number} is {stage['name']!r}; expected a name for a folder.")
+    of_stage = f"of stage `{stage['name']}`"
+    check_type(stage.get("image_size", 1), int, f"`image_size` {of_stage}")
+    if stage.get("image_size", 1) < 1:
+        raise ValueError(f"`image_size` {of_stage} is {stage['image_size']}; expected pixels, 1 or more.")
+    check_type(
+        stage.get("text_attention", "causal"), Literal["causal", "bidirectional"], f"`text_attention` {of_stage}"
     )
-    return processor, MMGEMModel(config)
+    sources = stage["train_data"]
+    is_mixture = isinstance(sources, Sequence) and not isinstance(sources, str)
+    if is_mixture and not sources:
+        raise ValueError(f"`train_data` {of_stage} is an empty list; expected at least one source.")
+    for source in sources if is_mixture else [sources]:
+        check_section(source, f"`train_data` {of_stage}")
+    check_arguments(stage.get("collator", {}), MMGEMCollator, f"`collator` {of_stage}", given=["processor"])
+    try:
+        check_type(stage.get("objective", {}), dict, f"`objective` {of_stage}")
+        build_objective(**stage.get("objective", {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`objective` {of_stage}: {error}") from error
+    training = stage["training"]
+    # `fsdp: true` is what the library asks for, but not what its annotation says.
+    typed = {key: training[key] for key in training if key != "fsdp"} if isinstance(training, Mapping) else training
+    check_arguments(typed, MMGEMTrainingArguments, f"`training` {of_stage}", given=_NOT_IN_TRAINING)
+    if training.get("lora") is not None:
+        check_arguments(training["lora"], add_lora, f"`lora` {of_stage}", given=["model"], rest=LoraConfig)
+    for part, rate in (training.get("learning_rates") or {}).items():
+        check_type(rate, float, f"`{part}` in `learning_rates` {of_stage}")
 
 
-def _texts(dataset, rows):
-    """Every text of the rows, whatever column it stands in."""
-    for row in rows:
-        for column, value in dataset[row].items():
-            if column not in ("image", "file_name", "scene_id"):
-                yield from _strings(value)
+def _check_model(recipe: Mapping[str, Any]) -> None:
+    section = recipe["model"]
+    from_nothing = isinstance(section, Mapping) and not {"pretrained", "vision", "text"} & set(section)
+    fields = [name for name in MMGEMConfig.__annotations__ if name not in _NOT_IN_MODEL]
+    if not isinstance(section, Mapping) or "pretrained" in section:
+        required, optional = ["pretrained"], []
+    else:
+        required, optional = (["vision_config", "text_config"] if from_nothing else ["vision", "text"]), fields
+    check_keys(section, [*required, *optional, *MODEL_SECTIONS], "`model`")
+    if missing := [name for name in required if name not in section]:
+        raise ValueError(
+            f"`model` has no `{missing[0]}`; expected `pretrained`, or `vision` and `text`, or `vision_config` and "
+            "`text_config`."
+        )
+    for name in [] if from_nothing else required:
+        check_type(section[name], str, f"`{name}` in `model`")
+    check_type(section.get("attn_implementation", ""), str, "`attn_implementation` in `model`")
+    check_type(section.get("dtype", "float32"), Literal["float32", "bfloat16", "float16"], "`dtype` in `model`")
+
+    for name in ("tokenizer", "image_processor"):
+        if from_nothing and name not in recipe:
+            raise ValueError(f"recipe has no section `{name}`, which a model from nothing takes.")
+    if "tokenizer" in recipe:
+        if not from_nothing:
+            raise ValueError("recipe has a section `tokenizer`, but the model has one; expected to leave it out.")
+        check_arguments(recipe["tokenizer"], train_tokenizer, "`tokenizer`", given=["texts"])
+    if "image_processor" in recipe:
+        check_keys(
+            recipe["image_processor"], SiglipImageProcessorPil.valid_kwargs.__annotations__, "`image_processor`"
+        )
+
+    config = {name: section[name] for name in fields if name in section}
+    if from_nothing:
+        for name in required:
+            _check_tower_config(section[name], f"`{name}` in `model`")
+            config[name] = dict(section[name])
+    try:
+        MMGEMConfig(**config)
+    except StrictDataclassError as error:
+        raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
 
 
-def _strings(value):
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
-
-
-def _check_keys(section: Mapping, known: tuple[str, ...], name: str):
-    for key in section:
-        if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
-            raise ValueError(f"`{name}` has the unknown key `{key}`; expected {', '.join(known)}.{hint}")
+def _check_tower_config(section: object, where: str) -> None:
+    model_type = section.get("model_type") if isinstance(section, Mapping) else None
+    if model_type is None:
+        raise ValueError(f"{where} is {section!r:.80}; expected a mapping with a `model_type` and its fields.")
+    check_keys({model_type: None}, CONFIG_MAPPING, f"`model_type` of {where}")
+    config_class = CONFIG_MAPPING[model_type]
+    check_keys(section, ["model_type", *config_class.__dataclass_fields__, *config_class.attribute_map], where)

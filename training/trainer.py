@@ -140,6 +140,11 @@ class MMGEMTrainer(Trainer):
         )
         return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
 
+    def set_initial_training_values(self, args, dataloader):
+        epochs, *values = super().set_initial_training_values(args, dataloader)
+        # Batches of a token budget have no number beforehand; all of a run are one epoch, after which nothing is left.
+        return (1 if self.args.max_tokens_per_batch is not None else epochs, *values)
+
     def _prepare_for_training(self, *args, **kwargs):
         checkpointing = self.args.gradient_checkpointing_kwargs or {}
         if not checkpointing.get("use_reentrant", False):
@@ -296,8 +301,8 @@ class MMGEMTrainer(Trainer):
             "contrastive_loss": weighed,
             "image_norm": outputs.image_norm,
             "text_norm": outputs.text_norm,
-            "images": torch.as_tensor(float(len(outputs.image_embeds)), device=weighed.device),
-            "queries": torch.as_tensor(float(len(batch.query_embeds)), device=weighed.device),
+            "images": torch.as_tensor(float(outputs.image_embeds.shape[0]), device=weighed.device),
+            "queries": torch.as_tensor(float(batch.query_embeds.shape[0]), device=weighed.device),
         }.items():
             self._figures[name].append(value)
 

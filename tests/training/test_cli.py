@@ -1,14 +1,21 @@
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.training.check import StageCheck
 from mmgem.training.cli import app
+from mmgem.training.memory import StepMemory
+from mmgem.training.run import TrainingReport
 
-COMMANDS = ("demo", "scenes", "train", "evaluate", "index", "search", "caption")
+COMMANDS = ("demo", "scenes", "train", "soup", "evaluate", "index", "search", "caption")
 
 
 def run(*arguments, exit_code=0):
@@ -93,21 +100,52 @@ def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
 def test_train_hands_the_recipe_on_and_keeps_stdout_for_its_answer(monkeypatch, tmp_path):
     calls = []
 
-    def train(recipe, out, resume):
-        calls.append((str(recipe), str(out), resume))
+    def train(recipe, out, stage, resume):
+        calls.append((str(recipe), str(out), stage, resume))
         print("{'loss': 1.0}")
-        return {"recall": 0.5}
+        return TrainingReport(Path(out), {"recall": 0.5}, {"photos": 2})
 
-    monkeypatch.setattr("mmgem.training.recipe.train", train)
+    monkeypatch.setattr("mmgem.training.run.train", train)
     result = run("train", "cards/small/recipe.yaml", "--json")
-    assert json.loads(result.stdout) == {"model": "runs/small", "figures": {"recall": 0.5}}
-    run("train", "quick.yaml", "--resume")
-    run("train", "quick.yaml", "--out", tmp_path)
+    answer = {"model": "runs/small", "figures": {"recall": 0.5}, "skipped": {"photos": 2}}
+    assert json.loads(result.stdout) == answer
+    text = run("train", "quick.yaml", "--resume", "--stage", "2").stdout
+    assert "recall  0.5000" in text and "2 of photos could not be read, see runs/quick/skipped.jsonl" in text
+    run("train", "quick.yaml", "--out", tmp_path, "--stage", "align")
+    monkeypatch.setenv("RANK", "1")  # the other processes of a distributed run say nothing
+    assert run("train", "quick.yaml").stdout == ""
     assert calls == [
-        ("cards/small/recipe.yaml", "runs/small", False),
-        ("quick.yaml", "runs/quick", True),
-        ("quick.yaml", str(tmp_path), False),
+        ("cards/small/recipe.yaml", "runs/small", None, False),
+        ("quick.yaml", "runs/quick", "2", True),
+        ("quick.yaml", str(tmp_path), "align", False),
+        ("quick.yaml", "runs/quick", None, False),
     ]
+
+
+def test_train_check_says_what_it_sees_and_trains_nothing(monkeypatch):
+    def check_recipe(recipe, out, stage, say):
+        say(f"stage {stage} of {recipe}")
+        memory = StepMemory(weights=1, copies=0, gradients=2, optimizer=3, activations=4)
+        return [StageCheck("align", 10, 4, 100, 20, memory, 0.5, {"caption_loss": 1.0}, Path("a.png"), {})]
+
+    monkeypatch.setattr("mmgem.training.check.check_recipe", check_recipe)
+    monkeypatch.setattr("mmgem.training.run.train", None)
+    assert run("train", "quick.yaml", "--check", "--stage", "align").stdout.startswith("stage align of quick.yaml")
+    result = run("train", "quick.yaml", "--check", "--json")
+    [answer] = json.loads(result.stdout)
+    assert answer["memory"]["optimizer"] == 3 and answer["images"] == "a.png"
+    assert "stage None of quick.yaml" in result.stderr
+
+
+def test_soup_averages_models(checkpoint, tiny_model, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    tiny_model.logit_scale.data += 1.0
+    tiny_model.save_pretrained(tmp_path / "other")
+    arguments = ("soup", tmp_path / "mean", checkpoint, tmp_path / "other", "--weight", 3, "--weight", 1)
+    answer = json.loads(run(*arguments, "--json").stdout)
+    assert answer["shares"] == {str(checkpoint): 0.75, str(tmp_path / "other"): 0.25}
+    mean = MMGEMModel.from_pretrained(tmp_path / "mean").logit_scale
+    torch.testing.assert_close(mean, tiny_model.logit_scale - 0.75)
 
 
 def test_a_users_mistake_takes_one_line_and_exit_code_1(gallery, tmp_path):
@@ -116,6 +154,7 @@ def test_a_users_mistake_takes_one_line_and_exit_code_1(gallery, tmp_path):
         (("evaluate", "no/such-model", tmp_path / "nowhere"), "nowhere"),
         (("search", tmp_path / "nowhere", "a star"), "index is"),
         (("train", tmp_path / "nowhere.yaml", "--out", tmp_path / "out"), "nowhere.yaml"),
+        (("soup", tmp_path / "mean", tmp_path / "nowhere", gallery), "nowhere"),
         (("scenes", gallery), "gallery"),
         (("scenes", tmp_path / "new", "--image-size", 3), "image_size"),
     ]:
@@ -138,7 +177,15 @@ def test_a_defect_keeps_its_traceback(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("search", "index"), ("search",), ("index", "images"), ("scenes", "out", "--count", "0"), ("paint",)]
+    "arguments",
+    [
+        ("search", "index"),
+        ("search",),
+        ("index", "images"),
+        ("scenes", "out", "--count", "0"),
+        ("paint",),
+        ("train", "recipe.yaml", "--check", "--resume"),
+    ],
 )
 def test_wrong_usage_has_exit_code_2(arguments):
     run(*arguments, exit_code=2)
