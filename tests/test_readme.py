@@ -26,12 +26,12 @@ def test_snippets_run(tmp_path):
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "1",
     }
-    for language, code in snippets():
+    for number, (language, code) in enumerate(snippets()):
         if language == "python" and "from mmgem" not in code:
             code = "import sys; sys.modules['mmgem'] = None  # as if the package were not installed\n" + code
         if language == "yaml":
             (tmp_path / "recipe.yaml").write_text(code)
-            command = ["mmgem", "train", "recipe.yaml", "--out", "runs/own"]
+            command = ["mmgem", "train", "recipe.yaml", "--out", f"runs/recipe-{number}"]
         else:
             command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)

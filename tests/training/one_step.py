@@ -23,8 +23,10 @@ def rows() -> list[dict]:
     return data
 
 
-def gradient_of_one_step(processor, output_dir: str, **arguments) -> dict[str, torch.Tensor]:
-    """Parameter by parameter, what one optimizer step with learning rate 1 subtracts."""
+def gradient_of_one_step(
+    processor, output_dir: str, train_dataset=None, data_collator=None, **arguments
+) -> dict[str, torch.Tensor]:
+    """Parameter by parameter, what one optimizer step with learning rate 1 subtracts; by default on `rows()`."""
     model = build_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     arguments = MMGEMTrainingArguments(
@@ -40,18 +42,25 @@ def gradient_of_one_step(processor, output_dir: str, **arguments) -> dict[str, t
         disable_tqdm=True,
         **arguments,
     )
-    MMGEMTrainer(model, arguments, processing_class=processor, train_dataset=rows()).train()
+    MMGEMTrainer(
+        model, arguments, processor, data_collator, train_dataset=rows() if train_dataset is None else train_dataset
+    ).train()
     return {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
 
 
-if __name__ == "__main__":
+def read_processor(tokenizer_folder: str):
+    """The tests' `tiny_processor`, in another process."""
     from transformers import AutoTokenizer, SiglipImageProcessorPil
 
     from mmgem.processing.processing_mmgem import MMGEMProcessor
 
-    tokenizer_folder, out, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
     image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    processor = MMGEMProcessor(image_processor, AutoTokenizer.from_pretrained(tokenizer_folder), num_visual_tokens=4)
+    return MMGEMProcessor(image_processor, AutoTokenizer.from_pretrained(tokenizer_folder), num_visual_tokens=4)
+
+
+if __name__ == "__main__":
+    tokenizer_folder, out, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    processor = read_processor(tokenizer_folder)
     gradient = gradient_of_one_step(processor, out, per_device_train_batch_size=batch_size)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(gradient, f"{out}/gradient.pt")

@@ -1,0 +1,104 @@
+"""The sizes that the benchmarks of speed share, the model of that size, and a batch for it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from mmgem import MMGEMConfig, MMGEMModel
+
+IMAGE_TOKEN_ID = 3
+FIRST_WORD_ID = 4
+
+
+@dataclass
+class Setting:
+    """
+    By default the towers of the paper's recipe, CLIP ViT-L/14 and TinyLlama, at three eighths of their width and half
+    of their depth: 256 patches, 32,000 words, a language model three times as large as the vision tower.
+
+    Args:
+        num_images: images of a batch, one caption each.
+        num_visual_tokens: of an image, for MM-GEM.
+        caption_lengths: tokens of the shortest and the longest caption; the others lie evenly between them.
+        vision, text: fields of `CLIPVisionConfig` and `LlamaConfig`.
+    """
+
+    num_images: int = 12
+    num_visual_tokens: int = 16
+    caption_lengths: tuple[int, int] = (5, 60)
+    projection_dim: int = 512
+    vision: dict = field(
+        default_factory=lambda: {
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "image_size": 224,
+            "patch_size": 14,
+        }
+    )
+    text: dict = field(
+        default_factory=lambda: {
+            "vocab_size": 32000,
+            "hidden_size": 768,
+            "intermediate_size": 2112,
+            "num_hidden_layers": 11,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2048,
+        }
+    )
+
+    def vision_config(self) -> CLIPVisionConfig:
+        return CLIPVisionConfig(**self.vision)
+
+    def text_config(self) -> LlamaConfig:
+        return LlamaConfig(**self.text, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
+
+
+def micro_setting() -> Setting:
+    """The same in a size for tests: milliseconds."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return Setting(
+        num_images=4,
+        num_visual_tokens=4,
+        caption_lengths=(3, 9),
+        projection_dim=16,
+        vision=vision | {"image_size": 32, "patch_size": 8},
+        text=vision | {"vocab_size": 300, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    )
+
+
+def build_model(setting: Setting) -> MMGEMModel:
+    """An `MMGEMModel` with random weights, in training mode."""
+    torch.manual_seed(0)
+    config = MMGEMConfig(
+        vision_config=setting.vision_config().to_dict(),
+        text_config=setting.text_config().to_dict(),
+        projection_dim=setting.projection_dim,
+        num_visual_tokens=setting.num_visual_tokens,
+        image_token_id=IMAGE_TOKEN_ID,
+    )
+    return MMGEMModel(config).train()
+
+
+def build_batch(setting: Setting, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random images and captions, padded on the right: `pixel_values`, `input_ids`, `attention_mask`."""
+    generator = torch.Generator().manual_seed(seed)
+    size, (shortest, longest) = setting.vision["image_size"], setting.caption_lengths
+    lengths = torch.linspace(shortest, longest, setting.num_images).round().long()
+    lengths = lengths[torch.randperm(setting.num_images, generator=generator)]
+    attention_mask = (torch.arange(longest) < lengths[:, None]).long()  # (B, L)
+    words = torch.randint(
+        FIRST_WORD_ID, setting.text["vocab_size"], (setting.num_images, longest), generator=generator
+    )
+    return {
+        "pixel_values": torch.randn(setting.num_images, 3, size, size, generator=generator),
+        "input_ids": words * attention_mask,
+        "attention_mask": attention_mask,
+    }

@@ -1,0 +1,43 @@
+"""Two processes go on from the last whole checkpoint; the second may end or hang, in a `step` or when `saving`."""
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from killed_run import die, die_at, train, write_in_two_halves
+from one_step import read_processor
+from torchrun import leave
+from transformers import TrainerCallback
+
+from mmgem.training.checkpoints import last_complete_checkpoint
+
+
+class InFifthStep(TrainerCallback):
+    """Does something on the second process."""
+
+    def __init__(self, act: Callable[[], None]):
+        self.act = act
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4 and dist.get_rank() == 1:
+            self.act()
+
+
+ACTS = {"step": [InFifthStep(die)], "hanging": [InFifthStep(lambda: time.sleep(1000))]}
+
+if __name__ == "__main__":
+    folder, moment = Path(sys.argv[1]), sys.argv[2]
+    if moment == "hanging":
+        # What `ddp_timeout` does on accelerators; on a CPU transformers leaves it at half an hour.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    if moment == "saving":
+        write_in_two_halves(die_at("rng_state_1.pth"))
+    processor, checkpoint = read_processor(str(folder / "tokenizer")), last_complete_checkpoint(folder)
+    trainer = train(processor, folder, 2, checkpoint, ACTS.get(moment, ()), is_seeded=True)
+    if dist.get_rank() == 0:
+        torch.save(trainer.model.state_dict(), folder / "weights.pt")
+    leave()

@@ -1,0 +1,79 @@
+"""
+Two steps of training on two processes with FSDP2, and the second one again from the checkpoint after the first.
+
+accelerate takes FSDP to be for accelerators only and, on a CPU, quietly trains with DDP; PyTorch's FSDP2 does run over
+gloo. So accelerate is told here.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from one_step import read_processor, rows
+from tiny_models import build_model
+from torchrun import leave
+
+from mmgem.training.sharded import is_sharded
+from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
+
+_initialize = AcceleratorState.__init__
+
+
+def _initialize_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+    _initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+CAPTIONED = {"eval_column": "captions"}
+EMA = {"ema_decay": 0.5, "eval_on_start": True}
+
+
+def train(
+    processor, folder: Path, batch_size: int, resume: str | None = None, eval_column="long_caption", **arguments
+) -> dict:
+    """What two steps log, and the metrics found after them; with `captions` to compare to, some are generated."""
+    arguments = MMGEMTrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-2,
+        adam_epsilon=0.1,  # a step is then smooth in its gradient, also where that is almost nothing
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
+    )
+    evaluated = [{"image": row["image"], eval_column: row["caption"]} for row in rows()]
+    trainer = MMGEMTrainer(
+        build_model(), arguments, processing_class=processor, train_dataset=rows(), eval_dataset=evaluated
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    names = ("loss", "caption_loss", "contrastive_loss", "grad_norm", "temperature")
+    log = trainer.state.log_history
+    steps = {entry["step"]: {name: entry[name] for name in names} for entry in log if "loss" in entry}
+    metrics = [entry for entry in log if any(name.endswith("recall@1") for name in entry)]
+    return {"steps": [steps[1], steps[2]], "metrics": metrics, "is_sharded": is_sharded(trainer.model)}
+
+
+if __name__ == "__main__":
+    AcceleratorState.__init__ = _initialize_with_fsdp
+    root = Path(sys.argv[1])
+    processor = read_processor(str(root / "tokenizer"))
+    runs = {
+        "captioned": train(processor, root / "run", 2, **CAPTIONED, **FSDP),
+        "resumed": train(processor, root / "run", 2, str(root / "run" / "checkpoint-1"), **CAPTIONED, **FSDP),
+        "cached": train(processor, root / "cached", 2, grad_cache_chunk_size=1, **EMA, **FSDP),
+    }
+    if dist.get_rank() == 0:
+        (root / "report.json").write_text(json.dumps(runs))
+    leave()

@@ -1,0 +1,101 @@
+"""Two processes do what one does; and when one of them dies, the other does not wait for it."""
+
+import json
+import time
+
+import fsdp_run
+import killed_run
+import pytest
+import torch
+import two_processes
+from torchrun import torchrun
+
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.training.checkpoints import last_complete_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_processor, tmp_path_factory):
+    """What two processes made of every case."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
+    torchrun("two_processes.py", folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", two_processes.cases())
+def test_gradient_is_that_of_one_process(folder, tiny_processor, tmp_path, case):
+    items, arguments, difference = two_processes.cases()[case]
+    expected = two_processes.gradient(tiny_processor, tmp_path, items, 2, **(arguments | difference))
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    for rank in (0, 1):
+        gradients = torch.load(folder / f"gradients-{rank}.pt")[case]
+        for name, gradient in expected.items():
+            torch.testing.assert_close(
+                gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_evaluation_is_that_of_one_process(folder, tiny_processor):
+    expected = json.loads(json.dumps(two_processes.evaluation(tiny_processor)))
+    assert expected["metrics"]["text_to_image_recall@5"] == 1 and len(expected["samples"]) == 5
+    for rank in (0, 1):
+        assert json.loads((folder / f"evaluation-{rank}.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("moment", ["step", "saving", "hanging"])
+def test_process_that_dies_or_hangs_ends_the_run(tiny_processor, tmp_path, moment):
+    tiny_processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    started = time.monotonic()
+    assert torchrun("dying_rank.py", tmp_path, moment, check=False) != 0
+    assert time.monotonic() - started < 100
+    assert not (tmp_path / "weights.pt").exists()
+    if moment != "saving":
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+        return
+    # The checkpoint is not whole without the file of the process that died.
+    with pytest.warns(UserWarning, match="not whole: .*checkpoint-4"):
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+    torchrun("dying_rank.py", tmp_path, "never")
+    weights = torch.load(tmp_path / "weights.pt")
+    uninterrupted = killed_run.train(tiny_processor, tmp_path / "one_process", is_seeded=True).model
+    for name, tensor in uninterrupted.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def fsdp(tiny_processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
+    torchrun("fsdp_run.py", folder)
+    return folder
+
+
+@pytest.mark.parametrize("run", ["captioned", "resumed", "cached"])
+def test_fsdp_steps_and_evaluates_as_one_process_does(fsdp, tiny_processor, tmp_path, run):
+    report = json.loads((fsdp / "report.json").read_text())
+    assert report[run]["is_sharded"]
+    expected = fsdp_run.train(tiny_processor, tmp_path, 4, **(fsdp_run.CAPTIONED if run != "cached" else fsdp_run.EMA))
+    for actual, step in zip(report[run]["steps"], expected["steps"], strict=True):
+        assert actual == pytest.approx(step, rel=1e-5)
+    count = 1 if run == "resumed" else len(expected["metrics"])
+    assert len(expected["metrics"]) == (3 if run == "cached" else 2)
+    for actual, metrics in zip(report[run]["metrics"][-count:], expected["metrics"][-count:], strict=True):
+        assert actual == pytest.approx(metrics)
+
+
+def test_fsdp_checkpoint_loads_as_any_other(fsdp, tiny_processor, tmp_path):
+    folder = fsdp / "run" / "checkpoint-2"
+    assert last_complete_checkpoint(fsdp / "run") == str(folder)
+    fsdp_run.train(tiny_processor, tmp_path, 4)
+    weights = MMGEMModel.from_pretrained(folder).state_dict()
+    for name, tensor in MMGEMModel.from_pretrained(tmp_path / "checkpoint-2").state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    # Its code is the model's, not that of the class which FSDP makes of it.
+    plain = tmp_path / "checkpoint-2"
+    assert {path.name for path in folder.glob("*.py")} == {path.name for path in plain.glob("*.py")}
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, plain)]
+    assert configs[0] == configs[1] and configs[0]["auto_map"]["AutoModel"] == "modeling_mmgem.MMGEMModel"

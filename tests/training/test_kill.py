@@ -1,0 +1,44 @@
+"""A run that is killed, at any moment, ends where one ends that was not, once it is resumed."""
+
+import json
+import subprocess
+import sys
+
+import killed_run
+import pytest
+import torch
+from torchrun import FOLDER, environment
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
+    subprocess.run(
+        [sys.executable, str(FOLDER / "killed_run.py"), str(folder)], env=environment(), check=True, timeout=600
+    )
+    return folder
+
+
+@pytest.mark.parametrize("moment", killed_run.MOMENTS)
+def test_resumed_run_ends_where_the_other_does(runs, moment):
+    report = json.loads((runs / moment / "report.json").read_text())
+    assert report["steps"] == killed_run.STEPS and report["last"] == f"checkpoint-{killed_run.STEPS}"
+    if not moment.startswith("random"):
+        assert report["killed"]
+        # Once the fourth step's checkpoint has its marker, the second's may go; until then it is the one that counts.
+        is_marked = moment == "rotation"
+        assert report["resumed_from"] == ("checkpoint-4" if is_marked else "checkpoint-2")
+        assert ["checkpoint-4" in message for message in report["ignored"]] == ([] if is_marked else [True])
+    expected = torch.load(runs / "uninterrupted" / "weights.pt")
+    weights = torch.load(runs / moment / "weights.pt")
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_some_random_moment_was_in_time(runs):
+    reports = [json.loads((runs / m / "report.json").read_text()) for m in killed_run.MOMENTS if "random" in m]
+    assert any(report["killed"] for report in reports)

@@ -1,0 +1,81 @@
+"""Gradients of one step on two processes, case by case, and an evaluation; see test_distribution.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from one_step import gradient_of_one_step, read_processor, rows
+from tiny_models import build_model
+from torchrun import leave
+
+from mmgem.training.collator import MMGEMCollator
+from mmgem.training.evaluation import evaluate_model
+from mmgem.training.scene_dataset import SceneDataset
+
+TEXTS = [{"text": "a sentence about nothing in particular"}, {"text": "another"}]
+WRONG = {"hard_negatives": ["a blue star", "no star at all"]}
+PARTS = {  # what each of the two processes gets
+    "alike": lambda: [rows()[:2], rows()[2:]],
+    "boxes on one": lambda: [rows()[2:], rows()[:2]],
+    "three and one": lambda: [rows()[1:], rows()[:1]],
+    "texts on one": lambda: [rows(), TEXTS],
+    "texts and images on one": lambda: [TEXTS[:1] + rows()[:1] + TEXTS[1:], rows()[1:]],
+    "distractors on one": lambda: [rows()[:2], [rows()[2], {"image": rows()[3]["image"]}]],
+    "hard negatives on one": lambda: [rows()[:2], [rows()[2] | WRONG, rows()[3]]],
+}
+# Every parameter has a part in every step of every process, or else DDP complains, or waits.
+EXACT = {"ddp_find_unused_parameters": False}
+CACHED = EXACT | {"grad_cache_chunk_size": 1}
+ACCUMULATED = {"gradient_accumulation_steps": 2}
+
+
+def cases() -> dict[str, tuple]:
+    """Name to (items of the data set, arguments of two processes, how they differ for one process)."""
+    uncached = {"grad_cache_chunk_size": None}
+    cases = {name: (parts(), EXACT, {}) for name, parts in PARTS.items()}
+    cases |= {f"{name}, cached": (parts(), CACHED, uncached) for name, parts in PARTS.items()}
+    quarters = [[row] for row in rows()]
+    return cases | {
+        "by default": (PARTS["alike"](), {}, {}),
+        "checkpointed": (PARTS["texts on one"](), {"gradient_checkpointing": True}, {}),
+        "accumulated": (quarters, ACCUMULATED, {}),
+        "accumulated, cached": (quarters, ACCUMULATED | CACHED, uncached),
+        "without caption loss": (PARTS["alike"](), {"caption_loss_weight": 0.0}, {}),
+        "without contrastive loss": (PARTS["alike"](), {"contrastive_loss_weight": 0.0}, {}),
+    }
+
+
+def gradient(processor, folder, items: list[list[dict]], items_per_batch: int, **arguments):
+    """Of a step on items that are lists of rows."""
+    collator = MMGEMCollator(processor, hard_negatives_per_image=2)
+    return gradient_of_one_step(
+        processor,
+        str(folder),
+        train_dataset=items,
+        data_collator=lambda batch: collator([row for item in batch for row in item]),
+        per_device_train_batch_size=items_per_batch,
+        train_sampling_strategy="sequential",
+        **arguments,
+    )
+
+
+def evaluation(processor) -> dict:
+    """Metrics and captions of a random model, on an odd number of rows; some lack a caption, some their boxes."""
+    data = [dict(row) for row in SceneDataset(8, 5, image_size=48, unique=True)]
+    data[0] |= {"captions": [], "boxes": [], "region_captions": []}
+    data[3] |= {"captions": None, "long_caption": None}
+    samples: list[dict] = []
+    metrics = evaluate_model(build_model(), processor, data, batch_size=2, max_new_tokens=8, samples=samples)
+    return {"metrics": metrics, "samples": samples}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    processor = read_processor(str(folder / "tokenizer"))
+    gradients = {name: gradient(processor, folder, items, 1, **args) for name, (items, args, _) in cases().items()}
+    rank = dist.get_rank()
+    torch.save(gradients, folder / f"gradients-{rank}.pt")
+    (folder / f"evaluation-{rank}.json").write_text(json.dumps(evaluation(processor)))
+    leave()
