@@ -19,10 +19,10 @@ import typer
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.measure import machine_facts, markdown_table
-from mmgem.training.checkpoint import load_checkpoint
-from mmgem.training.recipe import load_recipe
-from mmgem.training.run import open_sources, stage_arguments, stage_rows, stage_trainer
-from mmgem.training.skipped import SkippedLog
+from mmgem.training.data.skipped import SkippedLog
+from mmgem.training.loading import load_checkpoint
+from mmgem.training.recipes.recipe import load_recipe
+from mmgem.training.recipes.run import open_sources, stage_arguments, stage_rows, stage_trainer
 from mmgem.training.trainer import MMGEMTrainer
 
 CHECKPOINT = Path(__file__).parents[1] / "model_cards" / "mmgem-tiny"

@@ -30,7 +30,7 @@ from benchmarks.experiment_data import Setting, prepare_batches, prepare_held_ou
 from benchmarks.experiment_report import write_report
 from benchmarks.experiment_training import evaluate, train
 from benchmarks.peers import CLIPContestant, Contestant, LlavaContestant, MMGEMContestant, TowerSizes
-from mmgem.training.scenes import FILLS, SHAPES
+from mmgem.training.data.scenes import FILLS, SHAPES
 
 SEEDS = (0, 1, 2)
 

@@ -1,15 +1,14 @@
 """How a contestant of the experiment is trained, and what is measured of it."""
 
-
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from benchmarks.experiment_data import HeldOut, Setting, to_pixels
 from benchmarks.peers import Batch, CLIPContestant, Contestant, MMGEMContestant
+from mmgem.training.data.grammar import parse_caption
 from mmgem.training.encoding import inference
 from mmgem.training.evaluation import caption_fidelity, recall_at, retrieval_ranks
-from mmgem.training.grammar import parse_caption
 
 LOG_EVERY = 25
 EVAL_BATCH = 100

@@ -7,7 +7,7 @@ from transformers import SiglipImageProcessorPil
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
-from mmgem.training.tokenizer import train_tokenizer
+from mmgem.training.recipes.tokenizer import train_tokenizer
 
 TEXTS = ["a red star at the top left", "a large blue circle in the center and a striped green moon on the right"]
 

@@ -24,7 +24,7 @@ from transformers import (
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
-from mmgem.training.tokenizer import train_tokenizer
+from mmgem.training.recipes.tokenizer import train_tokenizer
 
 SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 CROP = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": SIZE}

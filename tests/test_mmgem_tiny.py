@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mmgem.training.checkpoint import load_checkpoint
+from mmgem.training.data.scene_dataset import SceneDataset
 from mmgem.training.evaluation import evaluate_model
-from mmgem.training.scene_dataset import SceneDataset
+from mmgem.training.loading import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "model_cards" / "mmgem-tiny"

@@ -21,7 +21,7 @@ class MMGEMTrainingArguments(TrainingArguments):
         ema_decay: of the exponential moving average of the weights, in (0, 1), with which the model is evaluated and
             ends; by default there is none.
         max_tokens_per_batch: visual and text tokens of a batch, which then varies in its number of rows; see
-            [`mmgem.training.batching.TokenBudgetBatchSampler`].
+            [`mmgem.training.data.batching.TokenBudgetBatchSampler`].
 
     Raises:
         ValueError: for a value out of its range.

@@ -55,7 +55,7 @@ def demo(
 ):
     """Draw a gallery; index, search, classify, caption and measure it; leave one HTML page."""
     with _work():
-        from mmgem.training.demo import run_demo
+        from mmgem.training.tools.demo import run_demo
 
         page, figures = run_demo(out, *_load(model), count)
     result = {"page": str(page), "figures": figures}
@@ -72,7 +72,7 @@ def scenes(
 ):
     """Write drawn scenes with ground truth as an image folder."""
     with _work():
-        from mmgem.training.scene_dataset import write_scene_folder
+        from mmgem.training.data.scene_dataset import write_scene_folder
 
         write_scene_folder(out, seed, count, image_size)
     _answer({"folder": str(out), "count": count}, as_json, [f"{count} scenes in {out}"])
@@ -101,7 +101,7 @@ def train(
     with _work():
         import torch.distributed as dist
 
-        from mmgem.training.run import train as train_recipe
+        from mmgem.training.recipes.run import train as train_recipe
 
         report = train_recipe(recipe, out, stage=stage, resume=resume)
         if dist.is_initialized():
@@ -119,7 +119,7 @@ def _check(recipe: Path, out: Path, stage: str | None, as_json: bool) -> None:
     """The dry run, whose lines are said as soon as they are known."""
     stdout = sys.stdout
     with _work():
-        from mmgem.training.check import check_recipe
+        from mmgem.training.recipes.check import check_recipe
 
         checks = check_recipe(recipe, out, stage, lambda line: typer.echo(line, sys.stderr if as_json else stdout))
     result = [asdict(check) | {"images": check.images and str(check.images)} for check in checks]
@@ -135,7 +135,7 @@ def soup(
 ):
     """Average the weights of checkpoints of one run, or of models fine-tuned from one, into a Hub folder."""
     with _work():
-        from mmgem.training.soup import soup as average
+        from mmgem.training.tools.soup import soup as average
 
         shares = average(folders, out, weights)
     lines = [f"{share:.3f}  {folder}" for folder, share in shares.items()]
@@ -151,8 +151,8 @@ def evaluate(
 ):
     """Measure retrieval, classification and captions on an image folder."""
     with _work():
+        from mmgem.training.data.image_folder import read_image_folder
         from mmgem.training.evaluation import evaluate_model
-        from mmgem.training.image_folder import read_image_folder
 
         dataset = read_image_folder(data)
         figures = evaluate_model(*_load(model), dataset, batch_size=batch_size)
@@ -169,7 +169,7 @@ def index(
 ):
     """Embed every image below a folder into a search index; again, to bring it up to date."""
     with _work():
-        from mmgem.training.search_index import build_index
+        from mmgem.training.tools.search_index import build_index
 
         report = build_index(folder, *_load(model), out, batch_size=batch_size)
     _report_skipped(report.skipped)
@@ -192,7 +192,7 @@ def search(
     if text is None and image is None:
         raise typer.BadParameter("give TEXT, --image, or both")
     with _work():
-        from mmgem.training.search_index import SearchIndex
+        from mmgem.training.tools.search_index import SearchIndex
 
         hits = SearchIndex.load(index, *(_load(model) if model else ())).search(text, image, top)
     rows = [{"score": round(hit.score, 4), "path": str(hit.path)} for hit in hits]
@@ -210,7 +210,7 @@ def caption(
 ):
     """Caption every image below a folder."""
     with _work():
-        from mmgem.training.captioning import caption_folder
+        from mmgem.training.tools.captioning import caption_folder
 
         report = caption_folder(folder, *_load(model), out, with_boxes=boxes, batch_size=batch_size)
     _report_skipped(report.skipped)
@@ -232,7 +232,7 @@ def _work() -> Iterator[None]:
 def _load(model: str) -> tuple[Any, Any]:
     if model == str(TINY) and not TINY.exists():
         raise FileNotFoundError("mmgem-tiny comes with the source checkout, which this is not; give --model")
-    from mmgem.training.checkpoint import load_checkpoint
+    from mmgem.training.loading import load_checkpoint
 
     return load_checkpoint(model)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from mmgem.training.data.grammar import label_prompt, parse_caption, parse_region_caption
+from mmgem.training.data.scenes import LABELS
 from mmgem.training.encoding import (
     embed_images,
     embed_regions,
@@ -19,8 +21,6 @@ from mmgem.training.encoding import (
     generate_captions,
     generate_region_captions,
 )
-from mmgem.training.grammar import label_prompt, parse_caption, parse_region_caption
-from mmgem.training.scenes import LABELS
 from mmgem.training.sharing import Share
 
 RECALL_AT = (1, 5, 10)

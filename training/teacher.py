@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 from mmgem.contrastive_batch import ContrastiveBatch
 from mmgem.modeling_mmgem import IGNORED_LABEL
-from mmgem.training.checkpoint import load_checkpoint
 from mmgem.training.grad_cache import concatenate
+from mmgem.training.loading import load_checkpoint
 
 TEACHER_WEIGHTS_NAME = "teacher.safetensors"
 

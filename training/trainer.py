@@ -16,13 +16,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mmgem.modeling_mmgem import IGNORED_LABEL, MAX_LOGIT_SCALE, MMGEMOutput, first_token_id
 from mmgem.training.arguments import MMGEMTrainingArguments
-from mmgem.training.batching import TokenBudgetBatchSampler
 from mmgem.training.checkpoints import is_disk_full, last_complete_checkpoint, mark_complete, mark_unfinished
-from mmgem.training.collator import MMGEMCollator
+from mmgem.training.data.batching import TokenBudgetBatchSampler
+from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.data.mixture import Mixture
 from mmgem.training.ema import EMACallback
 from mmgem.training.evaluation import evaluate_model
 from mmgem.training.grad_cache import GradCache, split_batch
-from mmgem.training.mixture import Mixture
 from mmgem.training.objective import PairwiseSigmoid, build_objective
 from mmgem.training.sharded import adapt_to_fsdp, is_sharded, whole
 from mmgem.training.teacher import Teacher

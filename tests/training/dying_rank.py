@@ -29,8 +29,8 @@ class InFifthStep(TrainerCallback):
 
 ACTS = {"step": [InFifthStep(die)], "hanging": [InFifthStep(lambda: time.sleep(1000))]}
 
-if __name__ == "__main__":
-    folder, moment = Path(sys.argv[1]), sys.argv[2]
+
+def main(folder: Path, moment: str):
     if moment == "hanging":
         # What `ddp_timeout` does on accelerators; on a CPU transformers leaves it at half an hour.
         dist.init_process_group("gloo", timeout=timedelta(seconds=20))
@@ -40,4 +40,8 @@ if __name__ == "__main__":
     trainer = train(processor, folder, 2, checkpoint, ACTS.get(moment, ()), is_seeded=True)
     if dist.get_rank() == 0:
         torch.save(trainer.model.state_dict(), folder / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
     leave()

@@ -5,6 +5,7 @@ import sys
 import torch
 from PIL import Image
 from tiny_models import IMAGE_SIZE, build_model
+from torchrun import leave
 
 from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
@@ -64,7 +65,4 @@ if __name__ == "__main__":
     gradient = gradient_of_one_step(processor, out, per_device_train_batch_size=batch_size)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(gradient, f"{out}/gradient.pt")
-    if torch.distributed.is_initialized():
-        # Gloo's threads abort a process that exits before they are joined.
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()

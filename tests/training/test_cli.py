@@ -10,10 +10,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.training.check import StageCheck
 from mmgem.training.cli import app
-from mmgem.training.memory import StepMemory
-from mmgem.training.run import TrainingReport
+from mmgem.training.recipes.check import StageCheck
+from mmgem.training.recipes.memory import StepMemory
+from mmgem.training.recipes.run import TrainingReport
 
 COMMANDS = ("demo", "scenes", "train", "soup", "evaluate", "index", "search", "caption")
 
@@ -105,7 +105,7 @@ def test_train_hands_the_recipe_on_and_keeps_stdout_for_its_answer(monkeypatch, 
         print("{'loss': 1.0}")
         return TrainingReport(Path(out), {"recall": 0.5}, {"photos": 2})
 
-    monkeypatch.setattr("mmgem.training.run.train", train)
+    monkeypatch.setattr("mmgem.training.recipes.run.train", train)
     result = run("train", "cards/small/recipe.yaml", "--json")
     answer = {"model": "runs/small", "figures": {"recall": 0.5}, "skipped": {"photos": 2}}
     assert json.loads(result.stdout) == answer
@@ -128,8 +128,8 @@ def test_train_check_says_what_it_sees_and_trains_nothing(monkeypatch):
         memory = StepMemory(weights=1, copies=0, gradients=2, optimizer=3, activations=4)
         return [StageCheck("align", 10, 4, 100, 20, memory, 0.5, {"caption_loss": 1.0}, Path("a.png"), {})]
 
-    monkeypatch.setattr("mmgem.training.check.check_recipe", check_recipe)
-    monkeypatch.setattr("mmgem.training.run.train", None)
+    monkeypatch.setattr("mmgem.training.recipes.check.check_recipe", check_recipe)
+    monkeypatch.setattr("mmgem.training.recipes.run.train", None)
     assert run("train", "quick.yaml", "--check", "--stage", "align").stdout.startswith("stage align of quick.yaml")
     result = run("train", "quick.yaml", "--check", "--json")
     [answer] = json.loads(result.stdout)
@@ -172,7 +172,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch, tmp_path):
     def broken(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("mmgem.training.scene_dataset.write_scene_folder", broken)
+    monkeypatch.setattr("mmgem.training.data.scene_dataset.write_scene_folder", broken)
     assert isinstance(CliRunner().invoke(app, ["scenes", str(tmp_path / "out")]).exception, ZeroDivisionError)
 
 

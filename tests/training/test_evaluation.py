@@ -6,6 +6,9 @@ import torch
 from PIL import Image
 
 from mmgem.training import evaluation
+from mmgem.training.data.grammar import parse_caption, parse_region_caption
+from mmgem.training.data.scene_dataset import SceneDataset
+from mmgem.training.data.scenes import COLORS, FILLS, PLACES, SHAPES, SIZES
 from mmgem.training.encoding import embed_regions, embed_texts
 from mmgem.training.evaluation import (
     agreement,
@@ -16,9 +19,6 @@ from mmgem.training.evaluation import (
     region_caption_fidelity,
     retrieval_ranks,
 )
-from mmgem.training.grammar import parse_caption, parse_region_caption
-from mmgem.training.scene_dataset import SceneDataset
-from mmgem.training.scenes import COLORS, FILLS, PLACES, SHAPES, SIZES
 
 COUNT = 12
 

@@ -4,7 +4,7 @@ from one_step import rows
 from tiny_models import build_model
 
 from mmgem.contrastive import ContrastiveObjective
-from mmgem.training.collator import MMGEMCollator
+from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.grad_cache import GradCache, RandomState, split_batch
 
 

@@ -4,7 +4,7 @@ from one_step import rows
 from tiny_models import build_model
 from transformers import TrainerCallback
 
-from mmgem.training.collator import MMGEMCollator
+from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.grad_cache import split_batch
 from mmgem.training.teacher import Teacher
 from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments

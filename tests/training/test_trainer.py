@@ -11,7 +11,7 @@ from tiny_models import build_model
 from transformers import TrainerCallback
 
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.training.collator import MMGEMCollator
+from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments, count_caption_tokens
 
 TESTS = Path(__file__).parent

@@ -1,5 +1,6 @@
 """Scripts of this folder on two processes of this machine, over gloo."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -33,7 +34,11 @@ def torchrun(script: str, *arguments: str | Path, check: bool = True, timeout: f
 
 
 def leave():
-    """End a script: gloo's threads abort a process that exits before they are joined."""
+    """
+    End a script, none of whose names may refer to a trainer any more. Gloo's threads have to be joined before a process
+    exits, or they abort it; and that waits for whatever holds the group, such as DDP.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.barrier()
         dist.destroy_process_group()

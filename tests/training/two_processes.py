@@ -10,9 +10,9 @@ from one_step import gradient_of_one_step, read_processor, rows
 from tiny_models import build_model
 from torchrun import leave
 
-from mmgem.training.collator import MMGEMCollator
+from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.data.scene_dataset import SceneDataset
 from mmgem.training.evaluation import evaluate_model
-from mmgem.training.scene_dataset import SceneDataset
 
 TEXTS = [{"text": "a sentence about nothing in particular"}, {"text": "another"}]
 WRONG = {"hard_negatives": ["a blue star", "no star at all"]}

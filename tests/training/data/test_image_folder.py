@@ -1,0 +1,93 @@
+"""Image folders of users: what is read, and what is refused with what words."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from mmgem.training.data.image_folder import read_image_folder
+
+
+def _write(folder, *lines):
+    Image.new("RGBA", (6, 4)).save(folder / "a.png")
+    folder.joinpath("metadata.jsonl").write_text("\n".join(map(str, lines)), encoding="utf-8")
+
+
+def test_text_stands_for_captions_and_other_fields_stay(tmp_path):
+    _write(
+        tmp_path,
+        json.dumps({"file_name": "a.png", "text": "a cat", "label": "cat"}),
+        "",
+        json.dumps({"file_name": "a.png", "captions": ["a cat", "ein Käfer"]}),
+    )
+    rows = read_image_folder(str(tmp_path))
+    assert len(rows) == 2
+    assert rows[0]["image"].mode == "RGB" and rows[0]["image"].size == (6, 4)
+    assert rows[0]["captions"] == ["a cat"] and rows[0]["label"] == "cat"
+    assert rows[1]["captions"] == ["a cat", "ein Käfer"]
+
+
+def test_missing_folder_file_images_and_metadata(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path must be an image folder, but there is nothing at .*nowhere"):
+        read_image_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="there are no images in"):
+        read_image_folder(tmp_path)
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="got the file .*a.png"):
+        read_image_folder(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match="has 1 images but no metadata.jsonl"):
+        read_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("{", ValueError, "line 2 of .* must be a JSON object"),
+        ("[1]", ValueError, "line 2 of .* must be a JSON object with a `file_name`"),
+        ('{"text": "a"}', ValueError, "line 2 of .* must be a JSON object with a `file_name`"),
+        ('{"file_name": "b.png", "text": "a"}', FileNotFoundError, "line 2 of .* names b.png, which is not in"),
+        ('{"file_name": "a.png"}', ValueError, "line 2 of .* must have `captions`"),
+        ('{"file_name": "a.png", "captions": [1]}', ValueError, "line 2 of .* must have `captions`"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, error, message):
+    _write(tmp_path, '{"file_name": "a.png", "text": "fine"}', line)
+    with pytest.raises(error, match=message):
+        read_image_folder(tmp_path)
+
+
+def test_csv_says_the_same(tmp_path):
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    tmp_path.joinpath("metadata.csv").write_text(
+        "file_name,text,boxes,label\n"
+        'a.png,"a cat, asleep","[[0, 0, 3, 4]]",\n'
+        'a.png,"[sic] ein Käfer",,bug\n'
+        'a.png,"[""one"", ""two""]",,\n',
+        encoding="utf-8-sig",
+    )
+    rows = read_image_folder(tmp_path)
+    assert [row["captions"] for row in rows] == [["a cat, asleep"], ["[sic] ein Käfer"], ["one", "two"]]
+    assert rows[0]["boxes"] == [[0, 0, 3, 4]] and "boxes" not in rows[1]
+    assert rows[1]["label"] == "bug" and "label" not in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"file_name,text\na.png\n", "line 2 of .*csv must have 2 cells, got .*None"),
+        (b"file_name,text\na.png,a cat, asleep\n", "line 2 of .*csv must have 2 cells, got .*asleep"),
+        (b"file_name,text\na.png,K\xe4fer\n", "csv must be comma-separated UTF-8 text"),
+        (b"file_name,text\n", "csv names none"),
+    ],
+)
+def test_bad_csv_is_named(tmp_path, content, message):
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    tmp_path.joinpath("metadata.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_image_folder(tmp_path)
+
+
+def test_empty_metadata(tmp_path):
+    _write(tmp_path, "")
+    with pytest.raises(ValueError, match="metadata.jsonl names none"):
+        read_image_folder(tmp_path)

@@ -1,0 +1,127 @@
+"""Data sections and their sources: what rows look like, and what is refused before training begins."""
+
+import json
+
+import pytest
+from image_bytes import png
+
+from mmgem.training.data.image_folder import ImageFolderDataset
+from mmgem.training.data.sources import DatasetSource, check_section, load_rows, open_source
+
+
+def write_folder(folder, *lines):
+    folder.joinpath("a.png").write_bytes(png("red"))
+    folder.joinpath("metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"folders": "x"}, "`train_data` has the unknown key `folders`.*Did you mean `folder`"),
+        ({"folder": "x", "parquet": "y"}, "expected one of scenes, folder, parquet, dataset, webdataset"),
+        ({"weight": 2}, "expected one of scenes, folder, parquet, dataset, webdataset"),
+        ({"folder": "x", "split": "train"}, "unknown key `split`"),
+        ({"folder": "x", "weight": -0.5}, "`weight` in `train_data` is -0.5; expected 0 or more"),
+        ({"folder": "x", "weight": "much"}, "`weight` in `train_data` is 'much'; expected float"),
+        ({"folder": "x", "weight": float("nan")}, "`weight` in `train_data` is nan; expected 0 or more"),
+        ({"folder": "x", "columns": {"captoins": "text"}}, "unknown key `captoins`.*Did you mean `captions`"),
+        ({"folder": "x", "columns": {"captions": 3}}, "`columns` in `train_data` is"),
+        ({"folder": 3}, "`folder` in `train_data` is 3; expected str"),
+        ({"scenes": {"seed": 1, "cuont": 3}}, "unknown key `cuont`.*Did you mean `count`"),
+        ({"dataset": "x", "streaming": "yes"}, "`streaming` in `train_data` is 'yes'; expected bool"),
+        ("photos", "`train_data` is 'photos'; expected a mapping"),
+    ],
+)
+def test_sections_are_checked_before_anything_is_read(section, message):
+    with pytest.raises(ValueError, match=message):
+        check_section(section, "`train_data`")
+
+
+def test_scenes_and_folders_give_rows_alike(tmp_path):
+    folder = write_folder(tmp_path, {"file_name": "a.png", "text": "a cat"})
+    photos = open_source({"folder": folder, "weight": 2})
+    assert (photos.name, len(photos), photos.key(0)) == (folder, 1, "line 1")
+    row = photos[0]
+    assert row["captions"] == ["a cat"] and row["image"].getpixel((0, 0)) == (255, 0, 0)
+    assert set(row) == {"image", "captions", "file_name"}
+
+    scenes = open_source({"scenes": {"seed": 3, "count": 5}})
+    assert (scenes.name, len(scenes), scenes.key(4)) == ("scenes-3", 5, "4")
+    assert scenes[4]["captions"] == scenes.dataset[4]["captions"]
+    assert scenes[4]["image"].tobytes() == scenes.dataset[4]["image"].tobytes()
+
+
+def test_columns_are_mapped(tmp_path):
+    line = {"path": "a.png", "words": ["a cat", "a pet"], "caption": "not meant", "junk": 1, "id": 7}
+    section = {
+        "folder": write_folder(tmp_path, line),
+        "columns": {"image": "path", "captions": "words", "image_id": "id"},
+    }
+    row = open_source(section)[0]
+    assert row["captions"] == ["a cat", "a pet"] and row["image"].size == (8, 8) and row["image_id"] == 7
+    assert set(row) == {"image", "captions", "image_id"}
+    rows = load_rows(section)
+    assert isinstance(rows, ImageFolderDataset)
+    assert rows[0]["captions"] == ["a cat", "a pet"] and rows[0]["image"].size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"captions": "text"}, "no column `text`, which `columns` gives for `captions`; it has file_name, words"),
+        ({}, "no column `captions`; it has file_name, words.*columns: {captions: NAME}.*columns: {captions: null}"),
+    ],
+)
+def test_missing_columns_are_named_with_those_there_are(tmp_path, columns, message):
+    folder = write_folder(tmp_path, {"file_name": "a.png", "words": "a cat"})
+    with pytest.raises(ValueError, match=message):
+        open_source({"folder": folder, "columns": columns})
+    if columns:
+        with pytest.raises(ValueError, match=message):
+            load_rows({"folder": folder, "columns": columns})
+
+
+def test_images_alone_and_texts_alone(tmp_path):
+    line = {"file_name": "a.png", "words": "a cat"}
+    folder = write_folder(tmp_path, line)
+    assert set(open_source({"folder": folder, "columns": {"captions": None}})[0]) == {"image", "file_name"}
+    texts = open_source({"folder": folder, "columns": {"image": None, "captions": "words"}})
+    assert texts[0] == {"captions": ["a cat"], "file_name": "a.png"}
+
+    source = DatasetSource([{"image": png("red")}, {"text": "words"}])
+    assert source[0]["image"].size == (8, 8) and source[1]["captions"] == ["words"]
+    write_folder(tmp_path, {"file_name": "a.png"}, {"text": "words"}, line | {"caption": "a pair"})
+    mixed = open_source({"folder": folder})
+    assert [sorted(mixed[i].keys() & {"image", "captions"}) for i in range(3)] == [
+        ["image"],
+        ["captions"],
+        ["captions", "image"],
+    ]
+
+
+def test_bad_lines_of_a_folder_fail_when_they_are_read(tmp_path):
+    folder = write_folder(tmp_path, {"file_name": "a.png", "text": "fine"}, {"file_name": "b.png", "text": "gone"})
+    with open(tmp_path / "metadata.jsonl", "a") as file:
+        file.write('\n{"file_name": \n{"file_name": "a.png", "text": ""}')
+    source = open_source({"folder": folder})
+    assert len(source) == 4 and source[0]["captions"] == ["fine"]
+    with pytest.raises(FileNotFoundError, match="image of row '.*:line 2'.*b.png.* is not there"):
+        source[1]
+    with pytest.raises(ValueError, match="line 3 of .* must be a JSON object"):
+        source[2]
+    with pytest.raises(ValueError, match="row '.*:line 4' has `text` .*; expected text that is not empty"):
+        source[3]
+    with pytest.raises(FileNotFoundError, match="line 2 of .* names b.png"):
+        load_rows({"folder": folder})
+
+
+def test_a_box_outside_its_image_is_refused_with_its_row():
+    rows = [{"image": png("red"), "text": "a", "boxes": [[9, 0, 12, 4]], "region_captions": ["b"]}]
+    with pytest.raises(ValueError, match="lies outside its image"):
+        DatasetSource(rows)[0]
+
+
+def test_empty_data_is_refused():
+    with pytest.raises(ValueError, match="data has no rows"):
+        DatasetSource([])

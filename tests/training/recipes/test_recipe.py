@@ -1,0 +1,173 @@
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmgem.training.recipes.recipe import first_difference, load_recipe, stage_number
+
+CARDS = Path(__file__).parents[3] / "model_cards"
+SCENES = {"scenes": {"seed": 1, "count": 8}}
+
+
+@pytest.fixture
+def recipe():
+    return {
+        "model": {
+            "vision_config": {"model_type": "siglip_vision_model", "image_size": 32},
+            "text_config": {"model_type": "llama", "hidden_size": 64},
+            "projection_dim": 8,
+        },
+        "image_processor": {"size": {"height": 32, "width": 32}},
+        "tokenizer": {"vocab_size": 300, "model_max_length": 400},
+        "eval_data": SCENES,
+        "stages": [
+            {"name": "first", "train_data": SCENES, "training": {"max_steps": 2, "lora": {"r": 4}}},
+            {
+                "name": "second",
+                "image_size": 64,
+                "text_attention": "bidirectional",
+                "train_data": [SCENES | {"weight": 2}, {"folder": "photos", "columns": {"captions": "text"}}],
+                "collator": {"captions_per_image": 2},
+                "objective": {"hardness": 9},
+                "training": {"learning_rate": 1e-3, "learning_rates": {"vision_tower": 1}, "freeze": ["logit_scale"]},
+            },
+        ],
+    }
+
+
+@pytest.fixture
+def load(recipe, tmp_path):
+    """Loads the recipe with a value at a path of keys put in; `DELETE` takes it out."""
+
+    def load(*path, value=None):
+        changed = copy.deepcopy(recipe)
+        section = changed
+        for key in path[:-1]:
+            section = section[key]
+        if value is DELETE:
+            del section[path[-1]]
+        elif path:
+            section[path[-1]] = value
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(changed))
+        return load_recipe(file)
+
+    return load
+
+
+DELETE = object()
+
+
+def test_a_recipe_is_what_its_file_says(load, recipe):
+    assert load() == recipe
+
+
+@pytest.mark.parametrize("name", ["mmgem-tiny", "mmgem-mini", "mm-gem"])
+def test_recipes_of_the_repository_are_valid(name):
+    recipe = load_recipe(CARDS / name / "recipe.yaml")
+    assert all(stage["training"]["learning_rate"] > 0 for stage in recipe["stages"])
+
+
+def test_the_miniature_has_the_stages_of_mm_gem():
+    mini, full = (load_recipe(CARDS / name / "recipe.yaml")["stages"] for name in ("mmgem-mini", "mm-gem"))
+    assert [stage["name"] for stage in mini] == [stage["name"] for stage in full]
+    for small, large in zip(mini, full, strict=True):
+        assert small["training"].get("train_only") == large["training"].get("train_only")
+        assert isinstance(small["train_data"], list) == isinstance(large["train_data"], list)
+        assert ("image_size" in small) == ("image_size" in large)
+
+
+def test_numbers_may_be_written_without_a_point(load, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    load()
+    file.write_text(file.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3"))
+    assert load_recipe(file)["stages"][1]["training"]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["stagse"], [], "recipe has the unknown key `stagse`.*Did you mean `stages`"),
+        (["stages"], [], "no section `stages`"),
+        (["stages"], {"name": "x"}, "`stages` is .*expected list"),
+        (["seed"], "zero", "`seed` is 'zero'; expected int"),
+        (["model", "projection_dmi"], 8, "`model` has .*`projection_dmi`.*Did you mean `projection_dim`"),
+        (["model", "projection_dim"], "eight", "`model`: .*projection_dim.*expected int, got str"),
+        (["model", "num_visual_tokens"], 5, "num_visual_tokens.*expected a square"),
+        (["model", "dtype"], "float31", "`dtype` in `model` is 'float31'; expected .*'float32'"),
+        (["model", "vision_config", "hidden_sise"], 8, "`vision_config` in `model` .*`hidden_sise`.*`hidden_size`"),
+        (["model", "text_config", "hidden_size"], "x", "`model`: .*hidden_size.*expected int"),
+        (["model", "text_config", "model_type"], "lama", "unknown key `lama`.*Did you mean `llama`"),
+        (["model", "text_config", "model_type"], DELETE, "`text_config` in `model` .*with a `model_type`"),
+        (["model", "vision_config"], DELETE, "`model` has no `vision_config`; expected `pretrained`, or"),
+        (["model"], {"vision": "clip"}, "`model` has no `text`"),
+        (["model"], {"vision": "clip", "text": 3}, "`text` in `model` is 3; expected str"),
+        (["model"], {"pretrained": "folder", "projection_dim": 8}, "`model` has the unknown key `projection_dim`"),
+        (["model"], {"pretrained": "folder"}, "recipe has a section `tokenizer`, but the model has one"),
+        (["tokenizer"], DELETE, "no section `tokenizer`"),
+        (["tokenizer", "vocab"], 3, "`tokenizer` has the unknown key `vocab`.*Did you mean `vocab_size`"),
+        (["tokenizer", "vocab_size"], DELETE, "`tokenizer` has no `vocab_size`"),
+        (["image_processor", "sise"], 32, "`image_processor` has the unknown key `sise`.*Did you mean `size`"),
+        (["eval_data"], {"foldr": "x"}, "`eval_data` has the unknown key `foldr`.*Did you mean `folder`"),
+        (["eval_data", "scenes", "sede"], 3, "`scenes` in `eval_data` .*`sede`.*Did you mean `seed`"),
+        (["stages", 0, "nmae"], "x", "stage 1 has the unknown key `nmae`.*Did you mean `name`"),
+        (["stages", 0, "train_data"], DELETE, "stage 1 comes without `train_data`"),
+        (["stages", 0, "name"], "a/b", "`name` of stage 1 is 'a/b'; expected a name for a folder"),
+        (["stages", 0, "name"], "second", "`stages` are called second, second; expected a name of its own"),
+        (["stages", 1, "image_size"], "large", "`image_size` of stage `second` is 'large'; expected int"),
+        (["stages", 1, "image_size"], 0, "`image_size` of stage `second` is 0; expected pixels"),
+        (["stages", 1, "text_attention"], "both", "`text_attention` of stage `second` is 'both'; expected .*'causal'"),
+        (["stages", 1, "train_data"], [], "`train_data` of stage `second` is an empty list"),
+        (["stages", 1, "train_data", 1, "weight"], -1, "`weight` in `train_data` of stage `second` is -1"),
+        (["stages", 1, "train_data", 0, "wieght"], 1, "`wieght`.*Did you mean `weight`"),
+        (["stages", 1, "collator", "captions_per_imag"], 1, "`collator` of stage `second`.*`captions_per_image`"),
+        (["stages", 1, "collator", "captions_per_image"], "two", "`captions_per_image` in .* is 'two'; expected int"),
+        (["stages", 1, "objective", "hardnes"], 1, "`objective` of stage `second`.*Did you mean `hardness`"),
+        (["stages", 1, "objective", "soft_targets"], 0.4, "`objective` of stage `second`.*exclude each other"),
+        (["stages", 1, "training"], None, "`training` of stage `second` is None; expected a mapping"),
+        (["stages", 1, "training", "max_step"], 3, "unknown key `max_step`. Did you mean `max_steps`"),
+        (["stages", 1, "training", "max_steps"], "abc", "`max_steps` in .* of stage `second` is 'abc'; expected int"),
+        (["stages", 1, "training", "freeze"], "vision_tower", "`freeze` in .* expected list"),
+        (["stages", 1, "training", "output_dir"], "x", "unknown key `output_dir`"),
+        (["stages", 1, "training", "learning_rates", "vision_tower"], "fast", "`vision_tower` in .*'fast'"),
+        (["stages", 0, "training", "lora", "rank"], 4, "`lora` of stage `first` has the unknown key `rank`"),
+        (["stages", 0, "training", "lora", "r"], "four", "`r` in `lora` of stage `first` is 'four'; expected int"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_recipe_are_named(load, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        load(*path, value=value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "a\n\tb: c", "- 1", "", "\xff"])
+def test_what_is_no_recipe_is_refused(text, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="recipe"):
+        load_recipe(file)
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.yaml"):
+        load_recipe(tmp_path / "nothing.yaml")
+
+
+def test_stages_go_by_name_and_by_number(recipe):
+    assert [stage_number(recipe, stage) for stage in ("first", "second", 1, "2")] == [0, 1, 0, 1]
+    for unknown in ("third", 0, 3):
+        with pytest.raises(ValueError, match="expected a number from 1 to 2 or one of first, second"):
+            stage_number(recipe, unknown)
+
+
+def test_the_first_difference_is_named(recipe):
+    assert first_difference(recipe, copy.deepcopy(recipe)) is None
+    other = copy.deepcopy(recipe)
+    other["stages"][1]["training"]["learning_rate"] = 1.0
+    other["stages"][1]["training"]["freeze"] = ["vision_tower"]
+    assert first_difference(recipe, other) == "`stages[1].training.learning_rate` is 1.0, was 0.001"
+    del other["stages"][1]["collator"]
+    assert first_difference(recipe, other) == "`stages[1].collator` is gone"
+    assert first_difference(other, recipe) == "`stages[1].training.learning_rate` is 0.001, was 1.0"
+    assert first_difference(recipe, recipe | {"seed": 1}) == "`seed` is new"
+    assert first_difference(recipe, recipe | {"stages": []}) == "`stages` has 0 entries, had 2"

@@ -1,0 +1,214 @@
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem.training.data import mixture as mixture_module
+from mmgem.training.data.skipped import SkippedLog
+from mmgem.training.recipes.run import train
+from mmgem.training.recipes.stage import open_sources, stage_arguments, stage_rows
+
+SCENES = {"scenes": {"seed": 1, "count": 16, "image_size": 48}}
+TRAINING = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4, "disable_tqdm": True}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+RECIPE = {
+    "model": {
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8} | TOWER,
+        "text_config": {"model_type": "llama", "max_position_embeddings": 512, "attention_dropout": 0.1} | TOWER,
+        "projection_dim": 8,
+        "num_visual_tokens": 4,
+        "attn_implementation": "eager",
+    },
+    "image_processor": {"size": {"height": 32, "width": 32}},
+    "tokenizer": {"vocab_size": 300, "model_max_length": 400},
+    "stages": [
+        {"name": "first", "train_data": SCENES, "training": TRAINING},
+        {
+            "name": "second",
+            "image_size": 48,
+            "text_attention": "bidirectional",
+            "train_data": SCENES,
+            "training": TRAINING | {"max_steps": 3, "ema_decay": 0.9, "lora": {"r": 2, "lora_dropout": 0.1}},
+        },
+    ],
+}
+
+
+@pytest.fixture
+def recipe():
+    return copy.deepcopy(RECIPE)
+
+
+@pytest.fixture
+def write(recipe, tmp_path):
+    def write(name="recipe.yaml", **changes):
+        (tmp_path / name).write_text(yaml.safe_dump(recipe | changes))
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    train(folder / "recipe.yaml", folder / "out")
+    return folder / "out"
+
+
+def weights(folder):
+    return MMGEMModel.from_pretrained(folder).state_dict()
+
+
+def assert_same_weights(folder, other):
+    expected = weights(other)
+    for name, value in weights(folder).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_whole_hub_folder_and_one_for_each_stage(whole, recipe):
+    names = {path.name for path in whole.iterdir()}
+    expected = "config.json model.safetensors tokenizer.json processor_config.json modeling_mmgem.py modules.json"
+    assert set(expected.split()) <= names and {"README.md", "recipe.yaml", "results.json"} <= names
+    assert yaml.safe_load((whole / "recipe.yaml").read_text()) == recipe
+    log = json.loads((whole / "training_log.json").read_text())
+    assert [entry["stage"] for entry in log] == ["first", "second"]
+
+    sizes = []
+    for folder, attention in [("stages/first", "causal"), ("stages/second", "bidirectional"), ("", "bidirectional")]:
+        assert MMGEMModel.from_pretrained(whole / folder).config.text_attention == attention
+        sizes.append(MMGEMProcessor.from_pretrained(whole / folder).image_processor.size.height)
+    assert sizes == [32, 48, 48]
+    assert_same_weights(whole, whole / "stages" / "second")
+    assert not torch.equal(weights(whole)["logit_scale"], weights(whole / "stages" / "first")["logit_scale"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kept",
+    [
+        ["checkpoints/first/checkpoint-1"],
+        ["checkpoints/first/checkpoint-2"],  # between the last step and the end of the stage
+        ["checkpoints/first/checkpoint-2", "stages/first"],
+        ["stages/first", "checkpoints/second/checkpoint-1"],
+        ["stages/first", "checkpoints/second/checkpoint-3"],
+        ["stages/first", "stages/second"],
+    ],
+)
+def test_a_killed_run_ends_where_it_would_have(whole, write, tmp_path, kept):
+    killed = tmp_path / "killed"
+    for folder in kept:
+        shutil.copytree(whole / folder, killed / folder)
+    shutil.copy(whole / "recipe.yaml", killed)
+    with pytest.raises(FileExistsError, match="resume"):
+        train(write(), killed)
+    train(write(), killed, resume=True)
+    assert_same_weights(killed, whole)
+    for stage in ("first", "second"):  # neither a step more nor a step less
+        log = json.loads((killed / "stages" / stage / "training_log.json").read_text())
+        assert log[-1]["step"] == json.loads((whole / "stages" / stage / "training_log.json").read_text())[-1]["step"]
+
+
+@pytest.mark.slow
+def test_rows_that_were_trained_on_are_not_read_again(whole, write, tmp_path, monkeypatch):
+    killed = tmp_path / "killed"
+    shutil.copytree(whole / "stages" / "first", killed / "stages" / "first")
+    shutil.copytree(whole / "checkpoints/second/checkpoint-2", killed / "checkpoints/second/checkpoint-2")
+    read = []
+    original = mixture_module.Mixture.__getitem__
+
+    def noting(self, position):
+        read.append(position)
+        return original(self, position)
+
+    monkeypatch.setattr(mixture_module.Mixture, "__getitem__", noting)
+    train(write(), killed, resume=True)
+    assert sorted(read) == [8, 9, 10, 11]
+
+
+@pytest.mark.slow
+def test_stages_run_one_at_a_time(whole, write, tmp_path):
+    recipe, out = write(), tmp_path / "single"
+    with pytest.raises(FileNotFoundError, match="stage `second` begins where `first` ends"):
+        train(recipe, out, stage="second")
+    report = train(recipe, out, stage=1)
+    assert report.model == out / "stages" / "first" and not (out / "model.safetensors").exists()
+    with pytest.raises(FileExistsError, match="stage `first`"):
+        train(recipe, out, stage=1)
+    assert train(recipe, out, stage="second").model == out
+    assert_same_weights(out, whole)
+
+
+@pytest.mark.slow
+def test_another_recipe_is_not_gone_on_with(whole, write, recipe):
+    recipe["stages"][1]["training"]["learning_rate"] = 1.0
+    for options in ({"resume": True}, {"stage": 2}):
+        with pytest.raises(ValueError, match=r"another recipe: `stages\[1\].training.learning_rate` is new"):
+            train(write("other.yaml"), whole, **options)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_run_again(whole, write, monkeypatch):
+    monkeypatch.setattr("mmgem.training.recipes.run._run_stage", None)
+    monkeypatch.setattr("mmgem.training.recipes.run._finish", None)
+    assert train(write(), whole, resume=True).model == whole
+
+
+@pytest.mark.slow
+def test_lora_is_merged_and_its_adapter_kept(write, recipe, tmp_path):
+    recipe["stages"][0]["training"] = TRAINING | {"lora": {"r": 2}, "learning_rate": 0.01}
+    train(write(), tmp_path / "out", stage="first")
+    folder = tmp_path / "out" / "stages" / "first"
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    recipe["stages"][0]["training"] = TRAINING | {"learning_rate": 0.0}
+    before = train(write("still.yaml"), tmp_path / "still", stage="first").model
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    difference = weights(folder)[name] - weights(before)[name]
+    assert 0 < torch.linalg.matrix_rank(difference) <= 2
+
+
+@pytest.mark.slow
+def test_evaluation_is_written_and_carded(write, tmp_path):
+    report = train(write(eval_data=SCENES), tmp_path / "out")
+    metrics = report.metrics
+    assert {"text_to_image_recall@1", "caption_fidelity", "region_recall@1", "zero_shot_accuracy"} <= set(metrics)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == metrics
+    assert f"| zero_shot_accuracy | {metrics['zero_shot_accuracy']:.3f} |" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_read_is_counted(write, tmp_path):
+    (tmp_path / "photos").mkdir()
+    lines = [{"file_name": f"{number}.png", "caption": f"picture {number}"} for number in range(4)]
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for number in range(3):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "photos" / "3.png").write_bytes(b"no picture")
+    stage = {"name": "photos", "train_data": {"folder": str(tmp_path / "photos")}, "training": TRAINING}
+    report = train(write(stages=[stage]), tmp_path / "out")
+    assert report.skipped == {str(tmp_path / "photos"): 1}
+
+
+def test_epochs_are_those_of_all_sources(tmp_path):
+    training = {"num_train_epochs": 2, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+    stage = {"name": "x", "train_data": [SCENES | {"weight": 3}, SCENES], "training": training}
+    arguments = stage_arguments({"stages": [stage]}, 0, tmp_path)
+    rows = stage_rows(stage, open_sources(stage), arguments, 0, SkippedLog())
+    assert arguments.max_steps == 7 and len(rows) == 70  # 2 * 32 rows are 6.4 steps of 10
+
+
+def test_values_out_of_range_are_found_before_the_first_stage(write, recipe, tmp_path):
+    recipe["stages"][1]["training"] = TRAINING | {"ema_decay": 2.0}
+    with pytest.raises(ValueError, match="`training` of stage `second`: .*ema_decay"):
+        train(write(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,169 @@
+import json
+from html.parser import HTMLParser
+from io import BytesIO
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import build_model
+
+from mmgem.training.data.grammar import parse_region_caption
+from mmgem.training.tools import demo
+from mmgem.training.tools.demo import run_demo
+from mmgem.training.tools.demo_page import FIGURES, data_uri, render_page
+from mmgem.training.tools.search_index import SearchIndex
+
+VOID = {"meta", "img", "rect"}
+
+
+class Page(HTMLParser):
+    """What a page is made of; fails on tags that do not nest."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag, **wanted):
+        return [own for name, own in self.tags if name == tag and wanted.items() <= own.items()]
+
+
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory, tiny_processor):
+    """A demonstration in which every other scene has true captions, and the rest those of another scene."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+
+    def caption_folder(folder, model, processor, out, with_boxes):
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        with open(out, "w") as lines:
+            for number, row in enumerate(rows):
+                caption = rows[number - number % 2]["captions"][-1]
+                regions = [*row["region_captions"][:-1], "a large thing"]
+                line = {"file_name": row["file_name"], "caption": caption, "region_captions": regions}
+                lines.write(json.dumps(line) + "\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "caption_folder", caption_folder)
+        page, figures = run_demo(out, build_model(), tiny_processor, count=16)
+    assert page == out / "index.html" and set(figures) <= set(FIGURES)
+    return out, json.loads((out / "demo.json").read_text())
+
+
+def test_the_page_needs_no_other_file(demonstration):
+    out, _ = demonstration
+    html = (out / "index.html").read_text()
+    page = Page(html)
+    assert len(page.all("html")) == len(page.all("h1")) == len(page.all("title")) == 1
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    assert "url(" not in html and "@import" not in html and "http" not in html
+    assert page.all("img") and all(image["src"].startswith("data:image/webp;base64,") for image in page.all("img"))
+    assert all({"alt", "width", "height"} <= set(image) for image in page.all("img"))
+    assert "prefers-color-scheme: dark" in html and page.all("meta", name="viewport")
+
+
+def test_the_page_shows_every_result(demonstration):
+    out, results = demonstration
+    page = Page((out / "index.html").read_text())
+    text = " ".join(page.text.split())
+    for item in results["captions"]:
+        assert item["caption"] in text
+        assert item["right"] or item["truth"] in text
+    for search in results["text_searches"] + results["region_searches"]:
+        assert search["text"] in text and len(search["hits"]) == 5
+    for search in results["image_searches"]:
+        assert search["instruction"] in text
+    for item in results["classified"]:
+        assert all(guess["label"] in text for guess in item["guesses"])
+    for name in results["figures"]:
+        assert FIGURES[name][0] in text
+    boxes = sum(len(item["regions"]) for item in results["regions"])
+    boxes += sum(len(search["hits"]) for search in results["region_searches"])
+    assert len(page.all("rect")) == boxes > 0
+
+
+def test_captions_are_judged_by_what_they_say(demonstration):
+    _, results = demonstration
+    assert [item["right"] for item in results["captions"]] == [True, False] * 6
+    for item in results["regions"]:
+        assert [region["right"] for region in item["regions"]] == [True] * (len(item["regions"]) - 1) + [False]
+
+
+def test_right_answers_are_those_the_scenes_know(demonstration):
+    out, results = demonstration
+    rows = [json.loads(line) for line in (out / "gallery" / "metadata.jsonl").read_text().splitlines()]
+    of_caption = {caption: row["file_name"] for row in rows for caption in [*row["captions"], row["long_caption"]]}
+    for search in results["text_searches"]:
+        if search["kind"] != "class":
+            for hit in search["hits"]:
+                assert hit["right"] == (hit["file_name"] == of_caption[search["text"]])
+    twins = {row["file_name"]: row["edit"]["file_name"] for row in rows}
+    for search in results["image_searches"]:
+        names = [hit["file_name"] for hit in search["hits"]]
+        assert search["file_name"] not in names
+        assert [hit["right"] for hit in search["hits"]] == [name == twins[search["file_name"]] for name in names]
+    meanings = {json.dumps([row["file_name"], box]): text for row in rows for box, text in _regions(row)}
+    for search in results["region_searches"]:
+        for hit in search["hits"]:
+            found = parse_region_caption(meanings[json.dumps([hit["file_name"], hit["box"]])])
+            assert hit["right"] == (found == parse_region_caption(search["text"]))
+
+
+def _regions(row):
+    return zip(row["boxes"], row["region_captions"], strict=True)
+
+
+def test_everything_lies_beside_the_page(demonstration, tiny_processor):
+    out, results = demonstration
+    assert {path.name for path in out.iterdir()} == {"gallery", "index", "captions.jsonl", "demo.json", "index.html"}
+    index = SearchIndex.load(out / "index", build_model(), tiny_processor)
+    assert len(index) == results["gallery"]["images"] == len(list((out / "gallery").glob("*.png")))
+
+
+def test_a_page_is_safe_with_any_text(demonstration):
+    out, results = demonstration
+    results = json.loads(json.dumps(results))
+    results["captions"][0]["caption"] = "<script>alert('</style>')</script>"
+    page = Page(render_page(results, out / "gallery"))
+    assert not page.all("script") and "<script>alert" in page.text
+
+
+def test_a_picture_is_written_out_at_one_size():
+    with urlopen(data_uri(Image.new("RGB", (96, 48), "red"))) as file:
+        picture = Image.open(BytesIO(file.read()))
+    assert picture.size == (288, 144)
+    np.testing.assert_allclose(picture.convert("RGB").getpixel((100, 100)), (255, 0, 0), atol=6)
+
+
+def test_only_a_demonstration_is_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="something else"):
+        run_demo(tmp_path, None, None)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.slow
+def test_a_demonstration_runs_twice_in_one_place(tmp_path, tiny_processor):
+    for count in (14, 12):
+        run_demo(tmp_path / "out", build_model(), tiny_processor, count=count)
+        results = json.loads((tmp_path / "out" / "demo.json").read_text())
+        assert (
+            results["gallery"]["scenes"]
+            == count
+            == len((tmp_path / "out" / "gallery" / "metadata.jsonl").read_text().splitlines())
+        )

@@ -1,0 +1,168 @@
+"""Image folders with a `metadata.jsonl` or `.csv`: the data of users, and scenes once they are written."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from mmgem.processing.image_loading import load_image
+from mmgem.training.data.rows import CAPTION_COLUMNS, check_columns, map_columns
+
+METADATA_NAME = "metadata.jsonl"
+METADATA_NAMES = (METADATA_NAME, "metadata.csv")
+
+
+class ImageFolderDataset(Dataset):
+    """Rows of an image folder; an image is opened when its row is asked for. Made by `read_image_folder`.
+
+    Args:
+        folder: Where the images are.
+        rows: For each row its fields, `file_name` among them.
+    """
+
+    def __init__(self, folder: Path, rows: list[dict[str, Any]]):
+        self.folder = folder
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        fields = self.rows[row]
+        return {"image": load_image(self.folder / fields["file_name"], fields["file_name"]), **fields}
+
+
+def read_image_folder(path: str | Path, columns: Mapping[str, str | None] | None = None) -> ImageFolderDataset:
+    """Reads an image folder in the layout of `datasets`' imagefolder, and checks all of it.
+
+    Its `metadata.jsonl` has one JSON object a line: `file_name`, relative to the folder, and `captions` (a list) or
+    `caption` or `text` (one caption), besides any other columns of `SceneDataset`. Or it is a `metadata.csv` with a
+    line of column names; lists in its cells are JSON.
+
+    Args:
+        path: The folder.
+        columns: For a column of ours the name it has in the metadata.
+
+    Returns:
+        Rows with `image` (PIL, RGB, upright), the fields of the line, and `captions` in any case.
+
+    Raises:
+        FileNotFoundError: If the folder, its metadata, or an image that is named there is not there.
+        ValueError: If `path` is no folder, has no images, or a line of the metadata cannot be used.
+    """
+    metadata = find_metadata(path)
+    lines = list(read_metadata(metadata))
+    if columns:
+        check_columns(columns_of(lines), columns, str(metadata))
+    rows = []
+    for where, fields in lines:
+        if isinstance(fields, str):
+            raise ValueError(fields)
+        rows.append(_check_fields(map_columns(fields, columns or {}, where), metadata.parent, where))
+    return ImageFolderDataset(metadata.parent, rows)
+
+
+def find_metadata(path: str | Path) -> Path:
+    """The metadata file of an image folder; see `read_image_folder` for errors."""
+    folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"path must be an image folder, but there is nothing at {folder}")
+    if not folder.is_dir():
+        raise ValueError(f"path must be an image folder, got the file {folder}")
+    for name in METADATA_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    known = Image.registered_extensions()
+    count = sum(file.suffix.lower() in known for file in folder.rglob("*"))
+    if not count:
+        raise ValueError(f"path must be an image folder, but there are no images in {folder}")
+    raise FileNotFoundError(
+        f"{folder} has {count} images but no {' or '.join(METADATA_NAMES)}; expected one with a JSON object a line, "
+        'such as {"file_name": "a.png", "captions": ["..."]}'
+    )
+
+
+def read_metadata(metadata: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """The lines of a metadata file.
+
+    Yields:
+        What to call the line, and its fields, or what is wrong with it.
+
+    Raises:
+        ValueError: If the file has no lines, or as a whole cannot be read.
+    """
+    is_empty = True
+    for number, fields in (_read_csv if metadata.suffix == ".csv" else _read_json_lines)(metadata):
+        is_empty = False
+        where = f"line {number} of {metadata}"
+        yield where, f"{where} {fields}" if isinstance(fields, str) else fields
+    if is_empty:
+        raise ValueError(f"path must be an image folder with images, but {metadata} names none")
+
+
+def columns_of(lines: list[tuple[str, dict[str, Any] | str]]) -> set[str]:
+    """All columns that occur in the lines of `read_metadata`."""
+    return {column for _, fields in lines if isinstance(fields, dict) for column in fields}
+
+
+def _read_json_lines(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    with open(metadata, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                yield number, f"must be a JSON object: {error}"
+                continue
+            if isinstance(fields, dict):
+                yield number, fields
+            else:
+                yield number, f"must be a JSON object with a `file_name`, got {line.strip()[:80]!r}"
+
+
+def _read_csv(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    with open(metadata, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, restkey="")
+        try:
+            for fields in reader:
+                if "" in fields or None in fields.values():
+                    yield (
+                        reader.line_num,
+                        f"must have {len(reader.fieldnames or ())} cells, got {list(fields.values())}",
+                    )
+                else:
+                    yield reader.line_num, {name: _read_cell(cell) for name, cell in fields.items() if cell}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{metadata} must be comma-separated UTF-8 text: {error}") from error
+
+
+def _read_cell(cell: str) -> Any:
+    """A list or mapping where a cell holds one as JSON, else its text."""
+    if cell[0] in "[{":
+        try:
+            return json.loads(cell)
+        except json.JSONDecodeError:
+            pass
+    return cell
+
+
+def _check_fields(fields: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    if isinstance(fields.get("image"), str):
+        fields["file_name"] = fields.pop("image")
+    if not isinstance(fields.get("file_name"), str):
+        raise ValueError(f"{where} must be a JSON object with a `file_name`, got {fields!r:.80}")
+    if not (folder / fields["file_name"]).is_file():
+        raise FileNotFoundError(f"{where} names {fields['file_name']}, which is not in {folder}")
+    captions = next((fields[column] for column in CAPTION_COLUMNS if fields.get(column)), None)
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{where} must have `captions`, a list of strings, or `text`, a string; got {captions!r:.80}")
+    fields = {column: value for column, value in fields.items() if column not in CAPTION_COLUMNS}
+    if isinstance(fields.get("edit"), dict) and fields["edit"].get("instruction") is None:
+        fields["edit"] = None  # see `write_scene_folder`
+    return {**fields, "captions": captions}

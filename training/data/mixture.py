@@ -1,0 +1,158 @@
+"""Several sources as one data set of fixed order, in which each has its share: what a run sees, from first to last."""
+
+import heapq
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from mmgem.training.data.permutation import hash_numbers
+from mmgem.training.data.rows import ID_COLUMNS, images_of
+from mmgem.training.data.skipped import SkippedLog
+from mmgem.training.data.sources import Source
+
+MAX_FAILURES = 100  # rows in a row that may be unreadable
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError)
+
+
+class Mixture(Dataset):
+    """
+    The rows of a whole training run. Read it in order: it is shuffled, by source and epoch, as it is.
+
+    What stands at a position follows from `seed` and the position alone, whoever reads it and whatever was read first.
+    So any number of workers and processes see the same run, and one that was interrupted goes on at a position. And it
+    takes no memory: sources take turns by a fixed pattern in which, from the start of the run up to anywhere, each has
+    its share to within a row; within a source the order of an epoch is a permutation that is computed row by row.
+
+    To the columns of a row it adds `row_key` ("source:key"), `draw_seed`, which decides what the collator draws from
+    it, and `image_id`, made unique across sources. A row that cannot be read, or trained, is noted in `skipped`, and
+    another row of its source stands in for it.
+
+    Args:
+        sources: with a length, or streams; see [`mmgem.training.data.sources.open_source`].
+        weights: share of each source, in any unit; 0 leaves it out. By default all are equal.
+        seed: of all orders and draws.
+        num_samples: rows of the run.
+        skipped: where to note what cannot be read.
+
+    Raises:
+        ValueError: for no sources, a weight below 0, a number of weights other than that of the sources; while
+            reading, for a source of which `MAX_FAILURES` rows in succession cannot be read.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float] | None,
+        seed: int,
+        num_samples: int,
+        skipped: SkippedLog | None = None,
+    ):
+        weights = [1.0] * len(sources) if weights is None else list(weights)
+        if len(weights) != len(sources):
+            raise ValueError(f"`weights` has {len(weights)} numbers; expected one for each of {len(sources)} sources.")
+        if num_samples < 1:
+            raise ValueError(f"`num_samples` is {num_samples}; expected 1 or more.")
+        self.seed = seed
+        self.num_samples = num_samples
+        self.skipped = SkippedLog() if skipped is None else skipped
+        self._turns = Turns(weights)
+        self._seeds = [hash_numbers(seed, number) for number in range(len(sources))]
+        self.sources = [source.shuffled(own) for source, own in zip(sources, self._seeds, strict=True)]
+        for source in self.sources:
+            for key, reason in source.damaged:
+                self.skipped.add(source.name, key, reason)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """
+        The row at a position.
+
+        Raises:
+            IndexError: if there is no such position.
+            ValueError: if neither the row nor any of those that might stand in for it can be read.
+        """
+        return self._read(position, with_images=True)
+
+    def texts(self, position: int) -> dict[str, Any]:
+        """The row at a position with its images not yet loaded, unless one that cannot be is found out to be so."""
+        return self._read(position, with_images=False)
+
+    def _read(self, position: int, with_images: bool) -> dict[str, Any]:
+        if not 0 <= position < self.num_samples:
+            raise IndexError(f"position is {position}; expected 0 to {self.num_samples - 1}.")
+        number, draw = self._turns.at(position)
+        source = self.sources[number]
+        block, place = divmod(draw, source.block_size)
+        for attempt in range(MAX_FAILURES):
+            if attempt:
+                place = hash_numbers(self.seed, number, draw, attempt) % source.block_size
+            index = source.order(block, place, self._seeds[number])
+            try:
+                row = source[index] if with_images else source.texts(index)
+            except _UNREADABLE as error:
+                reason = str(error)
+                self.skipped.add(source.name, source.key(index), reason)
+                continue
+            if images_of(row):
+                own_id = next((row[column] for column in ID_COLUMNS if row.get(column) is not None), source.key(index))
+                row["image_id"] = f"{source.name}:{own_id}"
+            row["row_key"] = f"{source.name}:{source.key(index)}"
+            row["draw_seed"] = hash_numbers(self.seed, position)
+            return row
+        raise ValueError(
+            f"{source.name} cannot be read: {MAX_FAILURES} of its rows failed in succession, the last with: {reason}"
+        )
+
+
+class Turns:
+    """
+    Who has which turn, where each of several parties has turns in proportion to its weight, evenly spread.
+
+    The parties are the leaves of a binary tree with the heavy ones near the root. Of the first m turns that come to a
+    node, the left branch gets m * p rounded, where p is its share, and the right one the rest.
+
+    Args:
+        weights: 0 or more, not all 0.
+
+    Raises:
+        ValueError: for other weights.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        for number, weight in enumerate(weights):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"`weights[{number}]` is {weight}; expected 0 or more.")
+        # Ties go by number, so that the tree is the same everywhere.
+        heap = [(Fraction(weight), number, number) for number, weight in enumerate(weights) if weight]
+        if not heap:
+            raise ValueError(f"`weights` are {list(weights)}; expected at least one above 0.")
+        heapq.heapify(heap)
+        nodes = len(weights)
+        while len(heap) > 1:
+            light, _, right = heapq.heappop(heap)
+            heavy, _, left = heapq.heappop(heap)
+            share = heavy / (heavy + light)
+            node = (share.numerator, share.denominator, left, right)
+            heapq.heappush(heap, (heavy + light, nodes, node))  # type: ignore[misc]
+            nodes += 1
+        self._root = heap[0][2]
+
+    def at(self, turn: int) -> tuple[int, int]:
+        """The party that has a turn, and how many turns it had before."""
+        node: Any = self._root
+        while not isinstance(node, int):
+            numerator, denominator, left, right = node
+            before = _round(turn * numerator, denominator)
+            if _round((turn + 1) * numerator, denominator) > before:
+                node, turn = left, before
+            else:
+                node, turn = right, turn - before
+        return node, turn
+
+
+def _round(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)

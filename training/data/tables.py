@@ -1,0 +1,149 @@
+"""Tables as sources: parquet files, and whatever `datasets` can load."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmgem.training.data.rows import check_columns
+from mmgem.training.data.shards import expand_paths
+from mmgem.training.data.sources import Source
+from mmgem.training.data.streams import StreamSource, named_classes
+
+
+class TableSource(Source):
+    """
+    The rows of a `datasets.Dataset`, which stays on disk; images are decoded when their row is read.
+
+    Args:
+        table: the data.
+        name, columns: as for `Source`.
+        files: where the table comes from several files, each with its number of rows, in order; paths of images are
+            relative to the file of their row.
+
+    Raises:
+        ValueError: if it is empty, or its columns are not those meant.
+    """
+
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        name: str,
+        columns: Mapping[str, str | None] | None = None,
+        files: Mapping[str, int] | None = None,
+    ):
+        super().__init__(name, columns)
+        if not len(table):
+            raise ValueError(f"{name} has no rows; expected at least one.")
+        check_columns(table.column_names, self.columns, name)
+        self._features = table.features
+        self._table = table.with_format("arrow")
+        self._paths = list(files or {})
+        self._firsts = list(accumulate((files or {}).values(), initial=0))[:-1]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def key(self, index: int) -> str:
+        if not self._paths:
+            return str(index)
+        file = bisect_right(self._firsts, index) - 1
+        return f"{Path(self._paths[file]).name}/{index - self._firsts[file]}"
+
+    def fields(self, index: int) -> dict[str, Any]:
+        (fields,) = self._table[index].to_pylist()
+        return named_classes(fields, self._features)
+
+    def folder_of(self, index: int) -> Path:
+        if not self._paths:
+            return self.folder
+        return Path(self._paths[bisect_right(self._firsts, index) - 1]).parent
+
+
+def open_parquet(patterns: str | list[str], columns: Mapping[str, str | None] | None = None) -> TableSource:
+    """
+    The rows of parquet files, which `datasets` first writes to its cache in a form of which any row can be read.
+
+    Images are bytes, `{"bytes", "path"}`, or paths relative to their file. A damaged file is named in `damaged`.
+
+    Args:
+        patterns: the files, see `expand_paths`.
+        columns: as for `Source`.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if none can be read, they do not have the same columns, or not those meant.
+    """
+    name = patterns if isinstance(patterns, str) else ",".join(patterns)
+    files: dict[str, int] = {}
+    damaged: list[tuple[str, str]] = []
+
+    def check(path: str, whole: bool) -> None:
+        try:
+            with pq.ParquetFile(path) as file:
+                files[path] = file.metadata.num_rows
+                for _ in file.iter_batches() if whole else ():
+                    pass
+        except (pa.ArrowException, OSError) as error:
+            files.pop(path, None)
+            damaged.append((Path(path).name, str(error)))
+
+    def load() -> datasets.Dataset:
+        if not files:
+            raise ValueError(f"{name} cannot be read: {'; '.join(f'{file}: {reason}' for file, reason in damaged)}")
+        paths = [os.path.abspath(path) for path in files]
+        return datasets.load_dataset("parquet", data_files=paths, split="train")
+
+    for path in expand_paths(patterns, "`parquet`"):
+        check(path, whole=False)
+    try:
+        table = load()
+    except datasets.exceptions.DatasetGenerationError:
+        for path in list(files):
+            check(path, whole=True)
+        try:
+            table = load()
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+    source = TableSource(table, name, columns, files)
+    source.damaged += damaged
+    return source
+
+
+def open_dataset(
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    columns: Mapping[str, str | None] | None = None,
+) -> Source:
+    """
+    What `datasets.load_dataset` loads, or what `save_to_disk` has written.
+
+    Args:
+        path: name on the Hub, or folder.
+        name: of the configuration.
+        split: of the data.
+        streaming: read rows as they come, instead of preparing all of them first.
+        columns: as for `Source`.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such data, or its columns are not those meant.
+    """
+    if any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
+        data = datasets.load_from_disk(path)
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise ValueError(f"`split` of {path} is {split!r}; expected one of {', '.join(data)}.")
+            data = data[split]
+        if streaming:
+            data = data.to_iterable_dataset()
+    else:
+        data = datasets.load_dataset(path, name, split=split, streaming=streaming)
+    return StreamSource(data, path, columns) if streaming else TableSource(data, path, columns)

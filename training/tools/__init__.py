@@ -1,0 +1,1 @@
+"""What is done with a trained model: search, captions of folders, averages, the demo."""
