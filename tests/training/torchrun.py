@@ -35,8 +35,8 @@ def torchrun(script: str, *arguments: str | Path, check: bool = True, timeout: f
 
 def leave():
     """
-    End a script, none of whose names may refer to a trainer any more. Gloo's threads have to be joined before a process
-    exits, or they abort it; and that waits for whatever holds the group, such as DDP.
+    End a script, none of whose names may refer to a trainer any more. Gloo's threads abort a process that exits before
+    they are joined; and that waits for whatever holds the group, such as DDP.
     """
     if dist.is_initialized():
         gc.collect()
