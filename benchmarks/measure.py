@@ -5,9 +5,10 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.modules.linear_cross_entropy  # registers an operator whose FLOPs are counted
@@ -16,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+Key = TypeVar("Key", bound=Hashable)
 aten = torch.ops.aten
 _GEMMS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
@@ -39,12 +41,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def time_alternately(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def time_alternately(steps: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
     """
     Seconds of each step in each round. All steps of a round follow one another, so that what slows the machine down
     for a while slows down all of them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[Key, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             start = time.perf_counter()
@@ -118,7 +120,7 @@ class _GemmShapes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gemm_rates(step: Callable[[], Any], repetitions: int = 5, coverage: float = 0.9) -> tuple[float, float]:
+def gemm_rates(step: Callable[[], Any], repetitions: int = 10, coverage: float = 0.9) -> tuple[float, float]:
     """
     How fast this machine multiplies the matrices of a step, each product alone, its best time of several.
 
@@ -133,21 +135,19 @@ def gemm_rates(step: Callable[[], Any], repetitions: int = 5, coverage: float = 
     with _GemmShapes() as shapes:
         step()
     flops_of = {key: 2 * _multiplications(key[1]) for key in shapes.calls}
-    order = sorted(shapes.calls, key=lambda key: -flops_of[key] * shapes.calls[key])
     total = sum(flops_of[key] * count for key, count in shapes.calls.items())
-    measured_flops, measured_seconds, fastest = 0, 0.0, 0.0
-    for key in order:
-        if measured_flops >= coverage * total:
+    products: dict[tuple, Callable[[], Any]] = {}
+    covered = 0
+    for key in sorted(shapes.calls, key=lambda key: -flops_of[key] * shapes.calls[key]):
+        if covered >= coverage * total:
             break
-        func, layouts = key
-        operands = [torch.empty_strided(*layout[:2], dtype=layout[2]).normal_() for layout in layouts]
-        seconds = min(
-            time_alternately({"": lambda func=func, operands=operands: func(*operands)}, repetitions + 1)[""]
-        )
-        measured_flops += flops_of[key] * shapes.calls[key]
-        measured_seconds += seconds * shapes.calls[key]
-        fastest = max(fastest, flops_of[key] / seconds)
-    return fastest, measured_flops / measured_seconds
+        operator, layouts = key
+        operands = [torch.empty_strided(size, stride, dtype=dtype).normal_() for size, stride, dtype in layouts]
+        products[key] = partial(operator, *operands)
+        covered += flops_of[key] * shapes.calls[key]
+    best = {key: min(seconds) for key, seconds in time_alternately(products, repetitions).items()}
+    fastest = max(flops_of[key] / seconds for key, seconds in best.items())
+    return fastest, covered / sum(seconds * shapes.calls[key] for key, seconds in best.items())
 
 
 def _multiplications(layouts: Sequence[tuple]) -> int:

@@ -41,6 +41,11 @@ class MMGEMTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # Each process reads its own rows of a stream; accelerate would cut batches, whose parts differ in length.
+            self.accelerator_config.dispatch_batches = False
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter that trains has a part in every step
         weights = ("caption_loss_weight", "contrastive_loss_weight")
         for name in weights:
             if not getattr(self, name) >= 0:

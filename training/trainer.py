@@ -191,14 +191,18 @@ class MMGEMTrainer(Trainer):
         del batches, teacher
 
         total = self._weigh(0.0, contrastive_loss, num_items_in_batch)
+        is_boundary = self.accelerator.sync_gradients
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as in Trainer.training_step
         for number, (chunk, random_state, gradient) in enumerate(zip(chunks, random_states, gradients, strict=True)):
             is_last = number == len(chunks) - 1
+            # DeepSpeed takes the optimizer's step in `backward`, unless it knows that more is to come.
+            self.accelerator.gradient_state._set_sync_gradients(is_boundary and is_last)
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 with random_state.replayed(), self.compute_loss_context_manager():
                     outputs = model(**chunk, num_items_in_batch=num_items_in_batch, return_contrastive_batch=True)
                     surrogate = self.grad_cache.surrogate(outputs.contrastive_batch, gradient)
                     loss = self._weigh(outputs.caption_loss, surrogate, num_items_in_batch)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss, **options)
             self._note(outputs, contrastive_loss / len(chunks), num_items_in_batch)
             total = total + self._weigh(outputs.caption_loss.detach(), 0.0, num_items_in_batch)
         return total

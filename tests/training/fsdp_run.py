@@ -31,7 +31,8 @@ def _initialize_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 CAPTIONED = {"eval_column": "captions"}
-EMA = {"ema_decay": 0.5, "eval_on_start": True}
+# Not saved: that alone would have FSDP forget the averages that an evaluation leaves gathered.
+EMA = {"ema_decay": 0.5, "eval_on_start": True, "save_strategy": "no"}
 
 
 def train(

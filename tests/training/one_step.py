@@ -1,11 +1,8 @@
-"""One SGD step of MMGEMTrainer on four fixed rows; saves the gradient. Run by torchrun, it takes two processes."""
-
-import sys
+"""One SGD step of MMGEMTrainer, and the four fixed rows that it takes by default."""
 
 import torch
 from PIL import Image
 from tiny_models import IMAGE_SIZE, build_model
-from torchrun import leave
 
 from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
@@ -57,12 +54,3 @@ def read_processor(tokenizer_folder: str):
 
     image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     return MMGEMProcessor(image_processor, AutoTokenizer.from_pretrained(tokenizer_folder), num_visual_tokens=4)
-
-
-if __name__ == "__main__":
-    tokenizer_folder, out, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    processor = read_processor(tokenizer_folder)
-    gradient = gradient_of_one_step(processor, out, per_device_train_batch_size=batch_size)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        torch.save(gradient, f"{out}/gradient.pt")
-    leave()

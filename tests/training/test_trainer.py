@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -100,21 +97,6 @@ def test_a_loss_without_weight_moves_nothing(tiny_processor, tmp_path, weightles
     gradients = gradient_of_one_step(tiny_processor, str(tmp_path), **arguments)
     assert all(gradients[name].abs().max() == 0 for name in idle)
     assert all(gradients[name].abs().max() > 1e-6 for name in busy)
-
-
-@pytest.mark.slow
-def test_two_processes_step_as_one_does(tiny_processor, tmp_path):
-    tiny_processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, str(TESTS / "one_step.py"), str(tmp_path / "tokenizer"), str(tmp_path), "2"],
-        env=environment,
-        check=True,
-        timeout=300,
-    )
-    expected = gradient_of_one_step(tiny_processor, str(tmp_path), per_device_train_batch_size=4)
-    assert_same_gradients(torch.load(tmp_path / "gradient.pt"), expected)
 
 
 def test_resumed_training_ends_where_uninterrupted_training_does(tiny_processor, tmp_path):

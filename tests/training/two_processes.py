@@ -42,8 +42,8 @@ def cases() -> dict[str, tuple]:
         "checkpointed": (PARTS["texts on one"](), {"gradient_checkpointing": True}, {}),
         "accumulated": (quarters, ACCUMULATED, {}),
         "accumulated, cached": (quarters, ACCUMULATED | CACHED, uncached),
-        "without caption loss": (PARTS["alike"](), {"caption_loss_weight": 0.0}, {}),
-        "without contrastive loss": (PARTS["alike"](), {"contrastive_loss_weight": 0.0}, {}),
+        "without caption loss": (PARTS["alike"](), EXACT | {"caption_loss_weight": 0.0}, {}),
+        "without contrastive loss": (PARTS["alike"](), EXACT | {"contrastive_loss_weight": 0.0}, {}),
     }
 
 

@@ -16,7 +16,7 @@ from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 
 # What says how a folder was written, not what the model is.
-_WRITTEN_BY = ("_name_or_path", "transformers_version")
+_WRITTEN_BY = ("_name_or_path", "transformers_version", "use_cache", "dtype")
 
 
 def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None) -> dict[str, float]:
@@ -50,7 +50,7 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
     configs = [_read_json(path / "config.json") for path in paths]
     for path, config in zip(paths[1:], configs[1:], strict=True):
         _check_equal(configs[0], config, "config.json", paths[0], path)
-        if _bytes(path / "tokenizer.json") != _bytes(paths[0] / "tokenizer.json"):
+        if _tokenizer(path) != _tokenizer(paths[0]):
             raise ValueError(f"{str(paths[0])!r} and {str(path)!r} have different tokenizers; expected the same one.")
 
     averaged = _average(paths, shares)
@@ -130,8 +130,10 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _bytes(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
+def _tokenizer(folder: Path) -> dict | None:
+    """A folder's tokenizer, without how it was last called."""
+    path = folder / "tokenizer.json"
+    return _read_json(path) | {"padding": None, "truncation": None} if path.is_file() else None
 
 
 def _check_equal(first, other, key: str, first_path: Path, path: Path):

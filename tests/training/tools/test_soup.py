@@ -128,9 +128,20 @@ def test_models_of_another_shape_are_refused(two, tiny_processor, tmp_path):
         soup([two[0], other], tmp_path / "soup")
 
 
+def test_a_checkpoint_and_a_hub_folder_mix(two, tiny_processor, tmp_path):
+    variant(3).save_pretrained(tmp_path / "checkpoint-3")
+    tiny_processor.save_pretrained(tmp_path / "checkpoint-3")
+    assert soup([two[0], tmp_path / "checkpoint-3"], tmp_path / "soup")
+    assert soup([tmp_path / "checkpoint-3", two[0]], tmp_path / "another soup")
+
+
 def test_another_tokenizer_is_refused(two, tmp_path):
-    tokenizer = tmp_path / "2" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text() + "\n")
+    path = tmp_path / "2" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    path.write_text(json.dumps(tokenizer | {"truncation": {"max_length": 7, "strategy": "LongestFirst", "stride": 0}}))
+    soup(two, tmp_path / "same")
+    tokenizer["model"]["vocab"]["new"] = len(tokenizer["model"]["vocab"])
+    path.write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="different tokenizers"):
         soup(two, tmp_path / "soup")
 
