@@ -57,8 +57,8 @@ def split_batch(inputs: Mapping[str, Any], chunk_size: int) -> list[dict[str, An
         chunk = {name: value for name, value in inputs.items() if name not in PER_IMAGE + PER_TEXT}
         chunk |= {name: inputs[name][texts] for name in PER_TEXT if name in inputs}
         if len(part):
-            chunk |= {name: inputs[name][part] for name in PER_IMAGE if name in inputs}
-            first = part[0]
+            first, end = int(part[0]), int(part[-1]) + 1
+            chunk |= {name: inputs[name][first:end] for name in PER_IMAGE if name in inputs}  # views, not copies
             chunk["image_index"] = torch.where(chunk["image_index"] >= 0, chunk["image_index"] - first, -1)
         chunks.append(chunk)
     return chunks

@@ -622,16 +622,20 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
         # Language: captions behind their visual tokens, and bare texts before [EMB], packed into the same rows.
         generated = (labels != IGNORED_LABEL).any(-1)  # (T,)
-        caption_embeds, caption_labels, caption_lengths = self._caption_sequences(
-            input_ids[generated],
-            attention_mask[generated],
-            labels[generated],
-            described_tokens[generated],
-            image_index[generated] >= 0,
-        )  # (N_c, H), (N_c,), (S_c,)
-        text_embeds, is_read_out, text_lengths = self._text_sequences(
+        has_image = image_index[generated] >= 0
+        caption_ids, caption_labels, is_visual, caption_lengths = self._caption_sequences(
+            input_ids[generated], attention_mask[generated], labels[generated], has_image
+        )  # (N_c,), (N_c,), (N_c,), (S_c,)
+        text_ids, is_read_out, text_lengths = self._text_sequences(
             input_ids[contrastive_mask], attention_mask[contrastive_mask]
-        )  # (N_t, H), (N_t,), (S_t,)
+        )  # (N_t,), (N_t,), (S_t,)
+        visual_embeds = self.token_projection(described_tokens[generated])[has_image].flatten(0, 1)
+        # All words in one lookup: the gradient of each is as large as the vocabulary.
+        caption_embeds, text_embeds = self.get_input_embeddings()(torch.cat([caption_ids, text_ids])).split(
+            [len(caption_ids), len(text_ids)]
+        )  # (N_c, H), (N_t, H)
+        caption_embeds = _put(caption_embeds, is_visual, visual_embeds)
+        text_embeds = _put(text_embeds, is_read_out, self.embedding_tokens.repeat(len(text_lengths), 1))
         sequences, lengths = [caption_embeds, text_embeds], torch.cat([caption_lengths, text_lengths]).tolist()
         if not lengths:  # as above: some text always runs
             sequences, lengths = [*sequences, self.embedding_tokens], [len(self.embedding_tokens)]
@@ -692,28 +696,21 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         return region_embeds, region_ids[is_box], row_of_box
 
     def _caption_sequences(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-        tokens: torch.Tensor,
-        has_image: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, has_image: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         [BOS] visual tokens, text, [EOS], without padding.
 
         Args:
-            input_ids, attention_mask, labels: (S, L); tokens: (S, n, C).
+            input_ids, attention_mask, labels: (S, L).
             has_image: (S,), False for a text that goes without visual tokens.
 
         Returns:
-            Flat embeddings (N, H), flat labels (N,), lengths (S,).
+            Flat ids (N,), flat labels (N,), whether a visual token comes there (N,), lengths (S,).
         """
-        text_config, embed = self.config.text_config, self.get_input_embeddings()
         if len(input_ids) == 0:
-            # The projection takes part all the same: another process may have captions, and DDP waits for both.
-            nothing = torch.cat([embed(input_ids.flatten()), self.token_projection(tokens).flatten(0, 1)])  # (0, H)
-            return nothing, labels.flatten(), attention_mask.sum(-1)
+            return input_ids.flatten(), labels.flatten(), attention_mask.flatten().bool(), attention_mask.sum(-1)
+        text_config = self.config.text_config
         input_ids, attention_mask, labels = _without_empty_columns(attention_mask, input_ids, attention_mask, labels)
         is_token = attention_mask.bool()  # (S, L)
         position = is_token.long().cumsum(-1) - 1  # (S, L)
@@ -727,35 +724,28 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         bos = torch.full_like(ends, max(first_token_id(text_config.bos_token_id), 0), dtype=torch.long)
         eos = torch.full_like(bos, max(eos_token_id, 0))
 
-        visual_embeds = self.token_projection(tokens)  # (S, n, H)
-        embeds = torch.cat([embed(bos), visual_embeds, embed(input_ids), embed(eos)], dim=1)  # (S, 1 + n + L + 1, H)
-        keep = torch.cat(
-            [
-                is_bos.any(-1, keepdim=True),
-                has_image[:, None].expand(visual_embeds.shape[:2]),
-                is_token & ~is_bos,
-                appends_eos,
-            ],
-            dim=1,
-        )  # (S, 1 + n + L + 1)
+        visual = bos.new_zeros(len(bos), self.config.num_visual_tokens)  # (S, n), any id
+        ids = torch.cat([bos, visual, input_ids, eos], dim=1)  # (S, 1 + n + L + 1)
+        shows_image = has_image[:, None].expand_as(visual)
+        keep = torch.cat([is_bos.any(-1, keepdim=True), shows_image, is_token & ~is_bos, appends_eos], dim=1)
+        is_visual = torch.zeros_like(keep)
+        is_visual[:, 1 : 1 + visual.shape[1]] = True
         # The first token of all has nothing to be predicted from.
         labels = labels.masked_fill(is_first & ~has_image[:, None], IGNORED_LABEL)
-        prefix_labels = labels.new_full((len(labels), 1 + tokens.shape[1]), IGNORED_LABEL)
+        prefix_labels = labels.new_full((len(labels), 1 + visual.shape[1]), IGNORED_LABEL)
         eos_labels = eos.masked_fill(~is_generated, IGNORED_LABEL)
         labels = torch.cat([prefix_labels, labels, eos_labels], dim=1)
-        return embeds[keep], labels[keep], keep.sum(-1)
+        return ids[keep], labels[keep], is_visual[keep], keep.sum(-1)
 
     def _text_sequences(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(S, L) -> text and [EMB] without padding: flat embeddings (N, H), whether [EMB] (N,), lengths (S,)."""
+        """(S, L) -> text and [EMB] without padding: flat ids (N,), whether [EMB] (N,), lengths (S,)."""
         input_ids, attention_mask = _without_empty_columns(attention_mask, input_ids, attention_mask)
-        embedding_tokens = self.embedding_tokens.expand(len(input_ids), -1, -1)  # (S, k, H)
-        embeds = torch.cat([self.get_input_embeddings()(input_ids), embedding_tokens], dim=1)  # (S, L + k, H)
-        is_embedding = attention_mask.new_ones(embedding_tokens.shape[:2]).bool()  # (S, k)
-        keep = torch.cat([attention_mask.bool(), is_embedding], dim=1)  # (S, L + k)
-        is_embedding = torch.cat([torch.zeros_like(attention_mask).bool(), is_embedding], dim=1)
-        return embeds[keep], is_embedding[keep], keep.sum(-1)
+        k = len(self.embedding_tokens)
+        keep = F.pad(attention_mask.bool(), (0, k), value=True)  # (S, L + k)
+        is_embedding = F.pad(torch.zeros_like(attention_mask).bool(), (0, k), value=True)  # (S, L + k)
+        return F.pad(input_ids, (0, k))[keep], is_embedding[keep], keep.sum(-1)
 
     def _run_packed(self, inputs_embeds: torch.Tensor, lengths: list[int], num_causal: int) -> torch.Tensor:
         """(N, H) flat sequences, the first `num_causal` of them always causal -> (N, H) hidden states."""
@@ -844,6 +834,11 @@ def first_token_id(token_id: int | list[int] | None) -> int:
     if isinstance(token_id, list | tuple):
         return token_id[0]
     return -1 if token_id is None else token_id
+
+
+def _put(embeds: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(N, H) embeddings, with `values` (M, H) in the M rows where `places` (N,) is True."""
+    return embeds.masked_scatter(places[:, None], values.to(embeds.dtype))
 
 
 def _without_empty_columns(attention_mask: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -7,8 +7,9 @@ class PackedLayout:
     """
     Where each token of a list of sequences stands in packed rows (first-fit decreasing bin packing; a row is as
     long as the longest sequence). Positions restart at 0 with each sequence, which is how transformers recognises
-    packed rows and keeps their attention block-diagonal. Both sides are rounded up to a multiple of 8: shapes recur
-    from batch to batch, and with them the kernels that were compiled for them.
+    packed rows and keeps their attention block-diagonal. Both sides are rounded up to a multiple of 8, the number of
+    rows, where they are few, by at most an eighth: shapes recur from batch to batch, and with them the kernels that
+    were compiled for them.
 
     Args:
         lengths: tokens of each sequence, each at least 1.
@@ -33,7 +34,8 @@ class PackedLayout:
             sequence_row[sequence], sequence_start[sequence] = row, filled[row]
             filled[row] += length
 
-        self.shape = (_round_up(len(filled)), row_length)
+        multiple = min(8, max(1, 2 ** (len(filled).bit_length() - 4)))
+        self.shape = (_round_up(len(filled), multiple), row_length)
         length = torch.tensor(lengths, device=device)
         segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), length)  # (N,)
         first_token = length.cumsum(0) - length  # (S,)

@@ -22,5 +22,10 @@ def test_rows_are_filled_before_new_ones_are_opened():
 
 
 def test_shapes_recur():
-    shapes = {PackedLayout([length, 3, 4], torch.device("cpu")).shape for length in range(9, 17)}
-    assert shapes == {(8, 16)}
+    shapes = {PackedLayout([16] * 60 + [length] * 4, torch.device("cpu")).shape for length in range(9, 17)}
+    assert shapes == {(64, 16)}
+
+
+def test_few_rows_are_rounded_up_by_an_eighth_at_most():
+    shapes = [PackedLayout([8] * rows, torch.device("cpu")).shape[0] for rows in (1, 9, 15, 17, 33, 65)]
+    assert shapes == [1, 9, 15, 18, 36, 72]
