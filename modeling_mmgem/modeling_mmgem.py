@@ -609,9 +609,10 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
         # Vision: the tower once; whole images and boxes through the same aggregator. Without an image a blank one
         # runs, so that in a distributed run every process takes part with every parameter.
-        size = _pair(self.config.vision_config.image_size)
-        blank = torch.zeros(1, self.config.vision_config.num_channels, *size, device=device)
-        grid = self._patch_grid(blank if pixel_values is None else pixel_values)  # (I, C, rows, columns)
+        if pixel_values is None:
+            size = _pair(self.config.vision_config.image_size)
+            pixel_values = torch.zeros(1, self.config.vision_config.num_channels, *size, device=device)
+        grid = self._patch_grid(pixel_values)  # (I, C, rows, columns)
         image_tokens = self.pool_aggregator(grid)  # (I, n, C)
         described_tokens = image_tokens[image_index.clamp(min=0)]  # (T, n, C)
         box_tokens = None
