@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import machine_facts, markdown_table, peak_memory, time_alternately
-from mmgem.modeling_mmgem import LOGITS_AT_ONCE
+from mmgem.joint_step import LOGITS_AT_ONCE
 
 
 def all_logits(head: nn.Linear, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers import default_data_collator
 from benchmarks.measure import machine_facts, markdown_table, median_ratio, peak_memory, time_alternately
 from benchmarks.setting import Setting, build_batch, build_model
 from mmgem import MMGEMModel
-from mmgem.modeling_mmgem import IGNORED_LABEL
+from mmgem.model_inputs import IGNORED_LABEL
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer import MMGEMTrainer
 

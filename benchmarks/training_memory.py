@@ -20,7 +20,7 @@ from benchmarks.measure import machine_facts, markdown_table, time_alternately
 from benchmarks.setting import Setting, build_batch, build_model
 from benchmarks.training_step import TrainingStep
 from mmgem import MMGEMModel
-from mmgem.modeling_mmgem import IGNORED_LABEL
+from mmgem.model_inputs import IGNORED_LABEL
 from mmgem.training.lora import add_lora
 from mmgem.training.trainable import set_trainable
 

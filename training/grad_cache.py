@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mmgem.contrastive_batch import ContrastiveBatch, default_image_ids, gather_sizes
-from mmgem.modeling_mmgem import IGNORED_LABEL
+from mmgem.model_inputs import IGNORED_LABEL
 
 PER_IMAGE = ("pixel_values", "boxes", "image_ids")
 PER_TEXT = (
@@ -24,44 +24,88 @@ PER_TEXT = (
     "box_index",
     "contrastive_mask",
     "hard_negative_mask",
+    "fused_index",
+    "target_row",
+    "memory_row",
 )
 
 
 def split_batch(inputs: Mapping[str, Any], chunk_size: int) -> list[dict[str, Any]]:
     """
-    Divide a batch of the joint loss into chunks of at most `chunk_size` images, each with the texts about its images;
-    texts without an image are dealt out evenly. Every process gets as many chunks as the one with the most images.
+    Divide a batch of the joint loss into chunks of about `chunk_size` images, each with the texts about its images;
+    texts without an image are dealt out evenly. Images that a text joins, as one that it goes with and one that it is
+    to find, stay together, so that a chunk may be larger. Every process gets as many chunks as the one with the most
+    images.
 
     Args:
         inputs: as `MMGEMCollator` gives them.
         chunk_size: images, at least 1.
 
     Returns:
-        The chunks; in each, `image_index` counts within the chunk.
+        The chunks; in each, images and texts that others point to count within the chunk.
+
+    Raises:
+        ValueError: if a text points to one about an image that no text joins with its own.
     """
     image_index, device = inputs["image_index"], inputs["image_index"].device
-    num_images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+    num_images, num_texts = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0, len(image_index)
     num_chunks = max(gather_sizes(-(-max(num_images, 1) // chunk_size), device))
     if "image_ids" not in inputs and num_images:
         inputs = {**inputs, "image_ids": default_image_ids(num_images, device)}
-    images = torch.arange(num_images, device=device).tensor_split(num_chunks)
+    images = _split_images(inputs, num_images, num_chunks)
     sizes = torch.tensor([len(part) for part in images], device=device)
     chunk_of_image = torch.repeat_interleave(torch.arange(num_chunks, device=device), sizes)  # (I,)
-    chunk_of_text = torch.arange(len(image_index), device=device) * num_chunks // max(len(image_index), 1)  # (T,)
-    has_image = image_index >= 0
-    chunk_of_text[has_image] = chunk_of_image[image_index[has_image]]
+    chunk_of_text = torch.arange(num_texts, device=device) * num_chunks // max(num_texts, 1)  # (T,)
+    image_of_text = _image_of_text(inputs)  # (T,)
+    has_image = image_of_text >= 0
+    chunk_of_text[has_image] = chunk_of_image[image_of_text[has_image]]
+    number_in_chunk = torch.empty_like(chunk_of_text)  # (T,)
+    for number in range(num_chunks):
+        texts = (chunk_of_text == number).nonzero()[:, 0]  # (T_c,)
+        number_in_chunk[texts] = torch.arange(len(texts), device=device)
 
     chunks = []
     for number, part in enumerate(images):
         texts = (chunk_of_text == number).nonzero()[:, 0]  # (T_c,)
         chunk = {name: value for name, value in inputs.items() if name not in PER_IMAGE + PER_TEXT}
         chunk |= {name: inputs[name][texts] for name in PER_TEXT if name in inputs}
+        for name in {"target_row", "memory_row"} & chunk.keys():
+            rows = chunk[name]
+            if (chunk_of_text[rows[rows >= 0]] != number).any():
+                raise ValueError(f"`{name}` points to a text about another image; expected one about the same image.")
+            chunk[name] = torch.where(rows >= 0, number_in_chunk[rows], -1)
         if len(part):
-            first, end = int(part[0]), int(part[-1]) + 1
+            first, end = part.start, part.stop
             chunk |= {name: inputs[name][first:end] for name in PER_IMAGE if name in inputs}  # views, not copies
-            chunk["image_index"] = torch.where(chunk["image_index"] >= 0, chunk["image_index"] - first, -1)
+            for name in {"image_index", "fused_index"} & chunk.keys():
+                chunk[name] = torch.where(chunk[name] >= 0, chunk[name] - first, -1)
         chunks.append(chunk)
     return chunks
+
+
+def _image_of_text(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """(T,) the image that a text describes, or goes with; -1 for none."""
+    image_index = inputs["image_index"]
+    return torch.where(image_index >= 0, image_index, inputs.get("fused_index", image_index))
+
+
+def _split_images(inputs: Mapping[str, Any], num_images: int, num_chunks: int) -> list[range]:
+    """About equal parts of the images, cut only where no text joins one before with one behind."""
+    joined = torch.zeros(num_images + 1, dtype=torch.long)
+    if "fused_index" in inputs:
+        pairs = torch.stack([inputs["image_index"], inputs["fused_index"]]).cpu()  # (2, T)
+        first, last = pairs[:, (pairs >= 0).all(0)].aminmax(dim=0)
+        joined.index_add_(0, first + 1, torch.ones_like(first))
+        joined.index_add_(0, last + 1, -torch.ones_like(last))
+    cuttable = (joined.cumsum(0) == 0).tolist()  # before image i
+    parts, start = [], 0
+    for number in range(1, num_chunks + 1):
+        end = max(start, num_images * number // num_chunks)
+        while not cuttable[end]:
+            end += 1
+        parts.append(range(start, end))
+        start = end
+    return parts
 
 
 def concatenate(batches: Sequence[ContrastiveBatch]) -> ContrastiveBatch:

@@ -1,13 +1,15 @@
 """The forms of the contrastive loss that a recipe can ask for, each of them an option."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from mmgem.contrastive import ContrastiveObjective, Pairs, Ranking
+from mmgem.contrastive_batch import ContrastiveBatch
 from mmgem.training.sections import check_arguments, check_keys, check_type
 
 TEACHERS = {"momentum": float, "pretrained": str}
@@ -16,7 +18,7 @@ TEACHERS = {"momentum": float, "pretrained": str}
 @dataclass(kw_only=True)
 class MaskedObjective(ContrastiveObjective):
     """
-    What the forms share: which negatives are left out.
+    What the forms share: which negatives are left out, and which parts of the embeddings have to do without the rest.
 
     Args:
         modality_aware: whether images and regions are kept from being each other's negatives (UNITE,
@@ -24,16 +26,54 @@ class MaskedObjective(ContrastiveObjective):
             stay with images in any case.
         false_negative_threshold: negatives whose similarity with the anchor is above it are left out, as they are
             probably none; with cosines, a threshold above 1 leaves out nothing.
+        vector_groups: for embeddings of k vectors, pairs of how many of them, from the first on, the texts and the
+            targets have, such as `[[1, 1], [2, 4], [4, 8]]`, each pair with a loss of its own, so that any of them can
+            be chosen when searching (MetaEmbed, https://arxiv.org/abs/2509.18095); by default all k.
+        dimensions: how many, from the first on, an embedding has, each with a loss of its own beside that of all of
+            them (Matryoshka representations, https://arxiv.org/abs/2205.13147); of k vectors, the first group's.
 
     Raises:
-        ValueError: if the threshold is no finite number.
+        ValueError: if the threshold is no finite number, groups or dimensions do not grow, or groups are not pairs.
     """
 
     modality_aware: bool = True
     false_negative_threshold: float | None = None
+    vector_groups: list | None = None
+    dimensions: list[int] | None = None
 
     def __post_init__(self):
         _check_range("false_negative_threshold", self.false_negative_threshold)
+        if self.vector_groups is not None:
+            _check_groups(self.vector_groups)
+        if self.dimensions is not None:
+            check_type(self.dimensions, list[int], "`dimensions`")
+            _check_growing("dimensions", [0, *self.dimensions])
+
+    def views(self, batch: ContrastiveBatch) -> list[ContrastiveBatch]:
+        """
+        Raises:
+            ValueError: if the embeddings have fewer vectors or dimensions than are asked for.
+        """
+        views = [batch]
+        if self.vector_groups is not None:
+            shapes = [tuple(embeds.shape[1:-1]) for embeds in (batch.query_embeds, batch.target_embeds)]
+            if any(not shape or shape[0] < count for shape, count in zip(shapes, self.vector_groups[-1], strict=True)):
+                raise ValueError(
+                    f"`vector_groups` goes up to {self.vector_groups[-1]}; expected no more vectors than texts and "
+                    f"targets have, {shapes}."
+                )
+            views = [
+                replace(
+                    batch,
+                    query_embeds=batch.query_embeds[:, :query_count],  # (Q, q, D)
+                    target_embeds=batch.target_embeds[:, :target_count],  # (P, t, D)
+                )
+                for query_count, target_count in self.vector_groups
+            ]
+        whole = batch.query_embeds.shape[-1]
+        if self.dimensions is not None and self.dimensions[-1] > whole:
+            raise ValueError(f"`dimensions` goes up to {self.dimensions[-1]}; expected at most {whole}.")
+        return [*views, *(_narrowed(views[0], width) for width in self.dimensions or () if width < whole)]
 
     def mask(self, ranking: Ranking) -> torch.Tensor:
         left_out = ranking.other_modality  # (A, C)
@@ -195,6 +235,69 @@ def build_objective(loss: str = "infonce", **options: Any) -> InfoNCE | Pairwise
         raise ValueError(f"`loss` is {loss!r}; expected {' or '.join(LOSSES)}.")
     check_arguments(options, LOSSES[loss], f"the objective `{loss}`")
     return LOSSES[loss](**options)
+
+
+def check_embedding_views(objective: MaskedObjective, config) -> None:
+    """
+    Refuse parts of embeddings that a model does not have, before anything is trained.
+
+    Args:
+        objective: from [`build_objective`].
+        config: the model's.
+
+    Raises:
+        ValueError: naming the option, what it asks for and what the model has.
+    """
+    if objective.vector_groups is not None:
+        if config.embedding_pooling != "multi_vector":
+            raise ValueError(
+                f"`vector_groups` is {objective.vector_groups}, but `embedding_pooling` is "
+                f"{config.embedding_pooling!r}; expected 'multi_vector'."
+            )
+        if max(objective.vector_groups[-1]) > config.num_embedding_tokens:
+            raise ValueError(
+                f"`vector_groups` is {objective.vector_groups}; expected at most `num_embedding_tokens`, "
+                f"{config.num_embedding_tokens}."
+            )
+    if objective.dimensions is not None and objective.dimensions[-1] > config.projection_dim:
+        raise ValueError(
+            f"`dimensions` is {objective.dimensions}; expected at most `projection_dim`, {config.projection_dim}."
+        )
+
+
+def _check_groups(groups: object) -> None:
+    """Nested: each group holds the one before it, on both sides, and is larger on one."""
+    is_pair = (
+        isinstance(groups, Sequence)
+        and len(groups) > 0
+        and all(
+            isinstance(group, Sequence) and len(group) == 2 and all(type(n) is int and n > 0 for n in group)
+            for group in groups
+        )
+    )
+    if not is_pair:
+        raise ValueError(
+            f"`vector_groups` is {groups!r}; expected pairs of whole numbers above 0, such as [[1, 1], [4, 8]]."
+        )
+    assert isinstance(groups, Sequence)
+    for group, larger in zip(groups, groups[1:], strict=False):
+        if list(group) == list(larger) or any(n > m for n, m in zip(group, larger, strict=True)):
+            raise ValueError(
+                f"`vector_groups` is {groups!r}; expected nested groups, but {larger} does not hold {group}."
+            )
+
+
+def _check_growing(name: str, numbers: list[int]) -> None:
+    if len(numbers) < 2 or any(n >= m for n, m in zip(numbers, numbers[1:], strict=False)):
+        raise ValueError(f"`{name}` is {numbers[1:]}; expected whole numbers above 0 that grow.")
+
+
+def _narrowed(batch: ContrastiveBatch, width: int) -> ContrastiveBatch:
+    """The first dimensions of embeddings, of unit length again."""
+    query_embeds, target_embeds = (
+        F.normalize(embeds[..., :width], dim=-1) for embeds in (batch.query_embeds, batch.target_embeds)
+    )
+    return replace(batch, query_embeds=query_embeds, target_embeds=target_embeds)
 
 
 def _check_range(name: str, value: float | None, lowest: float = -math.inf, highest: float = math.inf):

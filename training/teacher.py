@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from mmgem.contrastive_batch import ContrastiveBatch
-from mmgem.modeling_mmgem import IGNORED_LABEL
+from mmgem.model_inputs import IGNORED_LABEL
 from mmgem.training.grad_cache import concatenate
 from mmgem.training.loading import load_checkpoint
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from mmgem.modeling_mmgem import IGNORED_LABEL, MAX_LOGIT_SCALE, MMGEMOutput, first_token_id
+from mmgem.model_inputs import IGNORED_LABEL, first_token_id
+from mmgem.modeling_mmgem import MAX_LOGIT_SCALE, MMGEMOutput
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.checkpoints import is_disk_full, last_complete_checkpoint, mark_complete, mark_unfinished
 from mmgem.training.data.batching import TokenBudgetBatchSampler
@@ -23,7 +24,7 @@ from mmgem.training.data.mixture import Mixture
 from mmgem.training.ema import EMACallback
 from mmgem.training.evaluation import evaluate_model
 from mmgem.training.grad_cache import GradCache, split_batch
-from mmgem.training.objective import PairwiseSigmoid, build_objective
+from mmgem.training.objective import PairwiseSigmoid, build_objective, check_embedding_views
 from mmgem.training.sharded import adapt_to_fsdp, is_sharded, whole
 from mmgem.training.teacher import Teacher
 from mmgem.training.trainable import parameter_groups, set_trainable
@@ -71,6 +72,7 @@ class MMGEMTrainer(Trainer):
         if args.freeze is not None or args.train_only is not None:
             set_trainable(model, args.freeze, args.train_only)
         self.objective = build_objective(**(args.contrastive_objective or {}))
+        check_embedding_views(self.objective, model.config)
         if isinstance(self.objective, PairwiseSigmoid) and model.logit_bias is None:
             raise ValueError(
                 "`contrastive_objective` is the sigmoid loss, which needs a bias, but `logit_bias_init_value` in the "
@@ -348,10 +350,11 @@ def count_caption_tokens(
 ) -> int:
     """
     Labels of the joint loss in a batch: the given ones without a leading [BOS], which goes before the image, or the
-    first token of a text without an image, and an appended end token for each text generated to its end.
+    first token of a text without image or memory, and an appended end token for each text generated to its end.
 
     Args:
-        batch: `input_ids`, `labels`, `attention_mask` (T, L) and `image_index` (T,), as for `MMGEMModel.forward`.
+        batch: `input_ids`, `labels`, `attention_mask` (T, L), `image_index` and perhaps `memory_row` (T,), as for
+            `MMGEMModel.forward`.
         eos_token_id, bos_token_id: of the language model.
     """
     input_ids, labels, is_token = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
@@ -360,7 +363,10 @@ def count_caption_tokens(
     is_label = labels != IGNORED_LABEL  # (T, L)
     is_generated = is_label.any(-1)  # (T,)
     is_first = is_token & (is_token.cumsum(-1) == 1)  # (T, L)
-    is_unscored = (input_ids == first_token_id(bos_token_id)) | (batch["image_index"] < 0)[:, None]
+    has_prefix = batch["image_index"] >= 0  # (T,)
+    if "memory_row" in batch:
+        has_prefix = has_prefix | (batch["memory_row"] >= 0)
+    is_unscored = (input_ids == first_token_id(bos_token_id)) | ~has_prefix[:, None]
     starts = (is_label & is_first & is_unscored).any(-1)  # (T,)
     eos = first_token_id(eos_token_id)
     appends_eos = is_generated & ~(is_label & (input_ids == eos)).any(-1) & (eos >= 0)

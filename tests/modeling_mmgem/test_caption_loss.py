@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import build_model
 
-import mmgem.modeling_mmgem as modeling
+import mmgem.joint_step as joint_step
 
 
 def loss_and_gradients(model, batch, bf16=False):
@@ -19,8 +19,8 @@ def loss_and_gradients(model, batch, bf16=False):
 def calls(monkeypatch):
     """Rows of logits that the vocabulary head computed, call by call, and calls of `linear_cross_entropy`."""
     made = {"head": [], "linear_cross_entropy": 0}
-    vocabulary_logits = modeling.MMGEMModel._vocabulary_logits
-    linear_cross_entropy = modeling.F.linear_cross_entropy
+    vocabulary_logits = joint_step.JointStep._vocabulary_logits
+    linear_cross_entropy = joint_step.F.linear_cross_entropy
 
     def count_logits(self, hidden_states):
         made["head"].append(len(hidden_states))
@@ -30,8 +30,8 @@ def calls(monkeypatch):
         made["linear_cross_entropy"] += 1
         return linear_cross_entropy(*args, **kwargs)
 
-    monkeypatch.setattr(modeling.MMGEMModel, "_vocabulary_logits", count_logits)
-    monkeypatch.setattr(modeling.F, "linear_cross_entropy", count_fused)
+    monkeypatch.setattr(joint_step.JointStep, "_vocabulary_logits", count_logits)
+    monkeypatch.setattr(joint_step.F, "linear_cross_entropy", count_fused)
     return made
 
 
@@ -41,7 +41,7 @@ def test_chunks_change_neither_loss_nor_gradients(text, text_batch, pixel_values
     expected_loss, expected = loss_and_gradients(model, batch)
     assert calls["head"] == [18]  # 15 tokens, and an end token for each of the three captions
     calls["head"].clear()
-    monkeypatch.setattr(modeling, "LOGITS_AT_ONCE", 4 * 300)
+    monkeypatch.setattr(joint_step, "LOGITS_AT_ONCE", 4 * 300)
     loss, gradients = loss_and_gradients(model, batch)
 
     is_matrix = text in ("llama", "qwen3", "gpt2")
@@ -56,7 +56,7 @@ def test_chunks_change_neither_loss_nor_gradients(text, text_batch, pixel_values
 def test_chunks_keep_the_loss_in_float32_under_autocast(text_batch, pixel_values, monkeypatch, calls):
     model, batch = build_model(), {**text_batch, "pixel_values": pixel_values}
     expected_loss, expected = loss_and_gradients(model, batch, bf16=True)
-    monkeypatch.setattr(modeling, "LOGITS_AT_ONCE", 4 * 300)
+    monkeypatch.setattr(joint_step, "LOGITS_AT_ONCE", 4 * 300)
     loss, gradients = loss_and_gradients(model, batch, bf16=True)
     assert calls["linear_cross_entropy"] == 0
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
@@ -67,7 +67,7 @@ def test_chunks_keep_the_loss_in_float32_under_autocast(text_batch, pixel_values
 def test_chunks_leave_a_frozen_head_alone(text_batch, pixel_values, monkeypatch):
     model = build_model("siglip", "qwen3")
     model.get_output_embeddings().requires_grad_(False)
-    monkeypatch.setattr(modeling, "LOGITS_AT_ONCE", 4 * 300)
+    monkeypatch.setattr(joint_step, "LOGITS_AT_ONCE", 4 * 300)
     _, gradients = loss_and_gradients(model, {**text_batch, "pixel_values": pixel_values})
     assert "language_model.lm_head.weight" not in gradients
     assert gradients["language_model.model.norm.weight"].abs().sum() > 0

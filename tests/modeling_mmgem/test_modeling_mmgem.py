@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from tiny_models import IMAGE_SIZE, TEXT_CONFIGS, VISION_CONFIGS, build_model, build_towers
 
-from mmgem.modeling_mmgem import IGNORED_LABEL, MMGEMModel
+from mmgem.model_inputs import IGNORED_LABEL
+from mmgem.modeling_mmgem import MMGEMModel
 
 TOWERS = [
     ("clip", "llama"),
@@ -425,11 +426,6 @@ def test_inputs_that_do_not_fit_are_named(tiny_model, inputs, message):
 def test_an_empty_batch_of_texts_is_refused(tiny_model):
     with pytest.raises(ValueError, match=r"`input_ids` has shape \(0, 4\)"):
         tiny_model.get_text_features(torch.zeros(0, 4, dtype=torch.long))
-
-
-def test_multi_vector_is_not_there_yet():
-    with pytest.raises(NotImplementedError, match="multi_vector"):
-        build_model(embedding_pooling="multi_vector")
 
 
 def test_a_tower_without_a_patch_grid_is_refused():

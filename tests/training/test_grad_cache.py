@@ -1,5 +1,6 @@
 import pytest
 import torch
+from joint_batches import joint_batch, joint_model
 from one_step import rows
 from tiny_models import build_model
 
@@ -67,6 +68,33 @@ def test_cached_gradient_is_the_gradient(batch, chunk_size):
     assert expected["logit_scale"].abs() > 0
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_texts_that_join_images_stay_with_them(chunk_size):
+    """Images 0 and 1 are joined by a text; those of a second copy of the batch are not joined with them."""
+    one = joint_batch()
+    second = {**one, "image_ids": torch.tensor([5, 6]), "pixel_values": one["pixel_values"].flip(0)}
+    batch = {"return_loss": True, "image_ids": torch.tensor([3, 4, 5, 6])}
+    for name in one.keys() - {"return_loss"}:
+        steps = {"image_index": 2, "fused_index": 2, "target_row": 9, "memory_row": 9}
+        shifted = torch.where(second[name] >= 0, second[name] + steps[name], -1) if name in steps else second[name]
+        batch[name] = torch.cat([one[name], shifted])
+    chunks = split_batch(batch, chunk_size)
+    assert [len(chunk["pixel_values"]) for chunk in chunks if "pixel_values" in chunk] == [2, 2]
+    options = {"embedding_pooling": "multi_vector", "logit_bias_init_value": -1.0}
+    expected_loss, expected = direct(joint_model(**options), batch, 20)
+    loss, actual = cached(joint_model(**options), batch, 20, chunk_size)
+    torch.testing.assert_close(loss, expected_loss)
+    assert expected["image_vectors.output.weight"].any()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_text_that_points_to_another_chunk_is_refused():
+    batch = joint_batch(fused_index=torch.full((9,), -1), memory_row=torch.tensor([-1] * 4 + [6, 0] + [-1] * 3))
+    with pytest.raises(ValueError, match="`memory_row` points to a text about another image"):
+        split_batch(batch, 1)
 
 
 def test_dropout_is_drawn_again_in_the_second_run(batch):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from mmgem.modeling_mmgem import IGNORED_LABEL
+from mmgem.model_inputs import IGNORED_LABEL
 from mmgem.processing.boxes import boxes_in_view, check_boxes, model_views
 from mmgem.processing.image_loading import load_image
 from mmgem.training.data.rows import ID_COLUMNS, captions_of, check_row, images_of, row_name
@@ -72,6 +72,7 @@ class MMGEMCollator:
         long_caption_probability: share of the images whose long caption is embedded.
         label_template: text to embed for a `label`, such as "a photo of a {label}"; None to leave labels out.
         hard_negatives_per_image: hard negatives drawn for each image.
+        prompts: instructions by name, those of the model's configuration.
 
     Raises:
         ValueError: for rows that `check_row` refuses, images that cannot be read, several images of a sample without
@@ -87,6 +88,7 @@ class MMGEMCollator:
         long_caption_probability: float = 0.25,
         label_template: str | None = None,
         hard_negatives_per_image: int = 0,
+        prompts: Mapping[str, str] | None = None,
     ):
         self.processor = processor
         self.captions_per_image = captions_per_image
@@ -95,6 +97,7 @@ class MMGEMCollator:
         self.long_caption_probability = long_caption_probability
         self.label_template = label_template
         self.hard_negatives_per_image = hard_negatives_per_image
+        self.prompts = dict(prompts or {})
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
@@ -104,9 +107,9 @@ class MMGEMCollator:
         Returns:
             For I images and T texts: `pixel_values` (I, 3, H, W) if there are images, `boxes` (I, R, 4) if there are
             any, `image_ids` (I,) if the rows name their images, `input_ids`, `attention_mask` and `labels` (T, L),
-            `image_index` (-1 for a text without image), `box_index` (-1 for the whole image) and `contrastive_mask`
-            (T,), `hard_negative_mask` (T,) if there are any, `row_keys` (a list) if the rows have them, `return_loss`
-            True.
+            `image_index` (-1 for a text without image), `box_index` (-1 for the whole image), `row_index` (the row it
+            is from) and `contrastive_mask` (T,), `hard_negative_mask` (T,) if there are any, `row_keys` (a list) if
+            the rows have them, `return_loss` True.
         """
         names = [row_name(row, number) for number, row in enumerate(rows)]
         images: list[list[Image.Image]] = []  # of each row
@@ -121,11 +124,13 @@ class MMGEMCollator:
         boxes, views = self._boxes_of(rows, images, inputs["pixel_values"]) if uses_boxes else ([], [])
 
         texts: list[TextRow] = []
+        row_index: list[int] = []  # of each text
         first = 0  # image of the row
-        for row, row_images in zip(rows, images, strict=True):
+        for number, (row, row_images) in enumerate(zip(rows, images, strict=True)):
             in_view = [uses_boxes and _is_in_view(box, views[first]) for box in row.get("boxes") or []]
             row_texts, drawn = self._texts_of(row, range(first, first + len(row_images)), in_view)
             texts += row_texts
+            row_index += [number] * len(row_texts)
             if uses_boxes and in_view:
                 boxes[first] = boxes[first][drawn]
             first += len(row_images)
@@ -144,6 +149,7 @@ class MMGEMCollator:
             **self._tokenize(texts),
             "image_index": torch.tensor([text.image_index for text in texts]),
             "box_index": torch.tensor([text.box_index for text in texts]),
+            "row_index": torch.tensor(row_index),
             "contrastive_mask": torch.tensor([text.is_embedded for text in texts]),
         }
 

@@ -1,0 +1,208 @@
+"""The joint step where images go with texts: fused queries, documents, and what is written from memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from joint_batches import ANSWER_STARTS, BOXES, EOS, IMAGE_TOKEN, ROWS, TEXTS, K, N
+from joint_batches import joint_batch as batch
+from joint_batches import joint_model as tiny
+
+from mmgem.contrastive_batch import DOCUMENT, IMAGE, REGION
+from mmgem.model_inputs import IGNORED_LABEL
+
+
+def run(model, **changes):
+    return model(**batch(**changes), return_contrastive_batch=True)
+
+
+def embed(model, text, image=None):
+    ids = torch.tensor([[IMAGE_TOKEN] * (N if image is not None else 0) + text])
+    pixel_values = None if image is None else batch()["pixel_values"][[image]]
+    return model.get_multimodal_features(ids, None, pixel_values)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooling", ["mean", "multi_vector"])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_queries_and_targets_are_what_the_model_embeds(side, pooling, attention):
+    model = tiny(embedding_pooling=pooling, text_attention=attention)
+    found = run(model, side=side).contrastive_batch
+    images = model.get_image_features(batch()["pixel_values"]).pooler_output
+    regions = model.get_image_features(batch()["pixel_values"], BOXES).pooler_output
+    one = lambda text, image=None: embed(model, text, image).pooler_output  # noqa: E731
+    queries = [one(TEXTS[1]), one(TEXTS[2], 0), one(TEXTS[3], 1), one(TEXTS[6]), one(TEXTS[8])]
+    targets = [images, regions[0, :1], regions[1], one([], 0), one(TEXTS[7])]
+    for embeds, expected in ((found.query_embeds, queries), (found.target_embeds, targets)):
+        torch.testing.assert_close(embeds, F.normalize(torch.cat(expected), dim=-1), atol=1e-5, rtol=1e-5)
+    assert found.target_index.tolist() == [5, 1, 4, 1, 6]
+    assert found.query_modality.tolist() == [DOCUMENT, IMAGE, REGION, IMAGE, DOCUMENT]
+    assert found.target_modality.tolist() == [IMAGE] * 2 + [REGION] * 3 + [DOCUMENT] * 2
+    found.check()
+
+
+def from_memory_by_hand(model):
+    """Summed loss of rows 4 and 5, each run alone behind the states of the bare image."""
+    memory = embed(model, [], 0).last_hidden_state  # (1, K, H)
+    total, words = 0.0, model.get_input_embeddings()
+    for row, start in ((4, ANSWER_STARTS), (5, 0)):
+        text = torch.tensor([[*TEXTS[row], EOS]])
+        logits = model.language_model(inputs_embeds=torch.cat([memory, words(text)], dim=1)).logits[0]
+        total = total + F.cross_entropy(logits[K - 1 + start : -1], text[0, start:], reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_what_is_written_from_memory_costs_what_it_costs_alone(side, attention):
+    model = tiny(text_attention=attention)
+    labels = batch(side)["labels"]
+    labels[6] = IGNORED_LABEL
+    loss = run(model, side=side, labels=labels).caption_loss
+    torch.testing.assert_close(loss, from_memory_by_hand(model) / 5, atol=1e-5, rtol=1e-5)  # 3 words, 2 end tokens
+
+
+def test_gradients_reach_the_tower_through_the_memory():
+    model = tiny()
+    labels = batch()["labels"]
+    labels[6] = IGNORED_LABEL
+    run(model, labels=labels).caption_loss.backward()
+    found = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+    (from_memory_by_hand(model) / 5).backward()
+    assert model.embedding_tokens.grad.any() and model.token_projection[1].weight.grad.any()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_answers_move_only_through_the_memory():
+    model = tiny()
+    labels = batch()["labels"]
+    labels[6] = IGNORED_LABEL
+    other = batch()["pixel_values"]
+    other[0] += 1.0
+
+    def losses(**changes):
+        return [
+            run(model, labels=labels, pixel_values=p, **changes).caption_loss for p in (batch()["pixel_values"], other)
+        ]
+
+    through_the_image, moved = losses()
+    assert (through_the_image - moved).abs() > 1e-4
+    # The memory now holds no image; the answer's own image is still in the batch, and changes.
+    fused_index = torch.tensor(ROWS["fused_index"])
+    fused_index[0] = -1
+    without_it, unmoved = losses(fused_index=fused_index)
+    assert without_it == unmoved and without_it != through_the_image
+
+
+def test_without_anything_to_recall_the_loss_is_that_of_the_image_alone():
+    model = tiny()
+    none = torch.full((9,), -1)
+    labels = batch()["labels"]
+    labels[4:6] = IGNORED_LABEL
+    given = run(model, labels=labels, memory_row=none)
+    torch.testing.assert_close(given.caption_loss, run(model, labels=labels, memory_row=None).caption_loss)
+    labels = torch.full_like(labels, IGNORED_LABEL)
+    nothing = model(input_ids=torch.zeros(0, 3).long(), return_loss=True, image_index=none[:0], memory_row=none[:0])
+    nothing.loss.backward()
+    assert nothing.loss == 0 and model.embedding_tokens.grad is not None
+
+
+def test_equal_texts_with_different_images_are_different_queries():
+    ids = batch()["input_ids"]
+    ids[3], mask = ids[2], batch()["attention_mask"]
+    mask[3] = mask[2]
+    found = run(tiny(), input_ids=ids, attention_mask=mask).contrastive_batch
+    assert found.query_ids[1] != found.query_ids[2]
+    same_image = run(tiny(), input_ids=ids, attention_mask=mask, image_ids=torch.tensor([7, 7])).contrastive_batch
+    assert same_image.query_ids[1] == same_image.query_ids[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "value", "message"),
+    [
+        ("target_row", 8, 9, "`target_row` is .* expected 9 numbers below 9"),
+        ("fused_index", 2, 2, "`fused_index` is .* below 2"),
+        ("memory_row", 4, 9, "`memory_row` is .* below 9"),
+        ("image_index", 8, 2, "`image_index` is .* below 2"),
+    ],
+)
+def test_pointers_to_nothing_are_refused(name, row, value, message):
+    index = torch.tensor(ROWS[name])
+    index[row] = value
+    with pytest.raises(ValueError, match=message):
+        run(tiny(), **{name: index})
+
+
+# Generation from memory
+
+
+def test_generation_from_memory_is_greedy_decoding_behind_it():
+    model = tiny()
+    memory = embed(model, [], 0).last_hidden_state
+    question = torch.tensor([TEXTS[4]])
+    found = model.generate(input_ids=question, embedding_tokens=memory, max_new_tokens=4, do_sample=False)
+    embeds = torch.cat([memory, model.get_input_embeddings()(question)], dim=1)
+    expected = []
+    for _ in range(4):
+        expected.append(int(model.language_model(inputs_embeds=embeds).logits[0, -1].argmax()))
+        embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([[expected[-1]]]))], dim=1)
+    assert found.tolist() == [expected]
+
+
+def test_questions_of_a_batch_do_not_see_each_other():
+    model = tiny()
+    memory = torch.cat([embed(model, [], image).last_hidden_state for image in (0, 1)])
+    ids, mask = torch.tensor([[1, 1, 41], [51, 52, 53]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    options = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    together = model.generate(input_ids=ids, attention_mask=mask, embedding_tokens=memory, **options).scores
+    for row, alone in enumerate((torch.tensor([[41]]), torch.tensor([[51, 52, 53]]))):
+        scores = model.generate(input_ids=alone, embedding_tokens=memory[[row]], **options).scores
+        for one, other in zip(together, scores, strict=True):
+            torch.testing.assert_close(one[row], other[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_caption_needs_no_question_and_no_tower():
+    model = tiny()
+    memory = embed(model, [], 0).last_hidden_state
+    model.vision_tower = None
+    caption = model.generate(embedding_tokens=memory, max_new_tokens=3, do_sample=False)
+    none = torch.zeros(1, 0, dtype=torch.long)
+    assert torch.equal(
+        caption, model.generate(input_ids=none, embedding_tokens=memory, max_new_tokens=3, do_sample=False)
+    )
+    shorter = model.generate(embedding_tokens=memory[:, :1], max_new_tokens=3, do_sample=False)
+    assert shorter.shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embedding_tokens": torch.zeros(1, K + 1, 32)}, r"`embedding_tokens` has shape \(1, 4, 32\); expected"),
+        ({"embedding_tokens": torch.zeros(1, 0, 32)}, "`embedding_tokens` has shape"),
+        ({"embedding_tokens": torch.zeros(1, K, 31)}, "`embedding_tokens` has shape"),
+        ({"embedding_tokens": torch.zeros(2, K, 32), "input_ids": torch.ones(1, 2).long()}, "holds 2 memories for 1"),
+        ({"embedding_tokens": torch.zeros(1, K, 32), "pixel_values": torch.zeros(1, 3, 32, 32)}, "both given"),
+        (
+            {"embedding_tokens": torch.zeros(1, K, 32), "input_ids": torch.full((1, 2), IMAGE_TOKEN)},
+            "image placeholders beside",
+        ),
+    ],
+)
+def test_what_is_no_memory_of_this_model_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny().generate(**arguments)
+
+
+@pytest.mark.parametrize("bos", [5, None])
+def test_a_beginning_token_stays_the_first(bos):
+    model = tiny()
+    model.config.text_config.bos_token_id = bos
+    memory = embed(model, [], 0).last_hidden_state
+    embeds, mask = model._embed_recall(memory, torch.tensor([[5, 41]]), None)
+    words = model.get_input_embeddings()(torch.tensor([5, 41]))
+    expected = [words[:1], memory[0], words[1:]] if bos else [memory[0], words]
+    torch.testing.assert_close(embeds[0][mask[0].bool()], torch.cat(expected))

@@ -1,0 +1,222 @@
+import pytest
+import torch
+from tiny_models import build_model
+from torch.nn.functional import normalize
+
+from mmgem.modality_calibrator import ModalityCalibrator
+from mmgem.modeling_mmgem import MMGEMModel
+
+MODALITIES = ["image", "text", "fused"]
+DIM = 8
+
+
+@pytest.fixture
+def embeds() -> dict[str, torch.Tensor]:
+    """Embeddings of any length, each modality in a cone of its own."""
+    generator = torch.Generator().manual_seed(0)
+    cones = 3 * torch.eye(DIM)[:3]
+    noise = torch.randn(3, 40, DIM, generator=generator)
+    lengths = torch.rand(3, 40, 1, generator=generator) + 0.1
+    return dict(zip(MODALITIES, (noise + cones[:, None]) * lengths, strict=True))
+
+
+@pytest.fixture
+def fitted(embeds) -> ModalityCalibrator:
+    calibrator = ModalityCalibrator(DIM, MODALITIES)
+    calibrator.fit(embeds)
+    return calibrator
+
+
+def test_means_and_embeddings_equal_a_plain_reference(fitted, embeds):
+    for modality, rows in embeds.items():
+        units = [row / sum(value**2 for value in row) ** 0.5 for row in rows]
+        mean = sum(units) / len(units)
+        torch.testing.assert_close(fitted.mean(modality), mean)
+        expected = torch.stack([(unit - mean) / (unit - mean).square().sum().sqrt() for unit in units])
+        torch.testing.assert_close(fitted(rows, modality), expected)
+
+
+def test_two_opposite_directions_by_hand():
+    calibrator = ModalityCalibrator(2, ["image", "text"])
+    calibrator.fit({"image": torch.tensor([[5.0, 0], [0, 0.1]]), "text": torch.tensor([[1.0, 0], [-1, 0]])})
+    assert calibrator.mean("image").tolist() == [0.5, 0.5]
+    torch.testing.assert_close(calibrator(torch.tensor([2.0, 0]), "image"), torch.tensor([1, -1]) / 2**0.5)
+    # Without a common direction nothing is taken away.
+    torch.testing.assert_close(calibrator(torch.tensor([3.0, 4]), "text"), torch.tensor([0.6, 0.8]))
+
+
+def test_output_is_of_unit_length_and_depends_on_the_direction_alone(fitted, embeds):
+    calibrated = fitted(embeds["image"], "image")
+    torch.testing.assert_close(calibrated.norm(dim=-1), torch.ones(40))
+    torch.testing.assert_close(fitted(7 * embeds["image"], "image"), calibrated)
+
+
+def test_batch_dimensions_do_not_matter(fitted, embeds):
+    calibrated = fitted(embeds["text"], "text")
+    torch.testing.assert_close(fitted(embeds["text"].view(4, 5, 2, DIM), "text"), calibrated.view(4, 5, 2, DIM))
+    torch.testing.assert_close(fitted(embeds["text"][3], "text"), calibrated[3])
+
+
+def test_the_gap_closes_and_other_modalities_are_others(fitted, embeds):
+    before = [normalize(rows, dim=-1).mean(0) for rows in embeds.values()]
+    after = [fitted(rows, modality).mean(0) for modality, rows in embeds.items()]
+    assert torch.dist(before[0], before[1]) > 1
+    assert all(mean.norm() < 0.1 for mean in after)
+    assert not torch.allclose(fitted(embeds["image"], "image"), fitted(embeds["image"], "text"), atol=0.1)
+
+
+def test_a_gap_hides_the_right_image_and_calibration_shows_it():
+    generator = torch.Generator().manual_seed(0)
+    content = torch.randn(60, 16, generator=generator)
+    gap = torch.zeros(2, 16)
+    gap[0, 0], gap[1, 0] = 20, -20
+    queries, captions = (content + 0.3 * torch.randn(60, 16, generator=generator) + gap[0] for _ in range(2))
+    embeds = {"image": content + gap[1], "text": captions}
+    calibrator = ModalityCalibrator(16, ["image", "text"])
+    calibrator.fit(embeds)
+
+    def found(queries, images, captions):
+        """Share of the queries for which no wrong caption comes before the right image."""
+        to_images = (normalize(queries, dim=-1) * normalize(images, dim=-1)).sum(-1)
+        to_captions = normalize(queries, dim=-1) @ normalize(captions, dim=-1).T
+        to_captions.fill_diagonal_(-1)
+        return (to_images > to_captions.amax(-1)).float().mean()
+
+    assert found(queries, embeds["image"], captions) == 0
+    texts = calibrator(queries, "text"), calibrator(captions, "text")
+    assert found(texts[0], calibrator(embeds["image"], "image"), texts[1]) > 0.95
+
+
+def test_gradients_reach_the_embeddings_and_stay_across_them(fitted, embeds):
+    rows = embeds["image"].clone().requires_grad_()
+    fitted(rows, "image").sum(-1).square().sum().backward()
+    assert (rows.grad.abs().amax(-1) > 1e-4).all()
+    # The length of an embedding does not matter, so no gradient points along it.
+    torch.testing.assert_close((rows.grad * embeds["image"]).sum(-1), torch.zeros(40), rtol=0, atol=1e-5)
+    assert not list(fitted.parameters())
+
+
+def test_half_precision_is_float32_rounded_once(fitted, embeds):
+    rows = embeds["image"].bfloat16()
+    calibrated = fitted(rows, "image")
+    assert calibrated.dtype == torch.bfloat16
+    assert torch.equal(calibrated, fitted(rows.float(), "image").bfloat16())
+
+
+def test_fitting_again_forgets_and_a_refused_sample_changes_nothing(fitted, embeds):
+    before = {name: mean.clone() for name, mean in fitted.state_dict().items()}
+    with pytest.raises(ValueError, match="'fused'"):  # the last to be looked at
+        fitted.fit({"image": embeds["text"], "text": embeds["image"], "fused": embeds["fused"][:1]})
+    assert all(torch.equal(fitted.state_dict()[name], mean) for name, mean in before.items())
+    fitted.fit({**embeds, "image": -embeds["image"]})
+    torch.testing.assert_close(fitted.mean("image"), -before["image_mean"])
+
+
+def test_state_dict_round_trip(fitted, embeds):
+    assert set(fitted.state_dict()) == {"image_mean", "text_mean", "fused_mean"}
+    # By name, not by place.
+    loaded = ModalityCalibrator(DIM, MODALITIES[::-1])
+    loaded.load_state_dict(fitted.state_dict())
+    for modality, rows in embeds.items():
+        assert torch.equal(loaded(rows, modality), fitted(rows, modality))
+
+
+def test_one_graph(fitted, embeds):
+    compiled = torch.compile(fitted, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(embeds["image"], "image"), fitted(embeds["image"], "image"))
+
+
+@pytest.mark.parametrize(
+    "modalities", [[], ["image"], ["text", "text"], ["image", "image", "text"], ["image", "sound"]], ids=str
+)
+def test_modalities_must_be_two_of_those_there_are(modalities):
+    with pytest.raises(ValueError, match=r"`modalities` is .*expected at least two different ones of \['image'"):
+        ModalityCalibrator(DIM, modalities)
+
+
+def test_width_must_be_positive():
+    with pytest.raises(ValueError, match="`dim` is 0"):
+        ModalityCalibrator(0, MODALITIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": torch.ones(1, DIM)}, r"\['image'\]` has shape \(1, 8\); expected \(2 or more, 8\)"),
+        ({"text": torch.ones(5, DIM + 1)}, r"\['text'\]` has shape \(5, 9\)"),
+        ({"text": torch.ones(DIM)}, r"\['text'\]` has shape \(8,\)"),
+        ({"fused": torch.eye(DIM) / torch.eye(DIM)[0]}, r"\['fused'\]` has values that are not finite"),
+        ({"fused": torch.eye(DIM).cumsum(0) - torch.eye(DIM)[:1]}, r"\['fused'\]` has rows of zeros"),
+        ({"image": torch.arange(1.0, 6)[:, None].expand(-1, DIM)}, r"\['image'\]` has 5 rows that are all alike"),
+        ({"sound": torch.eye(DIM)}, r"holds \['image', 'text', 'fused', 'sound'\]"),
+    ],
+)
+def test_bad_samples_are_refused(embeds, change, message):
+    with pytest.raises(ValueError, match=message):
+        ModalityCalibrator(DIM, MODALITIES).fit({**embeds, **change})
+
+
+def test_a_sample_of_one_modality_is_refused(embeds):
+    with pytest.raises(ValueError, match=r"holds \['image'\]; expected embeddings of each of \['image', 'text'\]"):
+        ModalityCalibrator(DIM, ["image", "text"]).fit({"image": embeds["image"]})
+
+
+def test_what_is_not_known_is_refused(fitted, embeds):
+    with pytest.raises(ValueError, match="whose mean is not known; call `fit`"):
+        ModalityCalibrator(DIM, MODALITIES)(embeds["image"], "image")
+    two = ModalityCalibrator(DIM, ["image", "text"])
+    two.fit({"image": embeds["image"], "text": embeds["text"]})
+    with pytest.raises(ValueError, match=r"'fused'; expected one .* \['image', 'text'\]"):
+        two(embeds["fused"], "fused")
+    with pytest.raises(ValueError, match=r"`embeds` has shape \(2, 9\)"):
+        fitted(torch.ones(2, DIM + 1), "image")
+
+
+# ------------------------------------------------------------------------------------------------------- in the model
+
+
+@pytest.fixture
+def calibrated_model() -> MMGEMModel:
+    model = build_model(calibrated_modalities=MODALITIES)
+    generator = torch.Generator().manual_seed(3)
+    model.calibrator.fit({name: torch.randn(5, 16, generator=generator) + 1 for name in MODALITIES})
+    return model
+
+
+def features(model, pixel_values, text_batch):
+    prompt = torch.cat([torch.ones(3, 4, dtype=torch.long), text_batch["input_ids"]], dim=1)
+    boxes = torch.tensor([[[0.0, 0, 1, 1], [0, 0, 0, 0]]]).expand(3, -1, -1)
+    with torch.no_grad():
+        return {
+            "image": model.get_image_features(pixel_values).pooler_output,
+            "text": model.get_text_features(**text_batch).pooler_output,
+            "fused": model.get_multimodal_features(prompt, pixel_values=pixel_values).pooler_output,
+            "boxes": model.get_image_features(pixel_values, boxes).pooler_output,
+        }
+
+
+def test_every_embedding_of_the_model_is_calibrated_as_what_it_is(calibrated_model, pixel_values, text_batch):
+    actual = features(calibrated_model, pixel_values, text_batch)
+    calibrator, calibrated_model.calibrator = calibrated_model.calibrator, None
+    plain = features(calibrated_model, pixel_values, text_batch)
+    for modality in MODALITIES:
+        torch.testing.assert_close(actual[modality], calibrator(plain[modality], modality))
+    torch.testing.assert_close(actual["boxes"][:, 0], actual["image"])
+    assert (actual["boxes"][:, 1] == 0).all()  # padding
+
+
+def test_calibrator_is_saved_with_the_model(calibrated_model, pixel_values, text_batch, tmp_path):
+    calibrated_model.save_pretrained(tmp_path)
+    loaded = MMGEMModel.from_pretrained(tmp_path)
+    assert loaded.config.calibrated_modalities == MODALITIES
+    expected = features(calibrated_model, pixel_values, text_batch)
+    for name, embeds in features(loaded, pixel_values, text_batch).items():
+        assert torch.equal(embeds, expected[name])
+
+
+def test_a_checkpoint_that_lacks_its_calibrator_is_not_answered_with(pixel_values, tmp_path):
+    model = build_model()
+    model.config.calibrated_modalities = MODALITIES
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="whose mean is not known"):
+        MMGEMModel.from_pretrained(tmp_path).get_image_features(pixel_values)
