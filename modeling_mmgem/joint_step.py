@@ -153,7 +153,9 @@ class JointStep:
         """
         size = len(inputs_embeds)
         if not size:
-            inputs_embeds, lengths = self.embedding_tokens, lengths.new_tensor([len(self.embedding_tokens)])
+            # Behind the empty rest, which other parameters have a part in.
+            inputs_embeds = torch.cat([inputs_embeds, self.embedding_tokens.to(inputs_embeds.dtype)])
+            lengths = lengths.new_tensor([len(inputs_embeds)])
             bidirectional = bidirectional.new_zeros(len(inputs_embeds))
         self._check_length(int(lengths.max()))
         layout = PackedLayout(lengths.tolist(), inputs_embeds.device)

@@ -223,7 +223,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def set_embedding_tokens(self, num_embedding_tokens: int, embedding_pooling: str):
         """
-        Read embeddings with another number of [EMB] vectors, or pool them otherwise, from now on.
+        Read embeddings with another number of [EMB] vectors, or pool them otherwise, from now on. They are no longer
+        calibrated.
 
         Args:
             num_embedding_tokens: k. The first vectors stay; further ones begin near the last of them, so that a text
@@ -233,8 +234,15 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: as [`MMGEMConfig`]; the model is then as it was.
         """
-        changes = {"num_embedding_tokens": num_embedding_tokens, "embedding_pooling": embedding_pooling}
-        self.config = type(self.config)(**{**self.config.to_dict(), **changes, "name_or_path": self.name_or_path})
+        changes = {
+            "num_embedding_tokens": num_embedding_tokens,
+            "embedding_pooling": embedding_pooling,
+            "calibrated_modalities": None,  # for embeddings that there are no more
+        }
+        type(self.config)(**{**self.config.to_dict(), **changes})  # refuses what does not go together
+        for name, value in changes.items():
+            setattr(self.config, name, value)
+        self.calibrator = None
         old = self.embedding_tokens  # (old k, H)
         count = min(len(old), num_embedding_tokens)
         further = old[count - 1] + 0.02 * torch.randn(num_embedding_tokens - count, old.shape[1]).to(old)
@@ -743,8 +751,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         words = self.get_input_embeddings()(torch.cat([bos, input_ids], dim=1))  # (B, 1 + L, H)
         embeds = torch.cat([words[:, :1], embedding_tokens.to(words.dtype), words[:, 1:]], dim=1)
         is_memory = torch.ones_like(embedding_tokens[..., 0], dtype=torch.bool)  # (B, j)
-        mask = torch.cat([has_bos, is_memory, attention_mask.bool() & ~is_bos], dim=1)  # (B, 1 + j + L)
-        return embeds, mask.long()
+        mask = torch.cat([has_bos, is_memory, attention_mask.bool() & ~is_bos], dim=1).long()  # (B, 1 + j + L)
+        # What is masked goes to the left: generation reads the next token at the last place.
+        order = mask.argsort(dim=1, stable=True)
+        return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder=False, input_ids=None, **kwargs):
         pixel_values = kwargs.get("pixel_values")

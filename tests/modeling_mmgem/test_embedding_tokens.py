@@ -114,6 +114,15 @@ def test_more_vectors_begin_near_the_last_and_fewer_stay():
     assert features_of_all_kinds(model)["text"].shape == (2, model.config.projection_dim)
 
 
+def test_a_changed_model_is_no_longer_calibrated():
+    model = tiny(calibrated_modalities=["image", "text"])
+    with pytest.raises(ValueError, match="mean is not known"):
+        model.get_text_features(IDS, MASK)
+    model.set_embedding_tokens(2, "mean")
+    assert model.config.calibrated_modalities is None
+    assert model.get_text_features(IDS, MASK).pooler_output.isfinite().all()
+
+
 @pytest.mark.parametrize("change", [(0, "mean"), (2, "sum")])
 def test_impossible_vectors_are_refused_and_leave_the_model(change):
     model = tiny()

@@ -108,7 +108,10 @@ def test_without_anything_to_recall_the_loss_is_that_of_the_image_alone():
     labels = torch.full_like(labels, IGNORED_LABEL)
     nothing = model(input_ids=torch.zeros(0, 3).long(), return_loss=True, image_index=none[:0], memory_row=none[:0])
     nothing.loss.backward()
-    assert nothing.loss == 0 and model.embedding_tokens.grad is not None
+    assert nothing.loss == 0
+    # Every parameter has a part in every step, or DDP waits for it.
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert [name for name in without if not name.startswith("vision_tower.head.")] == []
 
 
 def test_equal_texts_with_different_images_are_different_queries():
@@ -198,11 +201,19 @@ def test_what_is_no_memory_of_this_model_is_refused(arguments, message):
 
 
 @pytest.mark.parametrize("bos", [5, None])
-def test_a_beginning_token_stays_the_first(bos):
+@pytest.mark.parametrize("text", [[5, 41], [5], []])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_beginning_token_stays_the_first_and_padding_goes_left(bos, text, side):
     model = tiny()
     model.config.text_config.bos_token_id = bos
     memory = embed(model, [], 0).last_hidden_state
-    embeds, mask = model._embed_recall(memory, torch.tensor([[5, 41]]), None)
-    words = model.get_input_embeddings()(torch.tensor([5, 41]))
-    expected = [words[:1], memory[0], words[1:]] if bos else [memory[0], words]
-    torch.testing.assert_close(embeds[0][mask[0].bool()], torch.cat(expected))
+    padding = [1] * (3 - len(text))
+    ids = torch.tensor([padding + text if side == "left" else text + padding])
+    mask = torch.tensor(
+        [[0] * len(padding) + [1] * len(text) if side == "left" else [1] * len(text) + [0] * len(padding)]
+    )
+    embeds, mask = model._embed_recall(memory, ids, mask)
+    words = model.get_input_embeddings()(torch.tensor(text, dtype=torch.long))
+    expected = torch.cat([words[:1], memory[0], words[1:]] if bos else [memory[0], words])
+    assert mask[0].tolist() == [0] * (mask.shape[1] - len(expected)) + [1] * len(expected)
+    torch.testing.assert_close(embeds[0, -len(expected) :], expected)
