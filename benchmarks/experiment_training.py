@@ -1,6 +1,10 @@
 """How a contestant of the experiment is trained, and what is measured of it."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
@@ -8,41 +12,65 @@ from benchmarks.experiment_data import HeldOut, Setting, to_pixels
 from benchmarks.peers import Batch, CLIPContestant, Contestant, MMGEMContestant
 from mmgem.training.data.grammar import parse_caption
 from mmgem.training.encoding import inference
-from mmgem.training.evaluation import caption_fidelity, recall_at, retrieval_ranks
+from mmgem.training.metrics import caption_fidelity, recall_at, retrieval_ranks
 
 LOG_EVERY = 25
 EVAL_BATCH = 100
 
 
+class Trainable(Protocol):
+    """What can be trained: `losses` gives the scalars of a batch, by name."""
+
+    model: nn.Module
+
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]: ...
+
+
+class Schedule(Protocol):
+    """Peak of the learning rate, and the steps up to it."""
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def warmup(self) -> int: ...
+
+
 def train(
-    contestant: Contestant, batches: list[Batch], setting: Setting, progress: str = "", position: int = 0
+    contestant: Trainable,
+    batches: Sequence[Batch],
+    schedule: Schedule,
+    progress: str = "",
+    position: int = 0,
+    bf16: bool = True,
 ) -> dict:
     """
-    A plain loop: AdamW, linear warm-up and a cosine to zero, the sum of the losses there are, bfloat16 autocast.
+    A plain loop: AdamW, linear warm-up and a cosine to zero, the sum of the losses there are.
 
     Args:
         contestant: trained in place.
         batches: in the order of the steps.
-        setting: for the schedule.
+        schedule: of the learning rate.
         progress, position: name and line of the progress bar.
+        bf16: whether under autocast to bfloat16.
 
     Returns:
         `losses`, their means over every `LOG_EVERY` steps, by name.
     """
     model = contestant.model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=setting.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = get_cosine_schedule_with_warmup(optimizer, setting.warmup, len(batches))
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, schedule.warmup, len(batches))
     logged: dict[str, list[float]] = {}
     for batch in tqdm(batches, desc=progress, unit="step", leave=False, position=position, mininterval=2):
         batch = to_pixels({name: tensor.to(model.device) for name, tensor in batch.items()})
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             losses = contestant.losses(batch)
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        scheduler.step()
         for name, loss in losses.items():
             logged.setdefault(name, []).append(loss.item())
     curves = {name: _means(values) for name, values in logged.items()}

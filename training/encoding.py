@@ -1,4 +1,7 @@
-"""Batches of images, texts and regions through a model: embeddings, and captions written token by token."""
+"""Batches of images, texts and regions through a model: embeddings, memories, and texts written token by token.
+
+An embedding is one vector (D,), or k vectors (k, D) of a model with `embedding_pooling="multi_vector"`.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +14,7 @@ from tqdm.auto import tqdm
 from mmgem.training.sharded import is_sharded, reshard
 
 Box = Sequence[float]
+CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get captions as short as answers
 
 
 @contextmanager
@@ -32,7 +36,7 @@ def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     """Embeddings of one batch of images.
 
     Returns:
-        (B, D), normalised, float32, on the CPU.
+        (B, D) or (B, k, D), normalised, float32, on the CPU.
     """
     inputs = _to_model(model, processor(images=list(images), return_tensors="pt"))
     with inference(model):
@@ -47,11 +51,11 @@ def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Seque
         boxes: For each image at least one box `[x0, y0, x1, y1]`, in its pixels.
 
     Returns:
-        (sum of the numbers of boxes, D), normalised, float32, on the CPU; image after image.
+        (N, D) or (N, k, D), N the number of all boxes, normalised, float32, on the CPU; image after image.
     """
     inputs = _to_model(model, processor(images=list(images), boxes=list(boxes), return_tensors="pt"))
     with inference(model):
-        embeddings = model.get_image_features(**inputs).pooler_output  # (B, R, D), padded
+        embeddings = model.get_image_features(**inputs).pooler_output  # (B, R, D) or (B, R, k, D), padded
     return _unit(torch.cat([row[: len(own)] for row, own in zip(embeddings, boxes, strict=True)]))
 
 
@@ -59,7 +63,7 @@ def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) ->
     """Embeddings of any number of texts, batched by length so that little padding is computed.
 
     Returns:
-        (T, D), normalised, float32, on the CPU, in the order of `texts`.
+        (T, D) or (T, k, D), normalised, float32, on the CPU, in the order of `texts`.
     """
     if not texts:
         raise ValueError("texts must not be empty")
@@ -78,16 +82,54 @@ def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) ->
     return restored
 
 
-def generate_captions(model, processor, images: Sequence[Any], max_new_tokens: int = 128) -> list[str]:
+def embed_fused(
+    model,
+    processor,
+    images: Sequence[Any],
+    texts: Sequence[str],
+    boxes: Sequence[Sequence[Box]] | None = None,
+) -> torch.Tensor:
+    """Embeddings of one batch of images, each together with a text, through the language model.
+
+    Args:
+        images: For each text its image, or a list of its images; they stand before the text.
+        texts: B texts, such as instructions behind their prompt; an empty one leaves the image alone.
+        boxes: For each image, one after the other, at least one box `[x0, y0, x1, y1]` in its pixels. The boxes then
+            take the place of the image.
+
+    Returns:
+        (B, D) or (B, k, D), normalised, float32, on the CPU.
+
+    Raises:
+        ValueError: If there are not as many images as texts, or an image has no box where there are boxes.
+    """
+    return _unit(_read_fused(model, processor, images, texts, boxes).pooler_output)
+
+
+def remember(model, processor, images: Sequence[Any]) -> torch.Tensor:
+    """The memories of one batch of images: the states of the model's k [EMB] vectors behind each image.
+
+    They are enough to caption the image and to answer questions about it, see [`answer_from_memory`].
+
+    Returns:
+        (B, k, H), float32, on the CPU; H is the width of the language model.
+    """
+    return embed_and_remember(model, processor, images)[1]
+
+
+def embed_and_remember(model, processor, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `embed_fused` gives for the images alone, and what `remember` gives, by one pass."""
+    output = _read_fused(model, processor, images, [""] * len(images))
+    return _unit(output.pooler_output), output.last_hidden_state.float().cpu()
+
+
+def generate_captions(model, processor, images: Sequence[Any], max_new_tokens: int = CAPTION_TOKENS) -> list[str]:
     """The caption of each image of one batch, greedily."""
-    prompts = [processor.image_token] * len(images)
-    return _generate(
-        model, processor(images=list(images), text=prompts, return_tensors="pt"), processor, max_new_tokens
-    )
+    return generate_answers(model, processor, images, [""] * len(images), max_new_tokens)
 
 
 def generate_region_captions(
-    model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]], max_new_tokens: int = 32
+    model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
     """The caption of each box of one batch of images, greedily; image after image. `boxes` as in `embed_regions`."""
     prompts = [processor.image_token] * sum(map(len, boxes))
@@ -95,11 +137,71 @@ def generate_region_captions(
     return _generate(model, inputs, processor, max_new_tokens)
 
 
-def _generate(model, inputs, processor, max_new_tokens: int) -> list[str]:
+def generate_answers(
+    model, processor, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int = CAPTION_TOKENS
+) -> list[str]:
+    """The answers to one batch of questions, each about its image, greedily; of an empty question, a caption.
+
+    Raises:
+        ValueError: If there are not as many images as questions.
+    """
+    _check_as_many(images, questions, "questions")
+    prompts = [processor.image_token + question for question in questions]
+    inputs = processor(images=list(images), text=prompts, padding=True, return_tensors="pt")
+    return _generate(model, inputs, processor, max_new_tokens)
+
+
+def answer_from_memory(
+    model,
+    processor,
+    memory: torch.Tensor,
+    questions: Sequence[str] | None = None,
+    max_new_tokens: int = CAPTION_TOKENS,
+) -> list[str]:
+    """The answers to one batch of questions about images that only their memories are left of, greedily.
+
+    Args:
+        memory: (B, j, H) as `remember` gives it, j from 1 to k; a memory for each question.
+        questions: B questions, an empty one for a caption; by default each image is captioned.
+
+    Raises:
+        ValueError: If there are not as many memories as questions, or the memory does not fit the model.
+    """
+    questions = [""] * len(memory) if questions is None else list(questions)
+    if len(memory) != len(questions):
+        raise ValueError(f"memory must have one entry for each of the {len(questions)} questions, got {len(memory)}")
+    inputs = processor(text=questions, padding=True, return_tensors="pt")
+    return _generate(model, inputs, processor, max_new_tokens, embedding_tokens=memory.to(model.device, model.dtype))
+
+
+def _read_fused(model, processor, images, texts, boxes=None):
+    """What the model returns for texts behind their images."""
+    _check_as_many(images, texts, "texts")
+    own_images = [list(own) if isinstance(own, list | tuple) else [own] for own in images]
+    if boxes is not None and (bare := [number for number, own in enumerate(boxes) if len(own) == 0]):
+        raise ValueError(f"boxes must name at least one box of each image, got none for image {bare[0]}")
+    inputs = processor(
+        images=[image for own in own_images for image in own],
+        boxes=boxes,
+        text=[processor.image_token * len(own) + text for own, text in zip(own_images, texts, strict=True)],
+        padding=True,
+        return_tensors="pt",
+    )
     with inference(model):
-        ids = model.generate(**_to_model(model, inputs), max_new_tokens=max_new_tokens, do_sample=False)
-    new_ids = ids[:, inputs["input_ids"].shape[1] :]
+        return model.get_multimodal_features(**_to_model(model, inputs))
+
+
+def _generate(model, inputs, processor, max_new_tokens: int, **memory: torch.Tensor) -> list[str]:
+    with inference(model):
+        ids = model.generate(**_to_model(model, inputs), **memory, max_new_tokens=max_new_tokens, do_sample=False)
+    # Of a memory the model returns only what is new.
+    new_ids = ids if memory else ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+
+
+def _check_as_many(images: Sequence[Any], texts: Sequence[str], name: str):
+    if len(images) != len(texts):
+        raise ValueError(f"images must have one entry for each of the {len(texts)} {name}, got {len(images)}")
 
 
 def _to_model(model, inputs) -> dict[str, torch.Tensor]:

@@ -1,132 +1,33 @@
-"""What a model is worth on a set of images: retrieval, zero-shot classification, captions, and regions."""
+"""What a model is worth on a set of images: retrieval, classification, captions, answers, regions and instructions."""
 
 import importlib.util
-import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from mmgem.training.data.grammar import label_prompt, parse_caption, parse_region_caption
+from mmgem.late_interaction import similarity
+from mmgem.training.data.grammar import label_prompt, parse_region_caption
+from mmgem.training.data.rows import captions_of
 from mmgem.training.data.scenes import LABELS
-from mmgem.training.encoding import (
-    embed_images,
-    embed_regions,
-    embed_texts,
-    generate_captions,
-    generate_region_captions,
+from mmgem.training.encoding import CAPTION_TOKENS, embed_texts
+from mmgem.training.metrics import (
+    agreement,
+    answer_accuracy,
+    caption_fidelity,
+    cider,
+    recall_at,
+    region_caption_fidelity,
+    retrieval_ranks,
 )
+from mmgem.training.readings import Reading, RowReader, instructions_of, region_texts_of
 from mmgem.training.sharing import Share
 
 RECALL_AT = (1, 5, 10)
-_MAX_SCORES = 2**24  # scores held at a time
-
-
-# ------------------------------------------------------------------------------------------------------- pure metrics
-
-
-def retrieval_ranks(queries: torch.Tensor, gallery: torch.Tensor, right: Sequence[Collection[int]]) -> torch.Tensor:
-    """For each query, how many wrong gallery rows come before its best right one.
-
-    A wrong row that scores the same as the right one counts as before it: embeddings that are all equal find nothing.
-
-    Args:
-        queries: (Q, D).
-        gallery: (G, D); the score is the dot product.
-        right: For each query the gallery rows that are right, at least one.
-
-    Returns:
-        (Q,) int64, 0 is best.
-
-    Raises:
-        ValueError: If the sizes do not fit, or a query has no right row.
-    """
-    if len(right) != len(queries):
-        raise ValueError(f"right must have one entry for each of the {len(queries)} queries, got {len(right)}")
-    if empty := [number for number, rows in enumerate(right) if not rows]:
-        raise ValueError(f"right must name at least one gallery row for each query, got none for query {empty[0]}")
-    ranks = []
-    # A part of the queries at a time: all scores of 100,000 x 100,000 would be 40 GB.
-    step = max(1, _MAX_SCORES // len(gallery))
-    for start in range(0, len(queries), step):
-        scores = queries[start : start + step] @ gallery.T  # (step, G)
-        is_right = torch.zeros_like(scores, dtype=torch.bool)
-        for row, columns in enumerate(right[start : start + step]):
-            is_right[row, list(columns)] = True
-        best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
-        # `not <` rather than `>=`: a row of NaN is then as wrong as can be.
-        ranks.append((~(scores < best) & ~is_right).sum(dim=1))
-    return torch.cat(ranks)
-
-
-def recall_at(ranks: torch.Tensor, k: int) -> float:
-    """The share of queries with a right row among their first `k`, from the ranks of `retrieval_ranks`."""
-    return (ranks < k).double().mean().item()
-
-
-def agreement(predictions: Sequence[Hashable], references: Sequence[Hashable]) -> float:
-    """The share of predictions that equal their reference."""
-    return sum(a == b for a, b in zip(predictions, references, strict=True)) / len(references)
-
-
-def caption_fidelity(captions: Sequence[str], references: Sequence[str]) -> float | None:
-    """The share of captions that speak of exactly the objects their reference speaks of, in whatever words.
-
-    Returns:
-        0 to 1 over the references that are captions of scenes, or None where none is.
-    """
-    return _fidelity(captions, references, parse_caption)
-
-
-def region_caption_fidelity(captions: Sequence[str], references: Sequence[str]) -> float | None:
-    """As `caption_fidelity`, for captions of regions."""
-    return _fidelity(captions, references, parse_region_caption)
-
-
-def _fidelity(captions, references, parse) -> float | None:
-    meanings = [(parse(caption), parse(reference)) for caption, reference in zip(captions, references, strict=True)]
-    judged = [pair for pair in meanings if pair[1] is not None]
-    return agreement(*zip(*judged, strict=True)) if judged else None
-
-
-def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726) over lower-cased words without punctuation.
-
-    Args:
-        captions: One caption for each image.
-        references: The reference captions of each image.
-
-    Returns:
-        The mean over images, 0 to 10; papers print it times 100. It depends on the whole set: a word weighs by how few
-        images have it in their references.
-
-    Raises:
-        ValueError: If there are fewer than two images: every word is then in all of them, and weighs nothing.
-        ImportError: If pycocoevalcap is not installed (`pip install mmgem[eval]`).
-    """
-    if len(captions) != len(references):
-        raise ValueError(
-            f"references must have one entry for each of the {len(captions)} captions, got {len(references)}"
-        )
-    if len(captions) < 2:
-        raise ValueError(f"captions must be of 2 images or more, CIDEr weighs words by image; got {len(captions)}")
-    from pycocoevalcap.cider.cider import Cider
-
-    candidates = {number: [_words(caption)] for number, caption in enumerate(captions)}
-    originals = {number: [_words(text) for text in texts] for number, texts in enumerate(references)}
-    return float(Cider().compute_score(originals, candidates)[0])
-
-
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
-# --------------------------------------------------------------------------------------------------------- evaluation
+Embed = Callable[[list[str]], torch.Tensor]
+Figures = dict[str, float | None]
 
 
 def evaluate_model(
@@ -134,7 +35,7 @@ def evaluate_model(
     processor,
     dataset,
     batch_size: int = 64,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = CAPTION_TOKENS,
     samples: list[dict[str, Any]] | None = None,
 ) -> dict[str, float]:
     """Measures a model on rows of images; what the rows do not have is not measured.
@@ -143,14 +44,28 @@ def evaluate_model(
     |---|---|---|
     | `text_to_image_recall@k` | `captions` | every caption searches the images; k is 1, 5, 10 |
     | `image_to_text_recall@k` | `captions` | every image searches the captions; any of its own is right |
+    | `fused_text_to_image_recall@1` | `captions` | images with captions go through the language model |
     | `long_text_to_image_recall@1` | `long_caption` | |
     | `zero_shot_accuracy` | `label` | among all classes of scenes, or those of the rows if they have others |
     | `caption_fidelity` | `captions` | generated captions that speak of exactly the right objects (scenes only) |
+    | `memory_caption_fidelity` | `captions` | as `caption_fidelity`, from the memory of the image alone |
     | `cider` | `captions` | of the generated captions; needs pycocoevalcap |
+    | `answer_accuracy` | `qa` | generated answers that are the right one but for case, punctuation and articles |
+    | `memory_answer_accuracy` | `qa` | as `answer_accuracy`, from the memory of the image alone |
     | `region_recall@1` | `boxes`, `region_captions` | every region caption searches all regions of all images |
     | `region_caption_fidelity` | `boxes`, `region_captions` | as `caption_fidelity`, for each box |
+    | `instructed_region_accuracy` | `boxes`, `instructions` | an image with an instruction finds that of its boxes |
+    | `composed_recall@1` | `edit`, `edited_image` | an image with the instruction finds the edited image |
 
     A text that several images share is right for each of them; so is a region caption for regions of the same meaning.
+
+    An instruction `{"text", "box"}` names a box by its number, and counts where the image has several boxes. An image
+    with the instruction of its `edit` searches all images and all edited ones: itself is the nearest distractor. What
+    bears the file name of the edited image is right as well. Instructions stand behind the model's prompts "object"
+    and "edit", where it has them.
+
+    A model that reads a prompt in the place of [EMB] vectors has no memory, and sends all images through the language
+    model: `fused_` and `memory_` figures are left out.
 
     In a distributed run all processes call this with the same rows; each embeds and captions its share of them, and
     all return the metrics of the whole (see [`mmgem.training.sharing.Share`]).
@@ -159,8 +74,8 @@ def evaluate_model(
         model: An `MMGEMModel`, on any device; its training mode is the same afterwards.
         processor: Its `MMGEMProcessor`.
         dataset: Any iterable of rows: dicts with `image` and any of the columns above; a single caption may also be
-            called `text`.
-        batch_size: Images or texts at a time.
+            called `caption` or `text`.
+        batch_size: Images, texts or questions at a time.
         max_new_tokens: The length at which a generated caption is cut.
         samples: If given, receives for each row `caption` and, with boxes, `region_captions`, as generated.
 
@@ -168,143 +83,165 @@ def evaluate_model(
         Metric name to value.
 
     Raises:
-        ValueError: If there are fewer than two rows, so that there is nothing to choose from, or a row has not as many
-            `boxes` as `region_captions`.
+        ValueError: If there are fewer than two rows, so that there is nothing to choose from, a row has not as many
+            `boxes` as `region_captions`, or an instruction names a box that is not there.
     """
     share = Share.for_model(model)
-    answers = share.gather(_answers(model, processor, share.of(dataset), batch_size, max_new_tokens))
-    if len(answers) < 2:
-        raise ValueError(f"dataset must have 2 rows or more, got {len(answers)}")
+    reader = RowReader(model, processor, batch_size, max_new_tokens)
+    readings = share.gather(reader.read(share.of(dataset)))
+    if len(readings) < 2:
+        raise ValueError(f"dataset must have 2 rows or more, got {len(readings)}")
 
     embed = partial(_embed_texts, model, processor, batch_size, share)
-    rows = [answer.row for answer in answers]
-    image_embeds = torch.stack([answer.image_embed for answer in answers])  # (I, D)
-    captions = [answer.caption for answer in answers if answer.caption is not None]
-    region_captions = [caption for answer in answers for caption in answer.region_captions]
-    references = [_captions_of(row) for row in rows]
-    long_captions = [[row["long_caption"]] if row.get("long_caption") else [] for row in rows]
-    labels = [row["label"] for row in rows if row.get("label") is not None]
-    metrics: dict[str, float | None] = {}
-    if captions:
-        text_ranks, image_ranks = _ranks_both_ways(image_embeds, references, embed)
-        metrics |= {f"text_to_image_recall@{k}": recall_at(text_ranks, k) for k in RECALL_AT}
-        metrics |= {f"image_to_text_recall@{k}": recall_at(image_ranks, k) for k in RECALL_AT}
-    if any(long_captions):
-        metrics["long_text_to_image_recall@1"] = recall_at(_ranks_both_ways(image_embeds, long_captions, embed)[0], 1)
-    if len(labels) == len(rows):
-        metrics["zero_shot_accuracy"] = agreement(_classify(image_embeds, labels, embed), labels)
-    if captions:
-        originals = [texts for texts in references if texts]
-        metrics["caption_fidelity"] = caption_fidelity(captions, [first for first, *_ in originals])
-        if len(captions) > 1 and importlib.util.find_spec("pycocoevalcap"):
-            metrics["cider"] = cider(captions, originals)
-    if region_captions:
-        region_texts = [text for row in rows for text in _region_texts_of(row)]
-        region_embeds = torch.cat([answer.region_embeds for answer in answers if answer.region_embeds is not None])
-        metrics["region_recall@1"] = recall_at(_region_ranks(region_embeds, region_texts, embed), 1)
-        metrics["region_caption_fidelity"] = region_caption_fidelity(region_captions, region_texts)
-
+    figures = _caption_figures(readings, embed)
+    figures |= _long_caption_figures(readings, embed)
+    figures |= _label_figures(readings, embed)
+    figures |= _answer_figures(readings)
+    figures |= _region_figures(readings, embed)
+    figures |= _instruction_figures(readings)
+    figures |= _edit_figures(readings)
     if samples is not None:
-        samples += [{"caption": answer.caption, "region_captions": answer.region_captions} for answer in answers]
-    return {name: value for name, value in metrics.items() if value is not None}
-
-
-@dataclass
-class _Answer:
-    """What the model makes of a row, beside the row's columns without the image, which would fill the memory."""
-
-    row: dict[str, Any]
-    image_embed: torch.Tensor  # (D,)
-    caption: str | None = None
-    region_embeds: torch.Tensor | None = None  # (R, D)
-    region_captions: list[str] = field(default_factory=list)
-
-
-def _answers(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: int, max_new_tokens: int):
-    answers: list[_Answer] = []
-    for batch in _batches(rows, batch_size):
-        # Cloned: a row that is a view of its batch would be sent to other processes with all of the batch.
-        image_embeds = [embed.clone() for embed in embed_images(model, processor, [row["image"] for row in batch])]
-        columns = [{name: value for name, value in row.items() if name != "image"} for row in batch]
-        new = [_Answer(*pair) for pair in zip(columns, image_embeds, strict=True)]
-        answers += new
-
-        described = [number for number, row in enumerate(batch) if _captions_of(row)]
-        if described:
-            images = [batch[number]["image"] for number in described]
-            captions = generate_captions(model, processor, images, max_new_tokens)
-            for number, caption in zip(described, captions, strict=True):
-                new[number].caption = caption
-        boxed = [number for number, row in enumerate(batch) if _region_texts_of(row)]
-        if boxed:
-            images, boxes = [batch[number]["image"] for number in boxed], [batch[number]["boxes"] for number in boxed]
-            counts = [len(own) for own in boxes]
-            embeds = embed_regions(model, processor, images, boxes).split(counts)
-            texts = iter(generate_region_captions(model, processor, images, boxes, max_new_tokens))
-            for number, own_embeds in zip(boxed, embeds, strict=True):
-                new[number].region_embeds = own_embeds.clone()
-                new[number].region_captions = list(islice(texts, len(own_embeds)))
-    return answers
+        samples += [{"caption": reading.caption, "region_captions": reading.region_captions} for reading in readings]
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _embed_texts(model, processor, batch_size: int, share: Share, texts: list[str]) -> torch.Tensor:
-    """(T, D), each process embedding its share of the texts."""
+    """(T, D) or (T, k, D), each process embedding its share of the texts."""
     own = list(share.of(texts))
     embeds = embed_texts(model, processor, own, batch_size) if own else ()
     return torch.stack(share.gather([embed.clone() for embed in embeds]))
 
 
-def _batches(rows: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[list[Mapping[str, Any]]]:
-    remaining = iter(tqdm(rows, desc="images", unit="image"))
-    while batch := list(islice(remaining, batch_size)):
-        yield batch
+def _image_embeds(readings: Sequence[Reading]) -> torch.Tensor:
+    return torch.stack([reading.image_embed for reading in readings])
 
 
-def _captions_of(row: Mapping[str, Any]) -> list[str]:
-    captions = row.get("captions") or row.get("text") or []
-    return [captions] if isinstance(captions, str) else list(captions)
+class _Captions:
+    """Texts that search images, and images that search texts.
+
+    Args:
+        texts_of_image: For each image its texts, or none. A text of several images is embedded once, and right for
+            each of them.
+        embed: Texts to embeddings.
+    """
+
+    def __init__(self, texts_of_image: Sequence[Sequence[str]], embed: Embed):
+        self.texts_of_image = texts_of_image
+        self.images_of_text: dict[str, set[int]] = defaultdict(set)
+        for image, texts in enumerate(texts_of_image):
+            for text in texts:
+                self.images_of_text[text].add(image)
+        self.number = {text: row for row, text in enumerate(self.images_of_text)}
+        self.embeds = embed(list(self.number))  # (different texts, ...)
+
+    def text_ranks(self, gallery: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
+        """Ranks of every text of every image among a gallery that shows `images`, by their numbers."""
+        place = {image: row for row, image in enumerate(images)}
+        right = [{place[image] for image in own} for own in self.images_of_text.values()]
+        asked = [self.number[text] for texts in self.texts_of_image for text in texts]
+        return retrieval_ranks(self.embeds, gallery, right)[torch.tensor(asked)]
+
+    def image_ranks(self, image_embeds: torch.Tensor) -> torch.Tensor:
+        """Ranks of every image that has texts among the different texts."""
+        described = [image for image, texts in enumerate(self.texts_of_image) if texts]
+        right = [{self.number[text] for text in self.texts_of_image[image]} for image in described]
+        return retrieval_ranks(image_embeds[described], self.embeds, right)
 
 
-def _region_texts_of(row: Mapping[str, Any]) -> list[str]:
-    texts, boxes = row.get("region_captions") or [], row.get("boxes") or []
-    if texts and len(texts) != len(boxes):
-        raise ValueError(f"a row of dataset has {len(boxes)} boxes and {len(texts)} region_captions, expected as many")
-    return texts
+def _caption_figures(readings: Sequence[Reading], embed: Embed) -> Figures:
+    references = [captions_of(reading.row) for reading in readings]
+    if not any(references):
+        return {}
+    image_embeds, everywhere = _image_embeds(readings), range(len(readings))
+    texts = _Captions(references, embed)
+    text_ranks, image_ranks = texts.text_ranks(image_embeds, everywhere), texts.image_ranks(image_embeds)
+    figures: Figures = {f"text_to_image_recall@{k}": recall_at(text_ranks, k) for k in RECALL_AT}
+    figures |= {f"image_to_text_recall@{k}": recall_at(image_ranks, k) for k in RECALL_AT}
+    described = [number for number, own in enumerate(references) if own]
+    fused_embeds = [reading.fused_embed for reading in readings if reading.fused_embed is not None]
+    if fused_embeds:
+        fused_ranks = texts.text_ranks(torch.stack(fused_embeds), described)
+        figures["fused_text_to_image_recall@1"] = recall_at(fused_ranks, 1)
+
+    captions = [reading.caption for reading in readings if reading.caption is not None]
+    originals = [references[number] for number in described]
+    figures["caption_fidelity"] = caption_fidelity(captions, [first for first, *_ in originals])
+    if len(captions) > 1 and importlib.util.find_spec("pycocoevalcap"):
+        figures["cider"] = cider(captions, originals)
+    recalled = [(one.memory_caption, captions_of(one.row)[0]) for one in readings if one.memory_caption is not None]
+    if recalled:
+        figures["memory_caption_fidelity"] = caption_fidelity(*zip(*recalled, strict=True))
+    return figures
 
 
-def _ranks_both_ways(
-    image_embeds: torch.Tensor, texts_of_image: Sequence[Sequence[str]], embed: Callable[[list[str]], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranks of every text among the images, and of every image that has texts among the different texts."""
-    images_of_text: dict[str, set[int]] = defaultdict(set)
-    for image, texts in enumerate(texts_of_image):
-        for text in texts:
-            images_of_text[text].add(image)
-    number = {text: row for row, text in enumerate(images_of_text)}
-    text_embeds = embed(list(number))  # (different texts, D)
-
-    text_ranks = retrieval_ranks(text_embeds, image_embeds, list(images_of_text.values()))
-    asked = torch.tensor([number[text] for texts in texts_of_image for text in texts])
-    described = [image for image, texts in enumerate(texts_of_image) if texts]
-    right_texts = [{number[text] for text in texts_of_image[image]} for image in described]
-    return text_ranks[asked], retrieval_ranks(image_embeds[described], text_embeds, right_texts)
+def _long_caption_figures(readings: Sequence[Reading], embed: Embed) -> Figures:
+    texts = [[reading.row["long_caption"]] if reading.row.get("long_caption") else [] for reading in readings]
+    if not any(texts):
+        return {}
+    ranks = _Captions(texts, embed).text_ranks(_image_embeds(readings), range(len(readings)))
+    return {"long_text_to_image_recall@1": recall_at(ranks, 1)}
 
 
-def _region_ranks(
-    region_embeds: torch.Tensor, texts: Sequence[str], embed: Callable[[list[str]], torch.Tensor]
-) -> torch.Tensor:
-    """Ranks of every region caption among the regions, where `texts[i]` describes region i."""
+def _label_figures(readings: Sequence[Reading], embed: Embed) -> Figures:
+    """The class of an image is that whose prompt is nearest, among all that scenes have, or else among the labels."""
+    labels = [reading.row["label"] for reading in readings if reading.row.get("label") is not None]
+    if len(labels) < len(readings):
+        return {}
+    classes = list(LABELS) if set(labels) <= set(LABELS) else sorted(set(labels))
+    scores = similarity(_image_embeds(readings), embed([label_prompt(label) for label in classes]))  # (I, classes)
+    return {"zero_shot_accuracy": agreement([classes[best] for best in scores.argmax(dim=1).tolist()], labels)}
+
+
+def _answer_figures(readings: Sequence[Reading]) -> Figures:
+    references = [turn["answer"] for reading in readings for turn in reading.row.get("qa") or []]
+    written = {
+        "answer_accuracy": [answer for reading in readings for answer in reading.answers],
+        "memory_answer_accuracy": [answer for reading in readings for answer in reading.memory_answers],
+    }
+    return {name: answer_accuracy(answers, references) for name, answers in written.items() if answers}
+
+
+def _region_figures(readings: Sequence[Reading], embed: Embed) -> Figures:
+    """A region of the same meaning is right as well."""
+    captioned = [reading for reading in readings if reading.region_captions]
+    if not captioned:
+        return {}
+    texts = [text for reading in captioned for text in region_texts_of(reading.row)]
     meanings = [parse_region_caption(text) or text.lower() for text in texts]
     regions_of_meaning: dict[Hashable, set[int]] = defaultdict(set)
     for region, meaning in enumerate(meanings):
         regions_of_meaning[meaning].add(region)
-    return retrieval_ranks(embed(list(texts)), region_embeds, [regions_of_meaning[meaning] for meaning in meanings])
+    region_embeds = torch.cat([reading.region_embeds for reading in captioned])
+    ranks = retrieval_ranks(embed(texts), region_embeds, [regions_of_meaning[meaning] for meaning in meanings])
+    captions = [caption for reading in captioned for caption in reading.region_captions]
+    fidelity = region_caption_fidelity(captions, texts)
+    return {"region_recall@1": recall_at(ranks, 1), "region_caption_fidelity": fidelity}
 
 
-def _classify(
-    image_embeds: torch.Tensor, labels: Sequence[str], embed: Callable[[list[str]], torch.Tensor]
-) -> list[str]:
-    """The class of each image whose prompt is nearest, among all that scenes have, or else among `labels`."""
-    classes = list(LABELS) if set(labels) <= set(LABELS) else sorted(set(labels))
-    scores = image_embeds @ embed([label_prompt(label) for label in classes]).T  # (I, classes)
-    return [classes[best] for best in scores.argmax(dim=1).tolist()]
+def _instruction_figures(readings: Sequence[Reading]) -> Figures:
+    ranks = [
+        retrieval_ranks(
+            reading.instruction_embeds, reading.region_embeds, [{one["box"]} for one in instructions_of(reading.row)]
+        )
+        for reading in readings
+        if reading.instruction_embeds is not None
+    ]
+    return {"instructed_region_accuracy": recall_at(torch.cat(ranks), 1)} if ranks else {}
+
+
+def _edit_figures(readings: Sequence[Reading]) -> Figures:
+    """The image that is edited is a distractor like all others, and the nearest one."""
+    edited = [reading for reading in readings if reading.edit_embed is not None]
+    if not edited:
+        return {}
+    queries = torch.stack([reading.edit_embed for reading in edited])
+    gallery = torch.stack([reading.image_embed for reading in readings] + [reading.twin_embed for reading in edited])
+    twin_names = [reading.row["edit"].get("file_name") for reading in edited]
+    # Where the edited image is a row as well, or comes of several edits, each copy of it is right.
+    places: dict[str | None, set[int]] = defaultdict(set)
+    for place, name in enumerate([reading.row.get("file_name") for reading in readings] + twin_names):
+        places[name].add(place)
+    right = [
+        {len(readings) + number} | (set() if name is None else places[name]) for number, name in enumerate(twin_names)
+    ]
+    return {"composed_recall@1": recall_at(retrieval_ranks(queries, gallery, right), 1)}

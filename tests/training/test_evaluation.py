@@ -1,218 +1,29 @@
-"""Metrics against plain references and analytic cases; the evaluation against a model that knows everything."""
+"""The evaluation against a model that knows everything, one that knows nothing, and readings made by hand."""
 
-import numpy as np
 import pytest
 import torch
+from knowing_model import IgnorantModel, KnowingModel, KnowingProcessor, knowable_rows
 from PIL import Image
+from tiny_models import build_model
 
-from mmgem.training import evaluation
-from mmgem.training.data.grammar import parse_caption, parse_region_caption
-from mmgem.training.data.scene_dataset import SceneDataset
-from mmgem.training.data.scenes import COLORS, FILLS, PLACES, SHAPES, SIZES
-from mmgem.training.encoding import embed_regions, embed_texts
-from mmgem.training.evaluation import (
-    agreement,
-    caption_fidelity,
-    cider,
-    evaluate_model,
-    recall_at,
-    region_caption_fidelity,
-    retrieval_ranks,
-)
+from mmgem.training.evaluation import _edit_figures, _instruction_figures, evaluate_model
+from mmgem.training.readings import Reading
 
 COUNT = 12
-
-
-# ------------------------------------------------------------------------------------------------------- pure metrics
-
-
-def _ranks_by_sorting(queries, gallery, right):
-    """As `retrieval_ranks`, without ties: sort, and find the first right row."""
-    ranks = []
-    for query, rows in zip(queries, right, strict=True):
-        order = np.argsort(-(gallery @ query), kind="stable")
-        ranks.append(next(rank for rank, row in enumerate(order) if row in rows))
-    return ranks
-
-
-@pytest.mark.parametrize("max_scores", [2**24, 100, 1])  # at once, in parts, a query at a time
-def test_ranks_equal_sorting(max_scores, monkeypatch):
-    monkeypatch.setattr(evaluation, "_MAX_SCORES", max_scores)
-    rng = np.random.default_rng(0)
-    queries, gallery = rng.normal(size=(40, 6)), rng.normal(size=(25, 6))
-    right = [set(rng.choice(25, size=rng.integers(1, 5), replace=False).tolist()) for _ in queries]
-    ranks = retrieval_ranks(torch.tensor(queries), torch.tensor(gallery), right)
-    assert ranks.tolist() == _ranks_by_sorting(queries, gallery, right)
-
-
-def test_ranks_of_perfect_reversed_and_collapsed_embeddings():
-    one_hot = torch.eye(5)
-    own = [{row} for row in range(5)]
-    assert retrieval_ranks(one_hot, one_hot, own).tolist() == [0] * 5
-    assert retrieval_ranks(one_hot, -one_hot, own).tolist() == [4] * 5
-    assert retrieval_ranks(torch.ones(5, 3), torch.ones(5, 3), own).tolist() == [4] * 5  # ties are not found
-    assert retrieval_ranks(torch.full((5, 3), torch.nan), torch.ones(5, 3), own).tolist() == [4] * 5
-    assert retrieval_ranks(torch.ones(5, 3), torch.ones(5, 3), [set(range(5))] * 5).tolist() == [0] * 5
-
-
-def test_ranks_refuse_what_does_not_fit():
-    with pytest.raises(ValueError, match="one entry for each of the 2 queries, got 1"):
-        retrieval_ranks(torch.eye(2), torch.eye(2), [{0}])
-    with pytest.raises(ValueError, match="got none for query 1"):
-        retrieval_ranks(torch.eye(2), torch.eye(2), [{0}, set()])
-
-
-def test_recall():
-    ranks = torch.tensor([0, 0, 3, 4, 5, 10])
-    assert [recall_at(ranks, k) for k in (1, 5, 10, 11)] == pytest.approx([2 / 6, 4 / 6, 5 / 6, 1])
-
-
-def test_fidelity_judges_meaning_not_words():
-    references = ["a red star at the top", "a blue moon on the left", "a cat on a sofa"]
-    captions = ["at the top a small solid red star", "a blue moon on the right", "a cat on a sofa"]
-    assert caption_fidelity(captions, references) == 0.5  # the third is not of a scene
-    assert caption_fidelity(captions[2:], references[2:]) is None
-    assert caption_fidelity([""], references[:1]) == 0
-    assert region_caption_fidelity(["a little red star", "a big red star"], ["a red star", "a red star"]) == 0.5
-    assert agreement(["a", "b", "c", "d"], ["a", "b", "c", "x"]) == 0.75
-
-
-def test_cider_is_ten_for_the_reference_and_zero_for_other_words():
-    references = [["a red star at the top"], ["one blue moon on this left"], ["two green hearts below them"]]
-    exact = ["A red star, at the top.", "one blue moon on this left!", "two green hearts below them"]
-    assert cider(exact, references) == pytest.approx(10)
-    assert cider(["x y z w"] * 3, references) == 0
-    assert 0 < cider(["a red moon at the top", *exact[1:]], references) < 10
-
-
-def test_cider_refuses_what_means_nothing():
-    with pytest.raises(ValueError, match="2 images or more"):
-        cider(["a"], [["a"]])
-    with pytest.raises(ValueError, match="one entry for each of the 2 captions, got 1"):
-        cider(["a", "b"], [["a"]])
-
-
-# --------------------------------------------------------------------------------------------------------- evaluation
-
-
-class KnowingProcessor:
-    """Images as their pixels, texts as their bytes; the image token is expanded to one byte of value 1."""
-
-    image_token = "<image>"
-    pad = 0
-
-    @property
-    def tokenizer(self):
-        return self
-
-    def __call__(self, images=None, text=None, boxes=None, padding=True, return_tensors="pt"):
-        inputs = {}
-        if images is not None:
-            inputs["pixel_values"] = torch.stack([torch.from_numpy(np.array(image)).float() for image in images])
-        if boxes is not None:
-            padded = torch.zeros(len(boxes), max(map(len, boxes)), 4)
-            for row, own in zip(padded, boxes, strict=True):
-                row[: len(own)] = torch.tensor(own)
-            inputs["boxes"] = padded
-        if text is not None:
-            inputs["input_ids"] = self.encode([sample.replace("<image>", "\1") for sample in text])
-            inputs["attention_mask"] = (inputs["input_ids"] != self.pad).long()
-        return inputs
-
-    def encode(self, texts):
-        rows = [torch.tensor(list(text.encode())) for text in texts]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-
-    def batch_decode(self, ids, skip_special_tokens=True):
-        return [bytes(value for value in row if value != self.pad).decode() for row in ids.tolist()]
-
-
-class KnowingModel(torch.nn.Module):
-    """Knows every image by its pixels and every text by its meaning: all metrics must be 1."""
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = {self._key(np.array(row["image"])): row for row in rows}
-        self.text_batches = []
-
-    @staticmethod
-    def _key(pixels):
-        return np.asarray(pixels, dtype=np.uint8).tobytes()
-
-    def _rows(self, pixel_values):
-        return [self.rows[self._key(pixels.numpy())] for pixels in pixel_values]
-
-    def _embed(self, text):
-        """One number for each object there could be, and some for the subject's color and shape."""
-        objects, look = parse_caption(text), parse_region_caption(text)
-        vector = torch.zeros(len(SHAPES), len(COLORS), len(FILLS), len(SIZES), len(PLACES) + 2)
-        for item in objects or ():
-            vector[self._position(item) + (PLACES.index(item.place),)] = 1
-            if item.size == "large":
-                vector[SHAPES.index(item.shape), COLORS.index(item.color), 0, 0, -1] = 0.1
-        if text.startswith("a picture"):
-            vector[SHAPES.index(look.shape), COLORS.index(look.color), 0, 0, -1] = 1
-        elif look:
-            vector[self._position(look) + (-2,)] = 1
-        return vector.flatten()
-
-    @staticmethod
-    def _position(look):
-        return SHAPES.index(look.shape), COLORS.index(look.color), FILLS.index(look.fill), SIZES.index(look.size)
-
-    def get_image_features(self, pixel_values, boxes=None):
-        assert not self.training and torch.is_inference_mode_enabled()
-        rows = self._rows(pixel_values)
-        if boxes is None:
-            return _Output(torch.stack([3 * self._embed(row["captions"][0]) for row in rows]))
-        regions = [torch.stack([self._embed(text) for text in row["region_captions"]]) for row in rows]
-        regions = torch.nn.utils.rnn.pad_sequence(regions, batch_first=True)
-        assert regions.shape[:2] == boxes.shape[:2]
-        return _Output(regions)
-
-    def get_text_features(self, input_ids, attention_mask):
-        assert not self.training and torch.is_inference_mode_enabled()
-        self.text_batches.append(attention_mask)
-        return _Output(torch.stack([self._embed(text) for text in KnowingProcessor().batch_decode(input_ids)]))
-
-    def generate(self, input_ids, attention_mask, pixel_values, boxes=None, max_new_tokens=None, do_sample=None):
-        assert not self.training and torch.is_inference_mode_enabled()
-        assert (input_ids == 1).all() and do_sample is False
-        rows = self._rows(pixel_values)
-        texts = [row["captions"][-1] for row in rows]
-        if boxes is not None:
-            texts = [text for row in rows for text in row["region_captions"]]
-        return torch.cat([input_ids, KnowingProcessor().encode(texts)], dim=1)
-
-
-class _Output:
-    def __init__(self, pooler_output):
-        self.pooler_output = pooler_output
-
-
-class IgnorantModel(KnowingModel):
-    """Sees the same in every image and says the same of it."""
-
-    def get_image_features(self, pixel_values, boxes=None):
-        output = super().get_image_features(pixel_values, boxes)
-        return _Output(torch.ones_like(output.pooler_output))
-
-    def generate(self, input_ids, **kwargs):
-        return torch.cat([input_ids, KnowingProcessor().encode(["a picture of a cat"] * len(input_ids))], dim=1)
+PER_ROW = ("caption_fidelity", "memory_caption_fidelity", "answer_accuracy", "memory_answer_accuracy")
+NEW = ("fused_text_to_image_recall@1", "instructed_region_accuracy", "composed_recall@1")
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return list(SceneDataset(8, COUNT, image_size=48, unique=True))
+    return knowable_rows(COUNT)
 
 
 def test_a_model_that_knows_everything_scores_one(rows):
     metrics = evaluate_model(KnowingModel(rows), KnowingProcessor(), rows, batch_size=5)
     names = {f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
     names |= {"long_text_to_image_recall@1", "zero_shot_accuracy", "caption_fidelity", "cider"}
-    names |= {"region_recall@1", "region_caption_fidelity"}
+    names |= {"region_recall@1", "region_caption_fidelity", *PER_ROW, *NEW}
     assert set(metrics) == names
     assert metrics.pop("cider") > 1
     assert metrics == {name: 1 for name in metrics}
@@ -225,9 +36,11 @@ def test_a_model_that_knows_nothing_scores_zero(rows):
         "text_to_image_recall@10",
         "long_text_to_image_recall@1",
         "region_recall@1",
+        "region_caption_fidelity",
+        *PER_ROW,
+        *NEW,
     ):
         assert metrics[name] == 0
-    assert metrics["caption_fidelity"] == metrics["region_caption_fidelity"] == 0
     assert metrics["zero_shot_accuracy"] <= 0.25 and metrics["cider"] < 0.5
 
 
@@ -254,6 +67,10 @@ def test_missing_columns_are_not_measured(rows):
     assert set(evaluate_model(model, processor, only("long_caption"))) == {"long_text_to_image_recall@1"}
     regions = evaluate_model(model, processor, only("boxes", "region_captions"))
     assert set(regions) == {"region_recall@1", "region_caption_fidelity"}
+    assert set(evaluate_model(model, processor, only("boxes", "instructions"))) == {"instructed_region_accuracy"}
+    assert set(evaluate_model(model, processor, only("edit", "edited_image"))) == {"composed_recall@1"}
+    answers = evaluate_model(model, processor, only("qa"))
+    assert set(answers) == {"answer_accuracy", "memory_answer_accuracy"}
     texts = [{"image": row["image"], "text": row["captions"][1]} for row in rows]
     metrics = evaluate_model(model, processor, texts)
     assert metrics["text_to_image_recall@1"] == metrics["caption_fidelity"] == 1
@@ -261,8 +78,9 @@ def test_missing_columns_are_not_measured(rows):
 
 def test_rows_may_lack_captions_or_boxes(rows):
     mixed = [dict(row) for row in rows]
-    mixed[0] |= {"captions": [], "boxes": [], "region_captions": []}
-    mixed[-1] |= {"captions": None, "long_caption": None}
+    mixed[0] |= {"captions": [], "boxes": [], "region_captions": [], "instructions": []}
+    mixed[-1] |= {"captions": None, "long_caption": None, "qa": None, "edit": None, "instructions": None}
+    mixed[1]["edit"] = {"instruction": None, "file_name": None}  # as image folders have it
     samples = []
     metrics = evaluate_model(KnowingModel(rows), KnowingProcessor(), mixed, batch_size=4, samples=samples)
     assert metrics.pop("cider") > 1
@@ -293,13 +111,26 @@ def test_a_region_of_the_same_meaning_is_right(rows):
     assert evaluate_model(KnowingModel(rows), KnowingProcessor(), doubled)["region_recall@1"] == 1
 
 
-def test_with_a_real_model_the_batch_size_does_not_matter(tiny_model, tiny_processor, rows):
+MODELS = {
+    "single": {},
+    "mean": {"num_embedding_tokens": 3, "embedding_pooling": "mean", "prompts": {"edit": "with this change: "}},
+    "multi_vector": {"num_embedding_tokens": 3, "embedding_pooling": "multi_vector"},
+    "prompt": {"embedding_prompt_ids": [5, 6]},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_with_a_real_model_the_batch_size_does_not_matter(kind, tiny_processor, rows):
+    model = build_model(**MODELS[kind])
     one, other = [], []
-    metrics = evaluate_model(tiny_model, tiny_processor, rows[:5], batch_size=2, max_new_tokens=4, samples=one)
-    assert evaluate_model(tiny_model, tiny_processor, rows[:5], 5, max_new_tokens=4, samples=other) == metrics
+    metrics = evaluate_model(model, tiny_processor, rows[:5], batch_size=2, max_new_tokens=4, samples=one)
+    assert evaluate_model(model, tiny_processor, rows[:5], 5, max_new_tokens=4, samples=other) == metrics
     assert one == other and len(one) == 5
     assert metrics["caption_fidelity"] == metrics["region_caption_fidelity"] == 0  # it was never trained
     assert metrics["text_to_image_recall@5"] == 1  # of 5 images
+    assert {"composed_recall@1", "instructed_region_accuracy", "answer_accuracy"} <= set(metrics)
+    in_memory = {name for name in metrics if name.startswith(("memory", "fused"))}
+    assert len(in_memory) == (0 if kind == "prompt" else 3)
 
 
 def test_labels_of_other_data_choose_among_themselves(rows):
@@ -324,19 +155,130 @@ def test_regions_without_their_boxes_are_refused(rows):
         evaluate_model(KnowingModel(rows), KnowingProcessor(), odd)
 
 
-def test_texts_are_batched_by_length_and_returned_in_order(rows):
+# ------------------------------------------------------------------------------------ the language model and its cost
+
+
+def test_columns_that_are_not_there_cost_nothing(rows):
     model, processor = KnowingModel(rows), KnowingProcessor()
-    texts = [text for row in rows for text in (*row["captions"], row["long_caption"], "")]
-    embeddings = embed_texts(model, processor, texts, batch_size=4)
-    expected = torch.stack([torch.nn.functional.normalize(model._embed(text), dim=0) for text in texts])
-    assert torch.equal(embeddings, expected)
-    padding = sum((mask == 0).sum().item() for mask in model.text_batches)
-    assert padding < 0.1 * sum(mask.numel() for mask in model.text_batches)
-    with pytest.raises(ValueError, match="texts must not be empty"):
-        embed_texts(model, processor, [])
+    evaluate_model(model, processor, [{"image": row["image"], "label": row["label"]} for row in rows], batch_size=5)
+    assert {name for name, _ in model.calls} == {"get_image_features", "get_text_features"}
+    assert sum(count for name, count in model.calls if name == "get_image_features") == COUNT
 
 
-def test_regions_come_without_padding(rows):
-    boxes = [row["boxes"] for row in rows]
-    embeddings = embed_regions(KnowingModel(rows), KnowingProcessor(), [row["image"] for row in rows], boxes)
-    assert len(embeddings) == sum(map(len, boxes)) and torch.allclose(embeddings.norm(dim=-1), torch.tensor(1.0))
+def test_captions_from_memory_are_only_written_where_they_can_be_judged(rows):
+    class Model(KnowingModel):
+        def _embed(self, text):
+            return torch.tensor([1.0, len(text)])
+
+    model = Model(rows)
+    cats = [{"image": row["image"], "text": "a cat on a sofa"} for row in rows]
+    assert "memory_caption_fidelity" not in evaluate_model(model, KnowingProcessor(), cats)
+    assert "recall" not in dict(model.calls)
+    scenes = [{"image": row["image"], "captions": row["captions"]} for row in rows[2:5]]
+    evaluate_model(model, KnowingProcessor(), [*cats[:2], *scenes])
+    assert dict(model.calls)["recall"] == 3
+
+
+def test_no_batch_is_larger_than_it_may_be(rows):
+    model = KnowingModel(rows)
+    evaluate_model(model, KnowingProcessor(), rows, batch_size=3)
+    counts = {name: [count for method, count in model.calls if method == name] for name in dict(model.calls)}
+    counts.pop("describe regions")  # of three images
+    assert max(map(max, counts.values())) == 3
+    questions = sum(len(row["qa"]) for row in rows)
+    assert sum(counts["recall"]) == sum(counts["generate"]) == COUNT + questions  # a caption and the answers, once
+    instructions, edits = sum(len(row["instructions"]) for row in rows), sum(row["edit"] is not None for row in rows)
+    assert min(len(row["boxes"]) for row in rows) == 1  # whose instruction is not measured
+    instructions -= sum(len(row["boxes"]) == 1 for row in rows)
+    assert sum(counts["get_multimodal_features"]) == COUNT + instructions + edits  # one pass for vectors and memory
+
+
+@pytest.mark.parametrize("prompts", [None, {}, {"object": "which? ", "edit": "so: ", "query": "find: "}])
+def test_instructions_stand_behind_the_prompts_there_are(rows, prompts):
+    model = KnowingModel(rows)
+    model.config.prompts = prompts  # by which the model knows the texts; others it refuses
+    metrics = evaluate_model(model, KnowingProcessor(), rows)
+    assert metrics["composed_recall@1"] == metrics["instructed_region_accuracy"] == 1
+
+
+def test_a_model_that_ignores_the_edit_finds_its_own_image(rows):
+    class Model(KnowingModel):
+        def _embed_fused(self, row, text):
+            return super()._embed_fused(row, "")
+
+    metrics = evaluate_model(Model(rows), KnowingProcessor(), rows)
+    assert metrics["composed_recall@1"] == 0
+    assert metrics["fused_text_to_image_recall@1"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ readings by hand
+
+
+def _reading(image_embed, twin=None, edit=None, name=None, twin_name=None):
+    row = {"file_name": name, "edit": edit and {"instruction": "turn", "file_name": twin_name}}
+    embeds = [None if embed is None else torch.tensor(embed) for embed in (image_embed, edit, twin)]
+    return Reading(row, embeds[0], edit_embed=embeds[1], twin_embed=embeds[2])
+
+
+EDITED = ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.3, 0.9, 0.0])  # image, twin, image with instruction
+
+
+@pytest.mark.parametrize(
+    ("other", "recall"),
+    [
+        (_reading([0.0, 0.0, 1.0]), 1),
+        (_reading([0.3, 0.95, 0.0]), 0),  # an image without an edit is nearer than the twin
+        (_reading([0.0, 0.0, 1.0], [0.3, 0.95, 0.0], [0.3, 0.95, 0.0]), 0.5),  # the twin of another is; it finds it
+    ],
+)
+def test_an_edit_searches_all_images_and_all_twins(other, recall):
+    assert _edit_figures([_reading(*EDITED), other]) == {"composed_recall@1": recall}
+
+
+def test_the_edited_image_itself_is_a_distractor():
+    nearer = _reading([0.3, 0.95, 0.0], *EDITED[1:])
+    assert _edit_figures([nearer, _reading([0.0, 0.0, 1.0])]) == {"composed_recall@1": 0}
+
+
+def test_an_edited_image_that_is_a_row_too_is_right_there_as_well():
+    edited = _reading(*EDITED, name="a.png", twin_name="b.png")
+    assert _edit_figures([edited, _reading(EDITED[1], name="b.png")]) == {"composed_recall@1": 1}
+    assert _edit_figures([edited, _reading(EDITED[1], name="c.png")]) == {"composed_recall@1": 0}
+    twice = [edited, _reading([0.0, 0.0, 1.0], *EDITED[1:], twin_name="b.png")]
+    assert _edit_figures(twice) == {"composed_recall@1": 1}
+    nameless = [_reading(*EDITED), _reading(EDITED[1])]
+    assert _edit_figures(nameless) == {"composed_recall@1": 0}
+
+
+def test_an_instruction_searches_the_regions_of_its_own_image():
+    def reading(regions, instructions, boxes):
+        row = {"boxes": [[0, 0, 1, 1]] * len(regions), "instructions": [{"text": "it", "box": box} for box in boxes]}
+        return Reading(row, torch.zeros(2), region_embeds=torch.tensor(regions), instruction_embeds=instructions)
+
+    right, wrong = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    both = torch.cat([right, wrong])
+    regions = [[0.6, 0.0], [0.0, 0.6]]
+    decoy = reading([[1.0, 0.0], [0.0, 1.0]], None, [])  # of another image, and nearer
+    assert _instruction_figures([reading(regions, right, [0]), decoy]) == {"instructed_region_accuracy": 1}
+    assert _instruction_figures([reading(regions, wrong, [0]), decoy]) == {"instructed_region_accuracy": 0}
+    several = [reading(regions, both, [0, 1]), reading(regions, right, [1])]
+    assert _instruction_figures(several) == {"instructed_region_accuracy": pytest.approx(2 / 3)}
+    same = [reading([[1.0, 0.0], [1.0, 0.0]], right, [0])]
+    assert _instruction_figures(same) == {"instructed_region_accuracy": 0}
+    assert _instruction_figures([decoy]) == {}
+
+
+def test_an_instruction_of_the_only_box_does_not_count(rows):
+    alone = [row | {"boxes": row["boxes"][:1], "region_captions": row["region_captions"][:1]} for row in rows]
+    for row in alone:
+        row["instructions"] = [{"text": "number 0", "box": 0}]
+    columns = [{name: row[name] for name in ("image", "boxes", "instructions")} for row in alone]
+    assert evaluate_model(KnowingModel(alone), KnowingProcessor(), columns) == {}
+
+
+@pytest.mark.parametrize("box", [-1, 9])
+def test_an_instruction_of_no_box_is_refused(rows, box):
+    odd = [*rows[:2], rows[2] | {"instructions": [{"text": "it", "box": box}]}]
+    message = f"{len(rows[2]['boxes'])} boxes and an instruction for number {box}"
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(KnowingModel(rows), KnowingProcessor(), odd)

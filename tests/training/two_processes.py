@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from knowing_model import knowable_rows
 from one_step import gradient_of_one_step, read_processor, rows
 from tiny_models import build_model
 from torchrun import leave
 
 from mmgem.training.data.collator import MMGEMCollator
-from mmgem.training.data.scene_dataset import SceneDataset
 from mmgem.training.evaluation import evaluate_model
 
 TEXTS = [{"text": "a sentence about nothing in particular"}, {"text": "another"}]
@@ -63,8 +63,8 @@ def gradient(processor, folder, items: list[list[dict]], items_per_batch: int, *
 
 def evaluation(processor) -> dict:
     """Metrics and captions of a random model, on an odd number of rows; some lack a caption, some their boxes."""
-    data = [dict(row) for row in SceneDataset(8, 5, image_size=48, unique=True)]
-    data[0] |= {"captions": [], "boxes": [], "region_captions": []}
+    data = knowable_rows(5)
+    data[0] |= {"captions": [], "boxes": [], "region_captions": [], "instructions": []}
     data[3] |= {"captions": None, "long_caption": None}
     samples: list[dict] = []
     metrics = evaluate_model(build_model(), processor, data, batch_size=2, max_new_tokens=8, samples=samples)
