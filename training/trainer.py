@@ -62,6 +62,16 @@ class MMGEMTrainer(Trainer):
         MemoryError: while training, if a step does not fit; it says what to lower.
     """
 
+    # What is logged, and what the figures of many forward calls become.
+    FIGURES = {
+        "caption_loss": "loss",
+        "contrastive_loss": "loss",
+        "image_norm": "mean",
+        "text_norm": "mean",
+        "effective_batch_size": "count",
+        "contrastive_queries": "count",
+    }
+
     def __init__(self, model, args: MMGEMTrainingArguments, processing_class, data_collator=None, **kwargs):
         if data_collator is None:
             data_collator = MMGEMCollator(processing_class)
@@ -81,13 +91,16 @@ class MMGEMTrainer(Trainer):
         self.grad_cache = GradCache(args.grad_cache_chunk_size) if args.grad_cache_chunk_size else None
         self.teacher = Teacher(model, processing_class, **self.objective.teacher) if self.objective.teacher else None
         self.ema = EMACallback(args.ema_decay) if args.ema_decay is not None else None
-        freeze_unused(model)
+        self._freeze_unused(model)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         for callback in (LogitScaleClamp(), self.teacher, self.ema):  # the averages come last
             if callback is not None:
                 self.add_callback(callback)
         self._row_keys: list[str] = []
         self._figures: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def _freeze_unused(self, model):
+        freeze_unused(model)
 
     # Data and optimizer
 
@@ -298,32 +311,33 @@ class MMGEMTrainer(Trainer):
         """Keep the figures of one forward call for the log. The losses are shares of an optimizer step."""
         if num_items_in_batch is None:
             return
+        self._keep(
+            caption_loss=outputs.caption_loss.detach() * self.accelerator.num_processes,
+            contrastive_loss=contrastive_loss.detach() / self.current_gradient_accumulation_steps,
+            image_norm=outputs.image_norm,
+            text_norm=outputs.text_norm,
+            effective_batch_size=outputs.image_embeds.shape[0],
+            contrastive_queries=outputs.contrastive_batch.query_embeds.shape[0],
+        )
+
+    def _keep(self, **figures: torch.Tensor | float):
+        """Keep figures of one forward call, those of `FIGURES`, for the log."""
         if not self._figures:
             self._steps_before_figures = self.state.global_step
-        batch = outputs.contrastive_batch
-        weighed = contrastive_loss.detach() / self.current_gradient_accumulation_steps
-        for name, value in {
-            "caption_loss": outputs.caption_loss.detach() * self.accelerator.num_processes,
-            "contrastive_loss": weighed,
-            "image_norm": outputs.image_norm,
-            "text_norm": outputs.text_norm,
-            "images": torch.as_tensor(float(outputs.image_embeds.shape[0]), device=weighed.device),
-            "queries": torch.as_tensor(float(batch.query_embeds.shape[0]), device=weighed.device),
-        }.items():
-            self._figures[name].append(value)
+        for name, value in figures.items():
+            self._figures[name].append(torch.as_tensor(value, dtype=torch.float32, device=self.args.device))
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._figures:
             steps = self.state.global_step - self._steps_before_figures
-            figures = {name: torch.stack(values).float() for name, values in self._figures.items()}
+            for name, kind in self.FIGURES.items():
+                values = torch.stack(self._figures[name])
+                if kind == "mean":
+                    logs[name] = self.accelerator.gather(values.nanmean()).nanmean().item()
+                else:  # adds up to that of an optimizer step, of a loss on each process to its share
+                    sums = self.accelerator.gather(values.sum())
+                    logs[name] = (sums.mean() if kind == "loss" else sums.sum()).item() / steps
             self._figures.clear()
-            # Losses add up to an optimizer step, on each process to its share of it; of the rest, the mean or the sum.
-            for name in ("caption_loss", "contrastive_loss"):
-                logs[name] = self.accelerator.gather(figures[name].sum()).mean().item() / steps
-            for name in ("image_norm", "text_norm"):
-                logs[name] = self.accelerator.gather(figures[name].nanmean()).nanmean().item()
-            logs["effective_batch_size"] = self.accelerator.gather(figures["images"].sum()).sum().item() / steps
-            logs["contrastive_queries"] = self.accelerator.gather(figures["queries"].sum()).sum().item() / steps
             logs["temperature"] = whole(self.model.logit_scale).neg().exp().item()
         super().log(logs, start_time)
 

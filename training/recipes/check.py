@@ -8,19 +8,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source, load_rows
-from mmgem.training.lora import merge_lora
 from mmgem.training.recipes.memory import SavedTensors, StepMemory, step_memory
 from mmgem.training.recipes.model_view import contact_sheet, describe_row, describe_texts
 from mmgem.training.recipes.recipe import load_recipe, stage_number
 from mmgem.training.recipes.run import SKIPPED_NAME
-from mmgem.training.recipes.stage import open_sources, rows_per_step, stage_arguments, stage_rows, stage_trainer
+from mmgem.training.recipes.stage import (
+    open_sources,
+    plain_model,
+    rows_per_step,
+    stage_arguments,
+    stage_rows,
+    stage_trainer,
+)
 from mmgem.training.recipes.starting_model import build_model, check_stages
 from mmgem.training.trainable import own_name, set_trainable
 from mmgem.training.trainer import MMGEMTrainer
@@ -54,7 +59,7 @@ class StageCheck:
         parameters, trained_parameters: how many.
         memory: of the step.
         seconds: that the step took; the first of a run, which is slower than those after it.
-        losses: `caption_loss` and `contrastive_loss` of the step.
+        losses: of the step, by name.
         images: file with the images as the model sees them; None where there are none.
         skipped: for each source, how many of the rows and shards met could not be read.
     """
@@ -127,8 +132,7 @@ def check_recipe(
         checks.append(_take_step(trainer, this["name"], planned[number], images, skipped))
         for line in _describe_check(checks[-1]):
             say(line)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model = merge_lora(model) if isinstance(model, PeftModel) else model
+        model = plain_model(trainer.accelerator.unwrap_model(trainer.model))
         trainer.accelerator.free_memory()
     return checks
 
@@ -162,7 +166,10 @@ def _show_rows(
         for row in rows[-ROWS_SHOWN:]:
             say(f"    {describe_row(row)}")
     batch = trainer.data_collator(rows)
-    say("  what the model gets of them; [[what it learns to write]], each with an end token")
+    learned = (
+        "[[what it puts back]]" if "text_mask" in batch else "[[what it learns to write]], each with an end token"
+    )
+    say(f"  what the model gets of them; {learned}")
     for line in describe_texts(batch, trainer.processing_class):
         say(f"    {line}")
     images = contact_sheet(batch, trainer.processing_class)
@@ -189,7 +196,7 @@ def _take_step(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     copies = sum(parameter.nbytes for parameter in trainer.teacher.model.parameters()) if trainer.teacher else 0
     copies += 4 * trained if trainer.ema else 0
-    log = next(entry for entry in trainer.state.log_history if "caption_loss" in entry)
+    log = next(entry for entry in trainer.state.log_history if "effective_batch_size" in entry)
     has_budget = planned.max_tokens_per_batch is not None
     rows = max(1, round(log["effective_batch_size"])) if has_budget else rows_per_step(planned)
     return StageCheck(
@@ -200,7 +207,7 @@ def _take_step(
         trained_parameters=trained,
         memory=step_memory(model, trainer.optimizer, saved.peak, copies),
         seconds=watch.seconds,
-        losses={loss: log[loss] for loss in ("caption_loss", "contrastive_loss")},
+        losses={name: log[name] for name, kind in trainer.FIGURES.items() if kind == "loss"},
         images=images,
         skipped=skipped.counts(),
     )

@@ -8,19 +8,24 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from mmgem.modeling_mmgem import IGNORED_LABEL
+from mmgem.model_inputs import IGNORED_LABEL
 from mmgem.training.data.rows import COLUMNS, ID_COLUMNS, IMAGE_COLUMNS, images_of
 
+_NOT_TOLD = (*IMAGE_COLUMNS, "edited_image", *ID_COLUMNS)
+_ROLES = {"memory": "memory_row", "document": "target_row"}  # that one text has for another
 _TILE = 224  # pixels of the shorter side of an image on the sheet, at least
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
 def describe_row(row: Mapping[str, Any]) -> str:
     """One line that says what a row holds, column by column."""
-    parts = [f"image of {image.width} x {image.height}" for image in images_of(row)]
+    images = [("image", image) for image in images_of(row)]
+    if row.get("edited_image") is not None:
+        images.append(("edited image", row["edited_image"]))
+    parts = [f"{name} of {image.width} x {image.height}" for name, image in images]
     for column in COLUMNS:
         value = row.get(column)
-        if column in (*IMAGE_COLUMNS, *ID_COLUMNS) or value is None or value == []:
+        if column in _NOT_TOLD or value is None or value == []:
             continue
         count, first = (f" ({len(value)})", value[0]) if isinstance(value, list) else ("", value)
         first = [round(corner) for corner in first] if column == "boxes" else first
@@ -31,12 +36,18 @@ def describe_row(row: Mapping[str, Any]) -> str:
 def describe_texts(batch: Mapping[str, Any], processor) -> list[str]:
     """
     One line for each text of a batch: which image or box it goes with, what it is for, and its tokens as text, with
-    `[[ ]]` around those that the model learns to write (and an end token after them).
+    `[[ ]]` around those that the model learns to write (and an end token after them), or to put back.
+
+    A text that is to find an image or box by another image is "embedded with" that one. An image that the language
+    model embeds has a line without text; texts may be written from this "memory", or be to find it as a "document".
 
     Args:
-        batch: from an `MMGEMCollator`.
+        batch: from an `MMGEMCollator`, or a `MaskingCollator`.
         processor: its processor.
     """
+    if "text_mask" in batch:
+        labels = batch["input_ids"].masked_fill(~batch["text_mask"], IGNORED_LABEL)
+        batch = {**batch, "labels": labels, "contrastive_mask": torch.zeros_like(batch["text_mask"][:, 0])}
     lines = []
     for row in range(len(batch["input_ids"])):
         is_token = batch["attention_mask"][row].bool()
@@ -46,20 +57,19 @@ def describe_texts(batch: Mapping[str, Any], processor) -> list[str]:
         for learned, positions in groupby(range(len(ids)), key=lambda position: bool(is_learned[position])):
             text = processor.tokenizer.decode(ids[list(positions)])
             pieces.append(f"[[{text}]]" if learned else text)
-        is_embedded = bool(batch["contrastive_mask"][row])
-        is_wrong = is_embedded and "hard_negative_mask" in batch and bool(batch["hard_negative_mask"][row])
-        uses = ["hard negative"] if is_wrong else ["embedded"] if is_embedded else []
-        uses += ["generated"] if is_learned.any() else []
-        lines.append(f"{_target(batch, row):16}{' + '.join(uses):22}{''.join(pieces).strip()}")
+        uses = _uses(batch, row)
+        uses += ["put back" if "text_mask" in batch else "generated"] if is_learned.any() else []
+        lines.append(f"{_target(batch, row):22}{' + '.join(uses):24}{''.join(pieces).strip()}")
     return lines
 
 
 def contact_sheet(batch: Mapping[str, Any], processor) -> Image.Image | None:
     """
     The images of a batch as the model sees them, side by side, with the boxes that are trained; None without images.
+    Masked patches are gray.
 
     Args:
-        batch: from an `MMGEMCollator`.
+        batch: from an `MMGEMCollator`, or a `MaskingCollator`.
         processor: its processor.
     """
     if "pixel_values" not in batch:
@@ -74,10 +84,23 @@ def contact_sheet(batch: Mapping[str, Any], processor) -> Image.Image | None:
 
 
 def _target(batch: Mapping[str, Any], row: int) -> str:
+    """What a text describes, is to find or is written from."""
     image, box = int(batch["image_index"][row]), int(batch["box_index"][row])
     if image < 0:
         return "no image"
-    return f"image {image}" if box < 0 else f"image {image}, box {box}"
+    role = next((f"{role} of " for role, name in _ROLES.items() if name in batch and batch[name][row] >= 0), "")
+    return f"{role}image {image}" if box < 0 else f"{role}image {image}, box {box}"
+
+
+def _uses(batch: Mapping[str, Any], row: int) -> list[str]:
+    """What a text is embedded for."""
+    uses = [role for role, name in _ROLES.items() if name in batch and bool((batch[name] == row).any())]
+    if not bool(batch["contrastive_mask"][row]):
+        return uses
+    if "hard_negative_mask" in batch and bool(batch["hard_negative_mask"][row]):
+        return [*uses, "hard negative"]
+    is_fused = "fused_index" in batch and batch["fused_index"][row] >= 0
+    return [*uses, f"embedded with image {batch['fused_index'][row]}" if is_fused else "embedded"]
 
 
 def _tile(batch: Mapping[str, Any], number: int, image_processor) -> Image.Image:
@@ -87,6 +110,10 @@ def _tile(batch: Mapping[str, Any], number: int, image_processor) -> Image.Image
         pixels = pixels * std[:, None, None] + mean[:, None, None]
     if image_processor.do_rescale:
         pixels = pixels / image_processor.rescale_factor
+    if "patch_mask" in batch:
+        mask = batch["patch_mask"][number, None, None].float()  # (1, 1, rows, columns)
+        is_masked = torch.nn.functional.interpolate(mask, pixels.shape[1:]).bool()[0, 0]  # (H, W)
+        pixels = pixels.masked_fill(is_masked, 128)
     view = Image.fromarray(pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
     scale = max(1, math.ceil(_TILE / min(view.size)))
     view = view.resize((view.width * scale, view.height * scale), Image.Resampling.NEAREST)

@@ -11,20 +11,27 @@ from peft import LoraConfig
 from transformers import CONFIG_MAPPING, SiglipImageProcessorPil
 
 from mmgem.configuration_mmgem import MMGEMConfig
+from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.sources import check_section
 from mmgem.training.lora import add_lora
 from mmgem.training.objective import build_objective
 from mmgem.training.recipes.tokenizer import train_tokenizer
+from mmgem.training.reconstruction.masking import Reconstruction
+from mmgem.training.reconstruction.trainer import UNUSED_ARGUMENTS
 from mmgem.training.sections import check_arguments, check_keys, check_type
 
-SECTIONS = ("seed", "model", "image_processor", "tokenizer", "eval_data", "stages")
-STAGE_SECTIONS = ("name", "image_size", "text_attention", "train_data", "collator", "objective", "training")
+SECTIONS = ("seed", "model", "image_processor", "tokenizer", "prompts", "eval_data", "stages")
+STAGE_SECTIONS = (
+    *("name", "image_size", "text_attention", "embedding"),
+    *("train_data", "collator", "objective", "reconstruction", "training"),
+)
 MODEL_SECTIONS = ("attn_implementation", "dtype")  # beside those that say which model
 # Arguments of the trainer that the run sets itself, or that have a place of their own in a stage.
 _NOT_IN_TRAINING = ("output_dir", "resume_from_checkpoint", "train_sampling_strategy", "contrastive_objective")
-_NOT_IN_MODEL = ("vision_config", "text_config", "image_token_id")
+# Fields of the configuration that have a place of their own in a recipe, or are no choice of its author.
+_NOT_IN_MODEL = ("vision_config", "text_config", "image_token_id", "prompts", "calibrated_modalities")
 _FOLDER_NAME = re.compile(r"[\w-][\w.-]*")
 
 
@@ -44,6 +51,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     | `model` | which model, in one of three ways, see below |
     | `tokenizer` | arguments of `train_tokenizer`, which learns from the data of the first stage |
     | `image_processor` | arguments of the image processor that are to be others |
+    | `prompts` | instructions by name, which the model keeps and those who embed with it can ask for |
     | `eval_data` | a data section (see [`mmgem.training.data.sources.open_source`]) to measure the model on |
     | `seed` | of weights, orders and draws; 0 by default |
     | `stages` | a list, see below |
@@ -60,8 +68,13 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     | `training` | arguments of `MMGEMTrainingArguments` |
     | `image_size` | side of the images in pixels; by default as before |
     | `text_attention` | `causal` or `bidirectional`, while a text is embedded; by default as before |
+    | `embedding` | arguments of `MMGEMModel.set_embedding_tokens`; by default as before |
     | `collator` | arguments of `MMGEMCollator` |
     | `objective` | options of the contrastive loss, see [`mmgem.training.objective.build_objective`] |
+    | `reconstruction` | options of [`mmgem.training.reconstruction.masking.Reconstruction`], see below |
+
+    A stage with a section `reconstruction`, be it empty (`{}`), learns to put back masked tokens and patches, and
+    nothing else; it takes no `objective`.
 
     Args:
         path: a YAML file with the sections of `SECTIONS`.
@@ -83,6 +96,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         if not recipe.get(name):
             raise ValueError(f"recipe {str(path)!r} has no section `{name}`.")
     check_type(recipe.get("seed", 0), int, "`seed`")
+    if "prompts" in recipe:
+        check_type(recipe["prompts"], dict[str, str], "`prompts`")
     _check_model(recipe)
     if "eval_data" in recipe:
         check_section(recipe["eval_data"], "`eval_data`")
@@ -151,19 +166,24 @@ def _check_stage(stage: object, number: int) -> None:
     check_type(
         stage.get("text_attention", "causal"), Literal["causal", "bidirectional"], f"`text_attention` {of_stage}"
     )
+    if "embedding" in stage:
+        check_arguments(stage["embedding"], MMGEMModel.set_embedding_tokens, f"`embedding` {of_stage}", given=["self"])
     sources = stage["train_data"]
     is_mixture = isinstance(sources, Sequence) and not isinstance(sources, str)
     if is_mixture and not sources:
         raise ValueError(f"`train_data` {of_stage} is an empty list; expected at least one source.")
     for source in sources if is_mixture else [sources]:
         check_section(source, f"`train_data` {of_stage}")
-    check_arguments(stage.get("collator", {}), MMGEMCollator, f"`collator` {of_stage}", given=["processor"])
+    given = ["processor", "num_embedding_tokens", "prompts"]  # by the model
+    check_arguments(stage.get("collator", {}), MMGEMCollator, f"`collator` {of_stage}", given=given)
     try:
         check_type(stage.get("objective", {}), dict, f"`objective` {of_stage}")
         build_objective(**stage.get("objective", {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"`objective` {of_stage}: {error}") from error
     training = stage["training"]
+    if "reconstruction" in stage:
+        _check_reconstruction(stage, of_stage)
     # `fsdp: true` is what the library asks for, but not what its annotation says.
     typed = {key: training[key] for key in training if key != "fsdp"} if isinstance(training, Mapping) else training
     check_arguments(typed, MMGEMTrainingArguments, f"`training` {of_stage}", given=_NOT_IN_TRAINING)
@@ -171,6 +191,21 @@ def _check_stage(stage: object, number: int) -> None:
         check_arguments(training["lora"], add_lora, f"`lora` {of_stage}", given=["model"], rest=LoraConfig)
     for part, rate in (training.get("learning_rates") or {}).items():
         check_type(rate, float, f"`{part}` in `learning_rates` {of_stage}")
+
+
+def _check_reconstruction(stage: Mapping[str, Any], of_stage: str) -> None:
+    section, training = stage["reconstruction"], stage["training"]
+    check_arguments(section, Reconstruction, f"`reconstruction` {of_stage}")
+    try:
+        Reconstruction(**section)
+    except ValueError as error:
+        raise ValueError(f"`reconstruction` {of_stage}: {error}") from error
+    unused = [name for name in UNUSED_ARGUMENTS if isinstance(training, Mapping) and name in training]
+    if unused or "objective" in stage:
+        raise ValueError(
+            f"`reconstruction` and `{unused[0] if unused else 'objective'}` {of_stage} exclude each other; expected "
+            "one of them."
+        )
 
 
 def _check_model(recipe: Mapping[str, Any]) -> None:
@@ -205,6 +240,8 @@ def _check_model(recipe: Mapping[str, Any]) -> None:
         )
 
     config = {name: section[name] for name in fields if name in section}
+    if "prompts" in recipe:
+        config["prompts"] = recipe["prompts"]
     if from_nothing:
         for name in required:
             _check_tower_config(section[name], f"`{name}` in `model`")

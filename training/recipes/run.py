@@ -22,11 +22,11 @@ from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import load_rows
 from mmgem.training.evaluation import evaluate_model
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.lora import merge_lora
 from mmgem.training.recipes.model_card import write_model_card
 from mmgem.training.recipes.recipe import first_difference, load_recipe, stage_number
-from mmgem.training.recipes.stage import open_sources, stage_arguments, stage_rows, stage_trainer
+from mmgem.training.recipes.stage import open_sources, plain_model, stage_arguments, stage_rows, stage_trainer
 from mmgem.training.recipes.starting_model import build_model, check_stages, prepare_for_stage
+from mmgem.training.reconstruction.model import MMGEMForReconstruction
 from mmgem.training.trainer import MMGEMTrainer
 
 RECIPE_NAME = "recipe.yaml"
@@ -167,16 +167,23 @@ def _save_stage(trainer: MMGEMTrainer, recipe: Mapping[str, Any], number: int, o
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     state.wait_for_everyone()
+    # What trains may be no model of its own, or more than one, from which the model is then made.
     has_lora = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    trained = partial / "adapter" if has_lora else partial / "trained" if "reconstruction" in stage else partial
     if trainer.is_fsdp_enabled:  # whose checkpoints may be in shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(partial / "adapter" if has_lora else partial))
+    trainer.save_model(str(trained))
     if state.is_main_process:
         if has_lora:
             model, processor = starting_point(recipe, number, out, trainer.train_dataset)
             prepare_for_stage(model, processor, recipe, stage)
-            merge_lora(PeftModel.from_pretrained(model, partial / "adapter")).save_pretrained(partial)
+            model = MMGEMForReconstruction.from_model(model) if "reconstruction" in stage else model
+            plain_model(PeftModel.from_pretrained(model, trained)).save_pretrained(partial)
             processor.save_pretrained(partial)
+        elif "reconstruction" in stage:
+            plain_model(MMGEMForReconstruction.from_pretrained(trained)).save_pretrained(partial)
+            trainer.processing_class.save_pretrained(partial)
+            shutil.rmtree(trained)
         _write_json(partial / LOG_NAME, [{"stage": stage["name"]} | entry for entry in trainer.state.log_history])
     mark_complete(partial)
     if state.is_main_process:

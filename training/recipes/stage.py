@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import nn
 from transformers import set_seed
 
 from mmgem.modeling_mmgem import MMGEMModel
@@ -16,7 +18,11 @@ from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source, open_source
+from mmgem.training.lora import merge_lora
 from mmgem.training.recipes.starting_model import prepare_for_stage
+from mmgem.training.reconstruction.masking import Reconstruction
+from mmgem.training.reconstruction.model import MMGEMForReconstruction
+from mmgem.training.reconstruction.trainer import ReconstructionTrainer
 from mmgem.training.trainer import MMGEMTrainer
 
 
@@ -45,6 +51,8 @@ def stage_arguments(recipe: Mapping[str, Any], number: int, out: Path, **changes
         "train_sampling_strategy": "sequential",  # the mixture is shuffled already
         **changes,
     }
+    if "reconstruction" in stage:
+        arguments["contrastive_loss_weight"] = 0.0  # nothing is compared, so a batch of 1 will do
     try:
         return MMGEMTrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
@@ -102,14 +110,29 @@ def stage_trainer(
     stage = recipe["stages"][number]
     set_seed(arguments.seed)  # for LoRA, which starts at random
     prepare_for_stage(model, processor, recipe, stage)
-    return MMGEMTrainer(
+    trainer_class, options = MMGEMTrainer, {}
+    if "reconstruction" in stage:
+        trainer_class, options = ReconstructionTrainer, {"options": Reconstruction(**stage["reconstruction"])}
+    return trainer_class(
         model,
         arguments,
         processing_class=processor,
-        data_collator=MMGEMCollator(processor, **stage.get("collator", {})),
+        data_collator=MMGEMCollator(
+            processor,
+            num_embedding_tokens=model.config.num_embedding_tokens,
+            prompts=model.config.prompts,
+            **stage.get("collator", {}),
+        ),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        **options,
     )
+
+
+def plain_model(model: nn.Module) -> MMGEMModel:
+    """What a stage has trained as a model like any other: LoRA merged, without a head for reconstruction."""
+    model = merge_lora(model) if isinstance(model, PeftModel) else model
+    return model.released() if isinstance(model, MMGEMForReconstruction) else model
 
 
 def _steps_of(arguments: MMGEMTrainingArguments, sources: Sequence) -> int:

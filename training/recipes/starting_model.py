@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, SiglipImageProcessorPil
 from transformers.image_utils import SizeDict
 
@@ -14,9 +15,11 @@ from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.rows import CAPTION_COLUMNS
 from mmgem.training.loading import load_checkpoint, load_config
 from mmgem.training.lora import add_lora
-from mmgem.training.objective import PairwiseSigmoid, build_objective
+from mmgem.training.objective import PairwiseSigmoid, build_objective, check_embedding_views
 from mmgem.training.recipes.recipe import MODEL_SECTIONS
 from mmgem.training.recipes.tokenizer import train_tokenizer
+from mmgem.training.reconstruction.model import MMGEMForReconstruction
+from mmgem.training.reconstruction.trainer import freeze_read_out
 from mmgem.training.trainable import parameter_groups, set_trainable
 
 TOKENIZER_TRAINING_ROWS = 4000
@@ -66,21 +69,34 @@ def prepare_for_stage(
     model: MMGEMModel, processor: MMGEMProcessor, recipe: Mapping[str, Any], stage: Mapping[str, Any]
 ) -> None:
     """
-    Set, in place, what the recipe says about training, and a stage about its images and its attention. The position
-    embeddings of the vision tower stay as they are: the model interpolates them to the images it gets.
+    Set, in place, what the recipe says about training and prompts, and a stage about its images, its attention and its
+    [EMB] vectors. The position embeddings of the vision tower stay as they are: the model interpolates them to the
+    images it gets.
 
     Raises:
-        ValueError: if the patches of the vision tower do not tile the images.
+        ValueError: if the patches of the vision tower do not tile the images; as `MMGEMModel.set_embedding_tokens`.
     """
+    if "embedding" in stage:
+        model.set_embedding_tokens(**stage["embedding"])
+        _leave_room(processor.tokenizer, model.config)
     if "dtype" in recipe["model"]:
         model.to(getattr(torch, recipe["model"]["dtype"]))
     if "attn_implementation" in recipe["model"]:
         model.set_attn_implementation(recipe["model"]["attn_implementation"])
+    if "prompts" in recipe:
+        model.config.prompts = dict(recipe["prompts"])
     if "text_attention" in stage:
         model.config.text_attention = stage["text_attention"]
     if "image_size" in stage:
         _check_image_size(model.config, stage["image_size"])
         set_image_size(processor.image_processor, stage["image_size"])
+
+
+def _leave_room(tokenizer, config: MMGEMConfig) -> None:
+    """Truncate texts so that the [EMB] vectors fit behind them, as `MMGEMProcessor.from_towers` does."""
+    limit = getattr(config.text_config, "max_position_embeddings", None)
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit - config.num_embedding_tokens)
 
 
 def set_image_size(image_processor, image_size: int) -> None:
@@ -128,14 +144,23 @@ def check_stages(recipe: Mapping[str, Any]) -> None:
         try:
             if "image_size" in stage:
                 _check_image_size(config, stage["image_size"])
-            is_sigmoid = isinstance(build_objective(**stage.get("objective", {})), PairwiseSigmoid)
-            if is_sigmoid and config.logit_bias_init_value is None:
+            if "embedding" in stage:
+                model.set_embedding_tokens(**stage["embedding"])  # which `config` remembers for the stages after it
+            objective = build_objective(**stage.get("objective", {}))
+            check_embedding_views(objective, config)
+            if "text_attention" in stage:
+                config.text_attention = stage["text_attention"]
+            if isinstance(objective, PairwiseSigmoid) and config.logit_bias_init_value is None:
                 raise ValueError("the loss `sigmoid` needs a bias; expected `logit_bias_init_value` in `model`: -10.")
+            if "reconstruction" in stage:
+                model = MMGEMForReconstruction.from_model(model)
             set_trainable(model, training.get("freeze"), training.get("train_only"))
             adapted = model if training.get("lora") is None else add_lora(model, **training["lora"])
+            if "reconstruction" in stage:
+                freeze_read_out(adapted)
             parameter_groups(adapted, 1.0, training.get("learning_rates"), 0.0, [])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"stage `{stage['name']}`: {error}") from error
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise ValueError(f"stage `{stage['name']}`: {' '.join(str(error).split())}") from error
 
 
 def _check_image_size(config: MMGEMConfig, image_size: int) -> None:

@@ -60,9 +60,7 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
     if (paths[0] / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(paths[0])
     processor = MMGEMProcessor.from_pretrained(paths[0], trust_remote_code=False)
-    settings = paths[0] / "config_sentence_transformers.json"
-    prompts = _read_json(settings)["prompts"] if settings.is_file() else None
-    save_sentence_transformer(model, processor, out, prompts)
+    save_sentence_transformer(model, processor, out)
     made_of = {str(path): share for path, share in zip(paths, shares, strict=True)}
     (out / "soup.json").write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
     return made_of

@@ -113,6 +113,19 @@ def test_chunks_of_the_batch_keep_less_for_the_backward_pass(write, recipe, tmp_
 
 
 @pytest.mark.slow
+def test_a_stage_that_puts_back_what_is_masked_is_shown_and_tried(write, recipe, tmp_path):
+    putting_back = recipe["stages"][1] | {"name": "back", "reconstruction": {}}
+    recipe["stages"] = [putting_back, recipe["stages"][2]]
+    lines = []
+    back, everything = check_recipe(write(), tmp_path / "out", say=lines.append)
+    text = "\n".join(lines)
+    assert "reconstruction_head" in text and "[[what it puts back]]" in text and "put back" in text
+    assert set(back.losses) == {"text_loss", "patch_loss"} and 3 < back.losses["text_loss"] < 8
+    assert set(everything.losses) == {"caption_loss", "contrastive_loss"}
+    assert everything.trained_parameters == everything.parameters  # without the head, and nothing frozen
+
+
+@pytest.mark.slow
 def test_one_stage_can_be_checked_alone(write, tmp_path):
     [check] = check_recipe(write(), tmp_path / "out", stage=3, say=lambda line: None)
     assert check.name == "all"

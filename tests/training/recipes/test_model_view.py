@@ -1,9 +1,11 @@
 import pytest
 import torch
 from PIL import Image
+from tiny_models import build_model
 
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.recipes.model_view import contact_sheet, describe_row, describe_texts
+from mmgem.training.reconstruction.masking import MaskingCollator, Reconstruction
 
 SIDE = 40
 
@@ -47,6 +49,22 @@ def test_each_text_says_where_it_belongs_and_what_is_learned(batch, tiny_process
     )
 
 
+def test_what_is_masked_is_marked_and_gray(rows, tiny_processor):
+    config = build_model(text_attention="bidirectional").config
+    options = Reconstruction(text_mask_ratio=0.9, patch_mask_ratio=0.25)
+    batch = MaskingCollator(MMGEMCollator(tiny_processor, regions_per_image=0), config, options)(rows)
+    lines = [line.split(maxsplit=2) for line in describe_texts(batch, tiny_processor)]
+    assert [line[:2] for line in lines] == [["image", "0"], ["image", "0"], ["no", "image"]]
+    for line, mask in zip(lines, batch["text_mask"], strict=True):
+        assert (
+            line[2].startswith("put back")
+            and line[2].count("[[") == int(mask.diff(prepend=mask[:1] & False).sum() + 1) // 2
+        )
+    sheet = contact_sheet(batch, tiny_processor)
+    count = sum(count for count, color in sheet.getcolors(2**16) if color == (128, 128, 128))
+    assert count == 2 * 4 * 56 * 56  # of two images of 224, 4 of 16 patches
+
+
 def test_rows_are_told_in_a_line(rows):
     assert describe_row(rows[0]) == (
         "photos:1: image of 40 x 40, captions (1) 'a red star', long_caption 'a long red star', "
@@ -54,6 +72,32 @@ def test_rows_are_told_in_a_line(rows):
         "qa (1) {'question': 'which color?', 'answer': 'red'}, hard_negatives (1) 'a blue star'"
     )
     assert describe_row(rows[2]) == "texts:1: captions (1) 'a blue moon'"
+
+
+def test_each_text_says_by_which_image_it_finds_another_and_what_is_written_from_memory(rows, tiny_processor):
+    row = rows[0] | {
+        "edit": {"instruction": "make the star blue"},
+        "edited_image": Image.new("RGB", (SIDE, SIDE + 2)),
+        "instructions": [{"text": "the corner", "box": 0}],
+    }
+    assert describe_row(row).startswith("photos:1: image of 40 x 40, edited image of 40 x 42, captions (1)")
+    assert "edit {'instruction': 'make the star blue'}, instructions (1) {'text': 'the corner'" in describe_row(row)
+    options = {name: 0 for name in ("captions_per_image", "questions_per_image", "long_caption_probability")}
+    options |= {name: 1 for name in ("edits_per_image", "instructed_regions_per_image", "memory_captions_per_image")}
+    collator = MMGEMCollator(
+        tiny_processor, regions_per_image=0, match_captions_per_image=1, prompts={"edit": "edit: "}, **options
+    )
+    lines = [
+        tuple(filter(None, map(str.strip, line.split("  "))))
+        for line in describe_texts(collator([row]), tiny_processor)
+    ]
+    assert lines == [
+        ("image 0, box 0", "embedded with image 0", "the corner"),
+        ("image 1", "embedded with image 0", "edit: make the star blue"),
+        ("image 0", "memory + document"),
+        ("memory of image 0", "generated", "[[ a red star]]"),
+        ("document of image 0", "embedded", "a red star"),
+    ]
 
 
 def test_the_sheet_shows_the_images_as_they_were_and_their_boxes(batch, tiny_processor):

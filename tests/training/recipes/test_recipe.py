@@ -20,6 +20,7 @@ def recipe():
         },
         "image_processor": {"size": {"height": 32, "width": 32}},
         "tokenizer": {"vocab_size": 300, "model_max_length": 400},
+        "prompts": {"query": "Find the image that shows: ", "object": "Embed "},
         "eval_data": SCENES,
         "stages": [
             {"name": "first", "train_data": SCENES, "training": {"max_steps": 2, "lora": {"r": 4}}},
@@ -27,10 +28,17 @@ def recipe():
                 "name": "second",
                 "image_size": 64,
                 "text_attention": "bidirectional",
+                "embedding": {"num_embedding_tokens": 4, "embedding_pooling": "multi_vector"},
                 "train_data": [SCENES | {"weight": 2}, {"folder": "photos", "columns": {"captions": "text"}}],
                 "collator": {"captions_per_image": 2},
                 "objective": {"hardness": 9},
                 "training": {"learning_rate": 1e-3, "learning_rates": {"vision_tower": 1}, "freeze": ["logit_scale"]},
+            },
+            {
+                "name": "third",
+                "train_data": SCENES,
+                "reconstruction": {"text_mask_ratio": 0.3, "patch_loss_weight": 1},
+                "training": {"max_steps": 2, "freeze": ["vision_tower"]},
             },
         ],
     }
@@ -91,6 +99,9 @@ def test_numbers_may_be_written_without_a_point(load, tmp_path):
         (["stagse"], [], "recipe has the unknown key `stagse`.*Did you mean `stages`"),
         (["stages"], [], "no section `stages`"),
         (["stages"], {"name": "x"}, "`stages` is .*expected list"),
+        (["prompts"], ["Find"], "`prompts` is .*expected dict"),
+        (["prompts", "query"], 3, "`prompts` is .*expected dict"),
+        (["model", "prompts"], {"query": "Find"}, "`model` has the unknown key `prompts`"),
         (["seed"], "zero", "`seed` is 'zero'; expected int"),
         (["model", "projection_dmi"], 8, "`model` has .*`projection_dmi`.*Did you mean `projection_dim`"),
         (["model", "projection_dim"], "eight", "`model`: .*projection_dim.*expected int, got str"),
@@ -114,10 +125,13 @@ def test_numbers_may_be_written_without_a_point(load, tmp_path):
         (["stages", 0, "nmae"], "x", "stage 1 has the unknown key `nmae`.*Did you mean `name`"),
         (["stages", 0, "train_data"], DELETE, "stage 1 comes without `train_data`"),
         (["stages", 0, "name"], "a/b", "`name` of stage 1 is 'a/b'; expected a name for a folder"),
-        (["stages", 0, "name"], "second", "`stages` are called second, second; expected a name of its own"),
+        (["stages", 0, "name"], "second", "`stages` are called second, second, third; expected a name"),
         (["stages", 1, "image_size"], "large", "`image_size` of stage `second` is 'large'; expected int"),
         (["stages", 1, "image_size"], 0, "`image_size` of stage `second` is 0; expected pixels"),
         (["stages", 1, "text_attention"], "both", "`text_attention` of stage `second` is 'both'; expected .*'causal'"),
+        (["stages", 1, "embedding", "num_tokens"], 4, "`embedding` of stage `second` .* unknown key `num_tokens`"),
+        (["stages", 1, "embedding", "num_embedding_tokens"], "four", "`num_embedding_tokens` in .*expected int"),
+        (["stages", 1, "embedding", "embedding_pooling"], DELETE, "`embedding` of .* has no `embedding_pooling`"),
         (["stages", 1, "train_data"], [], "`train_data` of stage `second` is an empty list"),
         (["stages", 1, "train_data", 1, "weight"], -1, "`weight` in `train_data` of stage `second` is -1"),
         (["stages", 1, "train_data", 0, "wieght"], 1, "`wieght`.*Did you mean `weight`"),
@@ -125,6 +139,14 @@ def test_numbers_may_be_written_without_a_point(load, tmp_path):
         (["stages", 1, "collator", "captions_per_image"], "two", "`captions_per_image` in .* is 'two'; expected int"),
         (["stages", 1, "objective", "hardnes"], 1, "`objective` of stage `second`.*Did you mean `hardness`"),
         (["stages", 1, "objective", "soft_targets"], 0.4, "`objective` of stage `second`.*exclude each other"),
+        (["stages", 1, "collator", "prompts"], {}, "`collator` of stage `second` has the unknown key `prompts`"),
+        (["stages", 2, "reconstruction"], None, "`reconstruction` of stage `third` is None; expected a mapping"),
+        (["stages", 2, "reconstruction", "mask_ratio"], 0.3, "unknown key `mask_ratio`.*Did you mean"),
+        (["stages", 2, "reconstruction", "patch_mask_ratio"], "half", "`patch_mask_ratio` in .*expected float"),
+        (["stages", 2, "reconstruction", "text_mask_ratio"], 1.5, "stage `third`: `text_mask_ratio` is 1.5"),
+        (["stages", 2, "objective"], {}, "`reconstruction` and `objective` of stage `third` exclude each other"),
+        (["stages", 2, "training", "grad_cache_chunk_size"], 2, "`reconstruction` and `grad_cache_chunk_size` of"),
+        (["stages", 2, "training", "caption_loss_weight"], 2, "`reconstruction` and `caption_loss_weight` of"),
         (["stages", 1, "training"], None, "`training` of stage `second` is None; expected a mapping"),
         (["stages", 1, "training", "max_step"], 3, "unknown key `max_step`. Did you mean `max_steps`"),
         (["stages", 1, "training", "max_steps"], "abc", "`max_steps` in .* of stage `second` is 'abc'; expected int"),
@@ -155,8 +177,8 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path):
 
 def test_stages_go_by_name_and_by_number(recipe):
     assert [stage_number(recipe, stage) for stage in ("first", "second", 1, "2")] == [0, 1, 0, 1]
-    for unknown in ("third", 0, 3):
-        with pytest.raises(ValueError, match="expected a number from 1 to 2 or one of first, second"):
+    for unknown in ("fourth", 0, 4):
+        with pytest.raises(ValueError, match="expected a number from 1 to 3 or one of first, second, third"):
             stage_number(recipe, unknown)
 
 
@@ -170,4 +192,4 @@ def test_the_first_difference_is_named(recipe):
     assert first_difference(recipe, other) == "`stages[1].collator` is gone"
     assert first_difference(other, recipe) == "`stages[1].training.learning_rate` is 0.001, was 1.0"
     assert first_difference(recipe, recipe | {"seed": 1}) == "`seed` is new"
-    assert first_difference(recipe, recipe | {"stages": []}) == "`stages` has 0 entries, had 2"
+    assert first_difference(recipe, recipe | {"stages": []}) == "`stages` has 0 entries, had 3"

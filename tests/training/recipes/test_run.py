@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
@@ -175,6 +176,73 @@ def test_lora_is_merged_and_its_adapter_kept(write, recipe, tmp_path):
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     difference = weights(folder)[name] - weights(before)[name]
     assert 0 < torch.linalg.matrix_rank(difference) <= 2
+
+
+@pytest.fixture
+def in_two_steps(recipe):
+    """A recipe that first puts back what is masked, and then embeds with several vectors."""
+    groups = {"vector_groups": [[1, 1], [4, 4]]}
+    recipe["stages"] = [
+        {
+            "name": "first",
+            "text_attention": "bidirectional",
+            "train_data": SCENES,
+            "reconstruction": {"text_mask_ratio": 0.3},
+            "training": TRAINING | {"learning_rate": 0.01, "logging_steps": 1},
+        },
+        {
+            "name": "second",
+            "embedding": {"num_embedding_tokens": 4, "embedding_pooling": "multi_vector"},
+            "train_data": SCENES,
+            "objective": groups,
+            "training": TRAINING | {"logging_steps": 1},
+        },
+    ]
+    return recipe | {"prompts": {"query": "Find the image that shows: "}}
+
+
+@pytest.mark.slow
+def test_a_stage_may_put_back_what_is_masked(in_two_steps, write, tmp_path):
+    whole = train(write(**in_two_steps), tmp_path / "whole").model
+    for folder, count, pooling in (
+        ("stages/first", 1, "last"),
+        ("stages/second", 4, "multi_vector"),
+        ("", 4, "multi_vector"),
+    ):
+        config = json.loads((whole / folder / "config.json").read_text())
+        assert config["architectures"] == ["MMGEMModel"] and config["text_attention"] == "bidirectional"
+        assert (config["num_embedding_tokens"], config["embedding_pooling"]) == (count, pooling)
+        assert config["prompts"] == in_two_steps["prompts"]
+        assert not any("reconstruction" in name for name in load_file(whole / folder / "model.safetensors"))
+        assert MMGEMProcessor.from_pretrained(whole / folder).image_processor.size.height == 32
+        assert not (whole / folder / "trained").exists()
+    log = json.loads((whole / "training_log.json").read_text())
+    assert [entry["stage"] for entry in log if "patch_loss" in entry] == ["first", "first"]
+    assert [entry["stage"] for entry in log if "contrastive_loss" in entry] == ["second", "second"]
+
+    killed = tmp_path / "killed"
+    shutil.copytree(
+        whole / "checkpoints" / "first" / "checkpoint-1", killed / "checkpoints" / "first" / "checkpoint-1"
+    )
+    shutil.copy(whole / "recipe.yaml", killed)
+    train(write(**in_two_steps), killed, resume=True)
+    for folder in ("stages/first", ""):
+        assert_same_weights(killed / folder, whole / folder)
+
+
+@pytest.mark.slow
+def test_what_is_put_back_with_lora_is_merged_without_its_head(in_two_steps, write, tmp_path):
+    in_two_steps["stages"][0]["training"] |= {"lora": {"r": 2}}
+    train(write(**in_two_steps), tmp_path / "out", stage="first")
+    folder = tmp_path / "out" / "stages" / "first"
+    assert any("reconstruction_head" in name for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
+    trained = weights(folder)
+    assert not any("reconstruction" in name for name in load_file(folder / "model.safetensors"))
+    in_two_steps["stages"][0]["training"] |= {"learning_rate": 0.0}
+    before = weights(train(write("still.yaml", **in_two_steps), tmp_path / "still", stage="first").model)
+    moved = {name for name in before if not torch.equal(before[name], trained[name])}
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in moved
+    assert "token_projection.1.weight" in moved and "text_projection.weight" not in moved
 
 
 @pytest.mark.slow

@@ -73,6 +73,54 @@ def test_images_and_objectives_that_do_not_fit_the_model_are_found(checkpoint):
     check_stages(recipe)
 
 
+EMBEDDING = {"num_embedding_tokens": 4, "embedding_pooling": "multi_vector"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"num_embedding_tokens": 0, "embedding_pooling": "mean"}, {}, "`first`: .*`num_embedding_tokens` is 0"),
+        ({"num_embedding_tokens": 4, "embedding_pooling": "median"}, {}, "`first`: .*embedding_pooling.*median"),
+        (EMBEDDING, {"vector_groups": [[1, 1], [8, 8]]}, r"`second`: `vector_groups` .*at most .*, 4"),
+        ({}, {"vector_groups": [[1, 1]]}, "`second`: .*expected 'multi_vector'"),
+        ({}, {"dimensions": [4, 16]}, "`second`: `dimensions` is .*at most `projection_dim`, 8"),
+    ],
+)  # fmt: skip
+def test_embeddings_that_the_model_will_not_have_are_found(first, second, message):
+    recipe = recipe_with()
+    recipe["stages"][0] |= {"embedding": first} if first else {}
+    recipe["stages"][1] |= {"objective": second}
+    with pytest.raises(ValueError, match=message):
+        check_stages(recipe)
+
+
+def test_a_stage_has_the_embeddings_of_those_before_it():
+    recipe = recipe_with()
+    recipe["stages"][0]["embedding"] = EMBEDDING
+    recipe["stages"][1]["objective"] = {"vector_groups": [[1, 1], [4, 4]], "dimensions": [4]}
+    check_stages(recipe)
+
+
+@pytest.mark.parametrize(
+    ("training", "attention", "message"),
+    [
+        ({}, "causal", "`second`: `text_attention` is 'causal'; reconstruction expects 'bidirectional'"),
+        ({"train_only": ["text_projection"]}, "bidirectional", "`second`: Nothing is left to train"),
+        ({"learning_rates": {"logit_scale": 1.0}}, "bidirectional", "`second`: .*`logit_scale`, where nothing trains"),
+        ({"lora": {"r": 2}, "learning_rates": {"reconstruction_head": 1.0}}, "bidirectional", None),
+        ({"freeze": ["reconstruction_head.pixels", "vision_tower"]}, "bidirectional", None),
+    ],
+)
+def test_reconstruction_takes_a_bidirectional_model_and_its_own_parts(training, attention, message):
+    recipe = recipe_with(**training)
+    recipe["stages"][0]["text_attention"] = attention
+    recipe["stages"][1]["reconstruction"] = {}
+    if message is None:
+        return check_stages(recipe)
+    with pytest.raises(ValueError, match=message):
+        check_stages(recipe)
+
+
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         check_stages(recipe_with() | {"model": {"pretrained": str(tmp_path / "nowhere")}})
@@ -123,6 +171,22 @@ def test_a_stage_changes_what_it_names_and_nothing_else(tiny_processor):
     pixels = processor(images=[Image.new("RGB", (50, 30))], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 40, 40)
     assert model.get_image_features(pixels).last_hidden_state.shape[1] == 4  # positions are interpolated
+
+
+def test_a_stage_sets_prompts_and_embedding_tokens_and_leaves_room_for_them(tiny_processor):
+    model, processor = tiny_model(), copy.deepcopy(tiny_processor)
+    before = model.embedding_tokens.detach().clone()
+    processor.tokenizer.model_max_length = 250
+    recipe = {"model": {"attn_implementation": "eager"}, "prompts": {"query": "Find "}}
+    stage = {"name": "many", "text_attention": "bidirectional", "embedding": EMBEDDING | {"num_embedding_tokens": 16}}
+    prepare_for_stage(model, processor, recipe, stage)
+    assert model.config.prompts == {"query": "Find "} and model.config.text_attention == "bidirectional"
+    assert model.embedding_tokens.shape[0] == model.config.num_embedding_tokens == 16
+    torch.testing.assert_close(model.embedding_tokens[:1], before)
+    assert model.config._attn_implementation == model.language_model.config._attn_implementation == "eager"
+    inputs = processor(text="star " * 400, return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == 256 - 16
+    assert model.get_text_features(**inputs).pooler_output.shape == (1, 16, 16)
 
 
 def test_a_recipe_changes_the_image_processor_of_a_checkpoint(checkpoint):

@@ -13,7 +13,7 @@ from mmgem.training.tools.soup import soup
 
 def variant(number: int, vision="siglip", text="llama", **config):
     """Models of one shape; the weights of each are random."""
-    model = build_model(vision, text, **config)
+    model = build_model(vision, text, prompts={"query": "find: "}, **config)
     generator = torch.Generator().manual_seed(number)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -22,7 +22,7 @@ def variant(number: int, vision="siglip", text="llama", **config):
 
 
 def saved(folder, model, processor) -> str:
-    save_sentence_transformer(model, processor, folder, prompts={"query": "find: "})
+    save_sentence_transformer(model, processor, folder)
     return str(folder)
 
 

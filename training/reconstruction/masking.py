@@ -1,0 +1,153 @@
+"""What is masked of a batch, drawn where its rows are read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmgem.configuration_mmgem import MMGEMConfig
+from mmgem.model_inputs import is_first_token, pair
+from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.data.permutation import hash_numbers
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "boxes", "image_index", "box_index")
+
+
+@dataclass(kw_only=True)
+class Reconstruction:
+    """
+    Options of the stage. By default those that MoCa's code has (https://arxiv.org/abs/2506.23115).
+
+    Args:
+        text_mask_ratio, patch_mask_ratio: shares of the tokens of a text, and of the patches of an image, that are
+            masked: from 0, for none, to below 1; of the others at least one.
+        patch_loss_weight: of the loss of the patches beside that of the tokens, above 0.
+
+    Raises:
+        ValueError: for a value out of its range, or if nothing is masked.
+    """
+
+    text_mask_ratio: float = 0.4
+    patch_mask_ratio: float = 0.5
+    patch_loss_weight: float = 0.1
+
+    def __post_init__(self):
+        for name in ("text_mask_ratio", "patch_mask_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number from 0 to below 1.")
+        if not self.text_mask_ratio and not self.patch_mask_ratio:
+            raise ValueError("`text_mask_ratio` and `patch_mask_ratio` are both 0; expected one above it.")
+        if not 0 < self.patch_loss_weight < float("inf"):
+            raise ValueError(f"`patch_loss_weight` is {self.patch_loss_weight}; expected a number above 0.")
+
+
+class MaskingCollator:
+    """
+    Batches of a collator for `MMGEMForReconstruction`: every text behind the image that it describes, or is about, and
+    what of them is masked. Hard negatives, which describe none, stand alone.
+
+    What is masked of a row is decided by its `draw_seed` where it has one, whoever collates it.
+
+    Args:
+        collator: makes the batches.
+        config: of the model.
+        options: how much is masked.
+    """
+
+    def __init__(self, collator: MMGEMCollator, config: MMGEMConfig, options: Reconstruction):
+        self.collator = collator
+        vision_config: Any = config.vision_config
+        self.patch_size = pair(vision_config.patch_size)
+        self.text_config = config.text_config
+        self.options = options
+        self._special_ids = torch.tensor(collator.processor.tokenizer.all_special_ids)
+
+    @property
+    def processor(self):
+        """That of the collator."""
+        return self.collator.processor
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """
+        Args:
+            rows: see [`MMGEMCollator`].
+
+        Returns:
+            Of the collator's batch `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `image_index`, `box_index`
+            and `row_keys`, as far as there are any; `text_mask` (T, L) and, with images, `patch_mask` (I, rows,
+            columns), bool.
+        """
+        batch = self.collator(rows)
+        inputs = {name: batch[name] for name in (*_MODEL_INPUTS, "row_keys") if name in batch}
+        fused_index = batch.get("fused_index", torch.full_like(batch["image_index"], -1))
+        is_fused = fused_index >= 0
+        inputs["image_index"] = torch.where(is_fused, fused_index, batch["image_index"])
+        inputs["box_index"] = batch["box_index"].masked_fill(is_fused, -1)
+        if "hard_negative_mask" in batch:
+            for name in ("image_index", "box_index"):
+                inputs[name] = inputs[name].masked_fill(batch["hard_negative_mask"], -1)
+
+        generators = [_generator(row.get("draw_seed")) for row in rows]
+        maskable = maskable_tokens(
+            inputs["input_ids"], inputs["attention_mask"], inputs["image_index"], self.text_config
+        )
+        maskable &= ~torch.isin(inputs["input_ids"], self._special_ids)  # (T, L)
+        masks = [
+            _draw(row, self.options.text_mask_ratio, generators[number])
+            for row, number in zip(maskable, batch["row_index"].tolist(), strict=True)
+        ]
+        inputs["text_mask"] = torch.stack(masks)
+        if "pixel_values" in batch:
+            sides = zip(batch["pixel_values"].shape[2:], self.patch_size, strict=True)
+            every_patch = torch.ones([size // patch_size for size, patch_size in sides], dtype=torch.bool)
+            row_of_image = [number for number, row in enumerate(rows) for _ in self.collator.pictures_of(row)]
+            inputs["patch_mask"] = torch.stack(
+                [_draw(every_patch, self.options.patch_mask_ratio, generators[number]) for number in row_of_image]
+            )
+        return inputs
+
+    def count_tokens(self, row: Mapping[str, Any]) -> int:
+        """
+        Tokens that the language model gets for a row, at most: visual tokens before each text, and each image alone.
+
+        Args:
+            row: with a `draw_seed`; its images need not be loaded.
+        """
+        texts, _ = self.collator.draw_texts(row, [True] * len(row.get("boxes") or []))
+        pictures = self.collator.pictures_of(row)
+        count = self.processor.num_visual_tokens * (len(pictures) + len(texts) * bool(pictures))
+        return count + (int(self.collator.tokenize(texts)["attention_mask"].sum()) if texts else 0)
+
+
+def maskable_tokens(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, image_index: torch.Tensor, text_config
+) -> torch.Tensor:
+    """
+    Which tokens can be predicted from one before them.
+
+    Args:
+        input_ids, attention_mask: (T, L).
+        image_index: (T,) long, -1 for texts before which no image stands.
+        text_config: of the language model, which knows [BOS].
+
+    Returns:
+        (T, L) bool.
+    """
+    is_token = attention_mask.bool()
+    is_first = is_token & (is_token.cumsum(-1) == 1)
+    is_bos = is_first_token(input_ids, attention_mask, text_config.bos_token_id)
+    return is_token & ~is_bos & ~(is_first & (image_index < 0)[:, None])
+
+
+def _generator(seed: int | None) -> torch.Generator | None:
+    """Another one than the collator makes of the same seed."""
+    return None if seed is None else torch.Generator().manual_seed(hash_numbers(seed, 1))
+
+
+def _draw(candidates: torch.Tensor, share: float, generator: torch.Generator | None) -> torch.Tensor:
+    """A share of what is True in `candidates`, a bool of any shape; at least one, unless it is nothing of nothing."""
+    places = candidates.flatten().nonzero()[:, 0]
+    count = max(1, round(share * len(places))) if share else 0
+    chosen = places[torch.randperm(len(places), generator=generator)[:count]]
+    return torch.zeros_like(candidates).flatten().index_fill(0, chosen, True).view_as(candidates)
