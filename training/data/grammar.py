@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmgem.training.data.scenes import (
     COLORS,
@@ -191,6 +191,27 @@ def write_hard_negatives(scene: Scene) -> list[str]:
         changed = replace(item, **{attribute: _other_value(scene, item, attribute, rng)})
         captions.append(rng.choice(_STYLES)(_exchange(scene.objects, item, changed), rng))
     return captions
+
+
+def write_instructions(scene: Scene) -> list[dict[str, Any]]:
+    """For each object, in order, words that mean no other, by its place, color or shape: "the red object".
+
+    Returns:
+        `{"text": ..., "box": ...}` each, with the number of the object.
+    """
+    instructions = []
+    for number, item in enumerate(scene.objects):
+        rng = scene.random(f"instruction {item.place}")
+        kinds = [
+            kind
+            for kind in ("place", "color", "shape")
+            if sum(getattr(other, kind) == getattr(item, kind) for other in scene.objects) == 1
+        ]
+        kind = rng.choice(kinds)  # there is one: no two objects have the same place
+        words = _say(kind, getattr(item, kind), rng)
+        text = {"place": f"the object {words}", "color": f"the {words} object", "shape": f"the {words}"}[kind]
+        instructions.append({"text": text, "box": number})
+    return instructions
 
 
 class Edit(NamedTuple):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from mmgem.processing.image_loading import load_image
-from mmgem.training.data.rows import CAPTION_COLUMNS, check_columns, map_columns
+from mmgem.training.data.rows import CAPTION_COLUMNS, check_columns, edited_file_of, map_columns
 
 METADATA_NAME = "metadata.jsonl"
 METADATA_NAMES = (METADATA_NAME, "metadata.csv")
@@ -33,7 +33,8 @@ class ImageFolderDataset(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         fields = self.rows[row]
-        return {"image": load_image(self.folder / fields["file_name"], fields["file_name"]), **fields}
+        files = {"image": fields["file_name"], "edited_image": fields.get("edited_image")}
+        return fields | {name: load_image(self.folder / file, file) for name, file in files.items() if file}
 
 
 def read_image_folder(path: str | Path, columns: Mapping[str, str | None] | None = None) -> ImageFolderDataset:
@@ -48,10 +49,12 @@ def read_image_folder(path: str | Path, columns: Mapping[str, str | None] | None
         columns: For a column of ours the name it has in the metadata.
 
     Returns:
-        Rows with `image` (PIL, RGB, upright), the fields of the line, and `captions` in any case.
+        Rows with `image` (PIL, RGB, upright), the fields of the line, and `captions` in any case. Beside an `edit`,
+        `edited_image` is the image of its `file_name`, or None.
 
     Raises:
-        FileNotFoundError: If the folder, its metadata, or an image that is named there is not there.
+        FileNotFoundError: If the folder, its metadata, or an image that is named there, an edited one included, is not
+            there.
         ValueError: If `path` is no folder, has no images, or a line of the metadata cannot be used.
     """
     metadata = find_metadata(path)
@@ -62,7 +65,7 @@ def read_image_folder(path: str | Path, columns: Mapping[str, str | None] | None
     for where, fields in lines:
         if isinstance(fields, str):
             raise ValueError(fields)
-        rows.append(_check_fields(map_columns(fields, columns or {}, where), metadata.parent, where))
+        rows.append(_check_fields(fields, columns or {}, metadata.parent, where))
     return ImageFolderDataset(metadata.parent, rows)
 
 
@@ -151,18 +154,26 @@ def _read_cell(cell: str) -> Any:
     return cell
 
 
-def _check_fields(fields: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+def _check_fields(
+    fields: dict[str, Any], columns: Mapping[str, str | None], folder: Path, where: str
+) -> dict[str, Any]:
+    fields = map_columns(fields, columns, where)
     if isinstance(fields.get("image"), str):
         fields["file_name"] = fields.pop("image")
     if not isinstance(fields.get("file_name"), str):
         raise ValueError(f"{where} must be a JSON object with a `file_name`, got {fields!r:.80}")
-    if not (folder / fields["file_name"]).is_file():
-        raise FileNotFoundError(f"{where} names {fields['file_name']}, which is not in {folder}")
+    if fields.get("edit") is not None and not isinstance(fields["edit"], dict):
+        raise ValueError(f"{where} must have `edit`, an object with an `instruction`; got {fields['edit']!r:.80}")
+    if "edit" in fields and "edited_image" not in {*fields, *columns}:
+        fields["edited_image"] = edited_file_of(fields)
+    for file in (fields["file_name"], fields.get("edited_image")):
+        if file is not None and not (folder / str(file)).is_file():
+            raise FileNotFoundError(f"{where} names {file}, which is not in {folder}")
     captions = next((fields[column] for column in CAPTION_COLUMNS if fields.get(column)), None)
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{where} must have `captions`, a list of strings, or `text`, a string; got {captions!r:.80}")
     fields = {column: value for column, value in fields.items() if column not in CAPTION_COLUMNS}
-    if isinstance(fields.get("edit"), dict) and fields["edit"].get("instruction") is None:
+    if fields.get("edit") and fields["edit"].get("instruction") is None:
         fields["edit"] = None  # see `write_scene_folder`
     return {**fields, "captions": captions}

@@ -1,6 +1,6 @@
 """What a row of training data may hold. Sources and collator ask here, so that they agree on what can be trained."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
@@ -10,7 +10,8 @@ COLUMNS = (
     *IMAGE_COLUMNS,
     *CAPTION_COLUMNS,
     *ID_COLUMNS,
-    *("long_caption", "boxes", "region_captions", "label", "qa", "hard_negatives", "edit"),
+    *("long_caption", "boxes", "region_captions", "label", "qa", "hard_negatives"),
+    *("edit", "edited_image", "instructions"),
 )
 
 
@@ -25,6 +26,20 @@ def images_of(row: Mapping[str, Any]) -> list:
     if row.get("images"):
         return list(row["images"])
     return [] if row.get("image") is None else [row["image"]]
+
+
+def edit_of(row: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The instruction that a row's `edit` holds, and the image that comes of it; None without either."""
+    edit = row.get("edit")
+    if not edit or edit.get("instruction") is None or row.get("edited_image") is None:
+        return None
+    return edit["instruction"], row["edited_image"]
+
+
+def edited_file_of(row: Mapping[str, Any]) -> str | None:
+    """The file that a row's `edit` names, of the image that comes of it; None without an edit."""
+    edit = row.get("edit")
+    return None if not edit or edit.get("instruction") is None else edit.get("file_name")
 
 
 def row_name(row: Mapping[str, Any], number: int) -> str:
@@ -42,7 +57,8 @@ def check_row(row: Mapping[str, Any], name: str) -> None:
 
     Raises:
         ValueError: if there is neither image nor text; a text is empty or no text; boxes are without their image or
-            their captions.
+            their captions; an instruction names no box; an edited image has no instruction, or not one image that it
+            came of.
     """
     captions = [column for column in CAPTION_COLUMNS if row.get(column) is not None]
     if captions:
@@ -68,6 +84,35 @@ def check_row(row: Mapping[str, Any], name: str) -> None:
         )
     if boxes and len(images_of(row)) != 1:
         raise ValueError(f"{name} has `boxes` and {len(images_of(row))} images; expected the one they lie in.")
+    _check_instructions(row.get("instructions") or [], len(boxes), name)
+    _check_edit(row, name)
+
+
+def _check_instructions(instructions: Sequence, num_boxes: int, name: str) -> None:
+    for one in instructions:
+        box = one.get("box") if isinstance(one, Mapping) else None
+        if not isinstance(box, int) or isinstance(box, bool) or not 0 <= box < num_boxes:
+            raise ValueError(
+                f"{name} has {one!r:.80} in `instructions` and {num_boxes} `boxes`; expected a `text` and the number "
+                "of the `box` it names."
+            )
+        _check_texts([one.get("text")], f"{name} has `instructions`")
+
+
+def _check_edit(row: Mapping[str, Any], name: str) -> None:
+    edit = row.get("edit")
+    if edit and not isinstance(edit, Mapping):
+        raise ValueError(f"{name} has `edit` {edit!r:.80}; expected a mapping with an `instruction`.")
+    if edit and edit.get("instruction") is not None:
+        _check_texts([edit["instruction"]], f"{name} has `edit` with an `instruction`")
+    if row.get("edited_image") is None:
+        return
+    if edit_of(row) is None:
+        raise ValueError(f"{name} has an `edited_image`; expected an `edit` with the `instruction` that it came of.")
+    if len(images_of(row)) != 1:
+        raise ValueError(
+            f"{name} has an `edited_image` and {len(images_of(row))} images; expected the one that it came of."
+        )
 
 
 def _check_texts(texts: object, found: str) -> None:

@@ -13,6 +13,7 @@ from mmgem.training.data.grammar import (
     write_captions,
     write_edit,
     write_hard_negatives,
+    write_instructions,
     write_long_caption,
     write_qa,
     write_region_captions,
@@ -22,6 +23,7 @@ from mmgem.training.data.scenes import MIN_IMAGE_SIZE, Scene, draw_scene, make_s
 
 if TYPE_CHECKING:
     import datasets
+    from PIL import Image
 
 
 def image_name(scene: Scene) -> str:
@@ -39,6 +41,11 @@ def _edit_field(scene: Scene) -> dict[str, str] | None:
     return None if edit is None else {"instruction": edit.instruction, "file_name": twin_name(scene)}
 
 
+def _draw_twin(scene: Scene, image_size: int) -> "Image.Image | None":
+    edit = write_edit(scene)
+    return None if edit is None else draw_scene(edit.twin, image_size)
+
+
 _COLUMNS: dict[str, Callable[[Scene, int], Any]] = {
     "image": draw_scene,
     "file_name": lambda scene, size: image_name(scene),
@@ -51,6 +58,8 @@ _COLUMNS: dict[str, Callable[[Scene, int], Any]] = {
     "qa": lambda scene, size: write_qa(scene),
     "hard_negatives": lambda scene, size: write_hard_negatives(scene),
     "edit": lambda scene, size: _edit_field(scene),
+    "edited_image": _draw_twin,
+    "instructions": lambda scene, size: write_instructions(scene),
 }
 COLUMNS = tuple(_COLUMNS)
 _BLOCK = 256  # rows of a `datasets` shard
@@ -72,6 +81,8 @@ class SceneDataset(Dataset):
     | `qa` | `[{"question": ..., "answer": ...}, ...]` |
     | `hard_negatives` | captions with exactly one attribute wrong |
     | `edit` | `{"instruction": ..., "file_name": ...}`, naming the picture of the twin; or None |
+    | `edited_image` | the picture of the twin, as `image`; or None |
+    | `instructions` | for each box `{"text": ..., "box": ...}`: words that mean the object in it and no other |
 
     Args:
         seed: Which sequence of scenes. Different seeds for training and evaluation.
@@ -153,6 +164,8 @@ def scene_features(columns: Sequence[str] = COLUMNS) -> "datasets.Features":
         "qa": List({"question": text, "answer": text}),
         "hard_negatives": List(text),
         "edit": {"instruction": text, "file_name": text},
+        "edited_image": Image(),
+        "instructions": List({"text": text, "box": Value("int64")}),
     }
     return Features({column: features[column] for column in columns})
 
@@ -223,9 +236,9 @@ def write_scene_folder(out: str | Path, seed: int, count: int, image_size: int =
         for row in tqdm(range(count), desc=f"scenes to {out}", unit="scene"):
             fields = scenes[row]
             fields.pop("image").save(partial / fields["file_name"])
-            edit = write_edit(scenes.scene(row))
-            if edit is not None:
-                draw_scene(edit.twin, image_size).save(partial / fields["edit"]["file_name"])
+            twin = fields.pop("edited_image")
+            if twin is not None:
+                twin.save(partial / fields["edit"]["file_name"])
             else:
                 # imagefolder fails on a plain null where other rows have an object with a `file_name`.
                 fields["edit"] = {"instruction": None, "file_name": None}

@@ -18,6 +18,7 @@ from mmgem.training.data.rows import (
     captions_of,
     check_columns,
     check_row,
+    edited_file_of,
     images_of,
     map_columns,
 )
@@ -49,8 +50,8 @@ class Source(Dataset):
     Rows of one kind of data, any of which can be read at any time; each is read and checked when it is asked for.
 
     A row has the columns of [`MMGEMCollator`], and no others: captions always as a list in `captions`, images as PIL
-    images, RGB and upright, in `image` (or `images`). An image may be stored as whatever `load_image` takes, as
-    `{"bytes", "path"}`, or only as the path in `file_name`.
+    images, RGB and upright, in `image` (or `images`) and `edited_image`. An image may be stored as whatever
+    `load_image` takes, as `{"bytes", "path"}`, or only as the path in `file_name`.
 
     Args:
         name: what logs call it.
@@ -119,6 +120,8 @@ class Source(Dataset):
             row["images"] = images
         elif images:
             row["image"] = images[0]
+        if "edited_image" in row:
+            row["edited_image"] = self._load_image(row["edited_image"], index)
         return row
 
     def folder_of(self, index: int) -> Path:
@@ -164,6 +167,7 @@ class DatasetSource(Source):
 class FolderSource(Source):
     """
     An image folder, as for [`read_image_folder`], of which single lines may be wrong; they are when they are read.
+    A row with an `edit` has the image of its `file_name` as `edited_image`, unless `columns` says there is none.
 
     Args:
         path: the folder.
@@ -190,6 +194,12 @@ class FolderSource(Source):
         if isinstance(fields, str):
             raise ValueError(fields)
         return fields
+
+    def texts(self, index: int) -> dict[str, Any]:
+        row = super().texts(index)
+        if "edited_image" not in {*row, *self.columns} and (file := edited_file_of(row)) is not None:
+            row["edited_image"] = file
+        return row
 
 
 def check_section(section: object, where: str) -> None:

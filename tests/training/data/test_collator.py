@@ -1,6 +1,7 @@
 import pytest
 import torch
 from PIL import Image
+from tiny_models import build_model
 from transformers import CLIPImageProcessorPil
 
 from mmgem.processing.processing_mmgem import MMGEMProcessor
@@ -14,6 +15,8 @@ ROW = {
     "label": "star",
     "qa": [{"question": "what color?", "answer": "red"}],
 }
+
+BOXED = {"image": "here", "caption": "a", "boxes": [[0, 0, 4, 4]], "region_captions": ["b"]}
 
 
 @pytest.fixture
@@ -169,16 +172,26 @@ def test_keys_are_passed_on_for_the_log(tiny_processor, image):
     assert "row_keys" not in MMGEMCollator(tiny_processor)([*rows, {"image": image, "caption": "y"}])
 
 
-def test_tokens_are_counted_as_the_model_gets_them(tiny_processor, image):
-    collator = MMGEMCollator(tiny_processor, hard_negatives_per_image=1, label_template="a {label}")
+def test_tokens_are_counted_as_the_model_gets_them(tiny_processor, image, monkeypatch):
+    model, read = build_model(num_embedding_tokens=3), []
+    run_packed = model._run_packed
+
+    def counting(inputs_embeds, lengths, bidirectional):
+        read.append(int(lengths.sum()))
+        return run_packed(inputs_embeds, lengths, bidirectional)
+
+    monkeypatch.setattr(model, "_run_packed", counting)
+    options = {"hard_negatives_per_image": 1, "edits_per_image": 1, "instructed_regions_per_image": 2}
+    options |= {"memory_captions_per_image": 1, "memory_questions_per_image": 1, "match_captions_per_image": 1}
+    collator = MMGEMCollator(tiny_processor, num_embedding_tokens=3, label_template="a {label}", **options)
+    row = ROW | {"image": image, "hard_negatives": ["a blue star"], "edit": {"instruction": "make it blue"}}
+    row |= {"edited_image": image, "instructions": [{"text": "the one at the top", "box": 0}]}
     for seed in range(5):
-        row = ROW | {"image": image, "draw_seed": seed, "hard_negatives": ["a blue star"]}
-        batch = collator([row])
-        written = (batch["labels"] != -100).any(-1)
-        lengths = batch["attention_mask"].sum(-1)
-        visual_tokens = tiny_processor.num_visual_tokens * written.sum()
-        expected = (lengths * written).sum() + (lengths * batch["contrastive_mask"]).sum() + visual_tokens
-        assert collator.count_tokens(row) == expected
+        read.clear()
+        batch = collator([row | {"draw_seed": seed}])
+        model(**batch)
+        ends = (batch["labels"] != -100).any(-1).sum()  # an end token behind each text that is written
+        assert collator.count_tokens(row | {"draw_seed": seed}) == sum(read) - ends
     ids = tiny_processor.tokenizer("only words")["input_ids"]
     assert collator.count_tokens({"text": "only words", "draw_seed": 0}) == len(ids)
     with pytest.raises(ValueError, match="expected a `draw_seed`"):
@@ -197,6 +210,21 @@ def test_tokens_are_counted_as_the_model_gets_them(tiny_processor, image):
         ({"image": "here", "caption": "a", "qa": [{"question": "who?"}]}, "expected a `question` and an `answer`"),
         ({"image": "here", "caption": "a star", "boxes": [[0, 0, 4, 4]]}, "1 `boxes` and 0 `region_captions`"),
         ({"caption": "a", "boxes": [[0, 0, 4, 4]], "region_captions": ["b"]}, "`boxes` and 0 images"),
+        (BOXED | {"instructions": [{"text": "b", "box": 1}]}, "'box': 1} in `instructions` and 1 `boxes`; expected"),
+        (BOXED | {"instructions": [{"text": "b", "box": -1}]}, "'box': -1} in `instructions` and 1 `boxes`"),
+        (BOXED | {"instructions": ["b"]}, "row 0 has 'b' in `instructions`"),
+        (BOXED | {"instructions": [{"text": " ", "box": 0}]}, "row 0 has `instructions` .*expected text"),
+        ({"image": "here", "caption": "a", "edit": "make it blue"}, "`edit` 'make it blue'; expected a mapping"),
+        (
+            {"image": "here", "caption": "a", "edit": {"instruction": ""}},
+            "`edit` with an `instruction` .*expected text",
+        ),
+        ({"image": "here", "caption": "a", "edited_image": "there"}, "an `edited_image`; expected an `edit`"),
+        ({"caption": "a", "edit": {"instruction": "b"}, "edited_image": "c"}, "an `edited_image` and 0 images"),
+        (
+            {"images": ["a", "b"], "caption": "a", "edit": {"instruction": "b"}, "edited_image": "c"},
+            "an `edited_image` and 2 images",
+        ),
     ],
 )
 def test_rows_that_cannot_be_trained_are_named(tiny_processor, image, row, message):

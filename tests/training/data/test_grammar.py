@@ -1,6 +1,7 @@
 """What is said about scenes is true, complete and varied, and reading it gives the objects back."""
 
 import re
+from collections import Counter
 
 import pytest
 
@@ -12,6 +13,7 @@ from mmgem.training.data.grammar import (
     write_captions,
     write_edit,
     write_hard_negatives,
+    write_instructions,
     write_long_caption,
     write_qa,
     write_region_captions,
@@ -59,6 +61,7 @@ def test_texts_repeat():
         write_region_captions,
         write_qa,
         write_hard_negatives,
+        write_instructions,
         write_edit,
     ):
         assert write(SCENES[0]) == write(make_scene(21, 0))
@@ -141,6 +144,28 @@ def _matching(scene, question):
         if said:
             found = [item for item in found if getattr(item, name) == said[0]]
     return found
+
+
+def test_instructions_mean_one_object_and_no_other():
+    kinds = Counter()
+    for scene in SCENES:
+        instructions = write_instructions(scene)
+        assert [one["box"] for one in instructions] == list(range(len(scene.objects)))
+        for item, one in zip(scene.objects, instructions, strict=True):
+            words = one["text"].removeprefix("the ")
+            if words.startswith("object "):
+                # Read as a caption of an object that stands there.
+                (read,) = parse_caption("a red star " + words.removeprefix("object "))
+                kind, meant = "place", [other for other in scene.objects if other.place == read.place]
+            elif words.endswith(" object"):
+                look = parse_region_caption(words.replace("object", "star"))
+                kind, meant = "color", [other for other in scene.objects if other.color == look.color]
+            else:
+                look = parse_region_caption(f"red {words}")
+                kind, meant = "shape", [other for other in scene.objects if other.shape == look.shape]
+            assert meant == [item]
+            kinds[kind] += 1
+    assert min(kinds[kind] for kind in ("place", "color", "shape")) > 200
 
 
 def test_edits_do_what_they_say():

@@ -27,6 +27,25 @@ def test_text_stands_for_captions_and_other_fields_stay(tmp_path):
     assert rows[1]["captions"] == ["a cat", "ein Käfer"]
 
 
+def test_the_edited_image_is_the_file_that_the_edit_names(tmp_path):
+    Image.new("RGB", (8, 5)).save(tmp_path / "b.png")
+    line = {"file_name": "a.png", "text": "a cat"}
+    _write(
+        tmp_path,
+        json.dumps(line | {"edit": {"instruction": "turn it", "file_name": "b.png"}}),
+        json.dumps(line | {"edit": {"instruction": None, "file_name": None}}),
+        json.dumps(line | {"edit": {"instruction": "turn it"}, "edited_image": "b.png"}),
+        json.dumps(line | {"edit": {"instruction": "turn it"}}),
+        json.dumps(line),
+    )
+    rows = list(read_image_folder(tmp_path))
+    sizes = [row["edited_image"] and row["edited_image"].size for row in rows[:4]]
+    assert sizes == [(8, 5), None, (8, 5), None] and "edited_image" not in rows[4]
+    assert [row["edit"] is None for row in rows[:4]] == [False, True, False, False]
+    without = read_image_folder(tmp_path, columns={"edited_image": None})
+    assert not any("edited_image" in row for row in without)
+
+
 def test_missing_folder_file_images_and_metadata(tmp_path):
     with pytest.raises(FileNotFoundError, match="path must be an image folder, but there is nothing at .*nowhere"):
         read_image_folder(tmp_path / "nowhere")
@@ -47,6 +66,16 @@ def test_missing_folder_file_images_and_metadata(tmp_path):
         ('{"text": "a"}', ValueError, "line 2 of .* must be a JSON object with a `file_name`"),
         ('{"file_name": "b.png", "text": "a"}', FileNotFoundError, "line 2 of .* names b.png, which is not in"),
         ('{"file_name": "a.png"}', ValueError, "line 2 of .* must have `captions`"),
+        (
+            '{"file_name": "a.png", "text": "a", "edit": "flip"}',
+            ValueError,
+            "line 2 of .* must have `edit`, an object",
+        ),
+        (
+            '{"file_name": "a.png", "text": "a", "edit": {"instruction": "flip", "file_name": "b.png"}}',
+            FileNotFoundError,
+            "line 2 of .* names b.png, which is not in",
+        ),
         ('{"file_name": "a.png", "captions": [1]}', ValueError, "line 2 of .* must have `captions`"),
     ],
 )

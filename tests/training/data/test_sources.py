@@ -82,6 +82,27 @@ def test_missing_columns_are_named_with_those_there_are(tmp_path, columns, messa
             load_rows({"folder": folder, "columns": columns})
 
 
+def test_edited_images_are_read_with_their_rows(tmp_path):
+    edit = {"instruction": "turn it", "file_name": "b.png"}
+    line = {"file_name": "a.png", "text": "a cat", "edit": edit, "instructions": [{"text": "it", "box": 0}]}
+    line |= {"boxes": [[0, 0, 4, 4]], "region_captions": ["a cat"]}
+    folder = write_folder(tmp_path, line, {"file_name": "a.png", "text": "a dog", "edit": {"instruction": None}})
+    tmp_path.joinpath("b.png").write_bytes(png("blue"))
+    source = open_source({"folder": folder})
+    assert source.texts(0)["edited_image"] == "b.png"
+    assert source[0]["edited_image"].getpixel((0, 0)) == (0, 0, 255) and source[0]["instructions"]
+    assert "edited_image" not in source[1]
+    assert "edited_image" not in open_source({"folder": folder, "columns": {"edited_image": None}})[0]
+    tmp_path.joinpath("b.png").unlink()
+    with pytest.raises(FileNotFoundError, match="image of row '.*:line 1'.*b.png.* is not there"):
+        source[0]
+
+    row = {"image": png("red"), "text": "a", "edit": edit, "after": {"bytes": png("blue"), "path": None}}
+    source = DatasetSource([row], columns={"edited_image": "after"})
+    assert source[0]["edited_image"].getpixel((0, 0)) == (0, 0, 255)
+    assert "edited_image" not in DatasetSource([row])[0]
+
+
 def test_images_alone_and_texts_alone(tmp_path):
     line = {"file_name": "a.png", "words": "a cat"}
     folder = write_folder(tmp_path, line)

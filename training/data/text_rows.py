@@ -1,0 +1,237 @@
+"""The texts of a batch: what is drawn from each row, and what the model learns of every text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from mmgem.training.data.rows import captions_of, edit_of, images_of
+
+WHOLE_IMAGE = -1
+NONE = -1
+
+
+@dataclass
+class TextRow:
+    """
+    One text of a batch.
+
+    Args:
+        image_index: the image it describes, is to find, or is about; -1 for none.
+        text: what is embedded and generated.
+        prompt: what stands before it and is neither embedded nor generated; only without `is_embedded`.
+        box_index: the box of that image it describes, or -1 for the whole image.
+        is_generated: whether the model learns to write it.
+        is_embedded: whether the model learns to find its image by it, and it by its image.
+        is_hard_negative: whether it is wrong on purpose, so that the image has to be told from it.
+        fused_index: the image it is embedded with, or -1 for none.
+        target_row: the text that it is to find instead of an image, or -1 for none.
+        memory_row: the text from whose [EMB] vectors it is generated instead of from an image, or -1 for none.
+    """
+
+    image_index: int
+    text: str
+    prompt: str = ""
+    box_index: int = WHOLE_IMAGE
+    is_generated: bool = True
+    is_embedded: bool = True
+    is_hard_negative: bool = False
+    fused_index: int = NONE
+    target_row: int = NONE
+    memory_row: int = NONE
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class TextDrawing:
+    """
+    How many texts of which kind are drawn from a row. A row that lacks what one asks for has none of it.
+
+    Args:
+        captions_per_image: captions drawn for each image; each is embedded and generated.
+        regions_per_image: boxes drawn for each image; their captions are embedded and generated.
+        questions_per_image: questions drawn for each image; the answers are generated.
+        long_caption_probability: share of the images whose long caption is embedded.
+        label_template: text to embed for a `label`, such as "a photo of a {label}"; None to leave labels out.
+        hard_negatives_per_image: hard negatives drawn for each image.
+        edits_per_image: edits drawn for each image, of which a row has at most one. Embedded with the image, the
+            instruction is to find the edited image (composed retrieval).
+        instructed_regions_per_image: instructions drawn for each image. Embedded with the image, each is to find the
+            box it names, which has at least one other box of the image beside it, where there is one (ABC,
+            https://arxiv.org/abs/2503.00329).
+        memory_captions_per_image: captions drawn for each image; each is generated from the [EMB] vectors of the
+            image alone, its memory (the compress stage of CoMa, https://arxiv.org/abs/2511.08480).
+        memory_questions_per_image: questions drawn for each image; the answers are generated from its memory.
+        match_captions_per_image: captions drawn for each image; each is to find the image as the language model
+            embeds it, by the [EMB] vectors that also are its memory (the match stage of CoMa).
+        prompts: instructions by name, those of the model's configuration; "edit" stands before the instructions of
+            edits, "object" before those that name a box.
+
+    Raises:
+        ValueError: for a number below 0, or a probability above 1.
+    """
+
+    captions_per_image: int = 1
+    regions_per_image: int = 2
+    questions_per_image: int = 1
+    long_caption_probability: float = 0.25
+    label_template: str | None = None
+    hard_negatives_per_image: int = 0
+    edits_per_image: int = 0
+    instructed_regions_per_image: int = 0
+    memory_captions_per_image: int = 0
+    memory_questions_per_image: int = 0
+    match_captions_per_image: int = 0
+    prompts: Mapping[str, str] | None = None
+
+    def __post_init__(self):
+        for name in (field.name for field in fields(TextDrawing) if field.name.endswith("_per_image")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 or more.")
+        if not 0 <= self.long_caption_probability <= 1:
+            raise ValueError(
+                f"`long_caption_probability` is {self.long_caption_probability}; expected a number from 0 to 1."
+            )
+
+    @property
+    def uses_boxes(self) -> bool:
+        """Whether boxes are drawn from rows."""
+        return self.regions_per_image > 0 or self.instructed_regions_per_image > 0
+
+    @property
+    def uses_target_rows(self) -> bool:
+        """Whether texts are to find other texts."""
+        return self.match_captions_per_image > 0
+
+    @property
+    def uses_memory_rows(self) -> bool:
+        """Whether texts are generated from the memory of images."""
+        return self.memory_captions_per_image > 0 or self.memory_questions_per_image > 0
+
+    @property
+    def uses_fused_images(self) -> bool:
+        """Whether texts, empty ones included, are embedded with images."""
+        is_query = self.edits_per_image > 0 or self.instructed_regions_per_image > 0
+        return is_query or self.uses_target_rows or self.uses_memory_rows
+
+    def pictures_of(self, row: Mapping[str, Any]) -> list:
+        """The images that a row brings into a batch: its own, and behind them the edited one if its edit is drawn."""
+        edit = edit_of(row) if self.edits_per_image else None
+        return images_of(row) if edit is None else [*images_of(row), edit[1]]
+
+    def draw_texts(
+        self, row: Mapping[str, Any], in_view: Sequence[bool], first_image: int = 0, first_text: int = 0
+    ) -> tuple[list[TextRow], list[int]]:
+        """
+        Draw from a row: by its `draw_seed`, or else with torch's generator.
+
+        Args:
+            row: its columns.
+            in_view: for each of its boxes, whether the model sees it.
+            first_image, first_text: number that its first image, and its first text, have in the batch.
+
+        Returns:
+            The texts, and the numbers of the boxes to find, in the order that `box_index` gives.
+        """
+        draw = _RowDraw(self, row, first_image, first_text)
+        draw.descriptions()
+        draw.regions(in_view)
+        if draw.images:
+            draw.hard_negatives()
+            draw.instructed_regions(in_view)
+            draw.edit()
+            draw.from_memory()
+        return draw.texts, draw.boxes
+
+
+class _RowDraw:
+    """The draws from one row; what is drawn first does not depend on what is drawn after it."""
+
+    def __init__(self, options: TextDrawing, row: Mapping[str, Any], first_image: int, first_text: int):
+        self.options, self.row, self.prompts = options, row, options.prompts or {}
+        self.images = range(first_image, first_image + len(images_of(row)))
+        self.first_text = first_text
+        seed = row.get("draw_seed")
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.texts: list[TextRow] = []
+        self.boxes: list[int] = []
+
+    def descriptions(self):
+        """Captions, the long one, the label, questions; each of one of the row's images."""
+        options, row, has_image = self.options, self.row, len(self.images) > 0
+        for caption in self._some(captions_of(row), options.captions_per_image):
+            self._add(self._image(), caption, is_embedded=has_image)
+        if has_image and row.get("long_caption"):
+            if float(torch.rand((), generator=self.generator)) < options.long_caption_probability:
+                self._add(self._image(), row["long_caption"], is_generated=False)
+        if has_image and options.label_template is not None and row.get("label") is not None:
+            self._add(self._image(), options.label_template.format(label=row["label"]), is_generated=False)
+        for turn in self._some(row.get("qa") or [], options.questions_per_image):
+            self._add(self._image(), " " + turn["answer"], prompt=turn["question"], is_embedded=False)
+
+    def regions(self, in_view: Sequence[bool]):
+        self.box_order = [box for box in self._some(range(len(in_view)), len(in_view)) if in_view[box]]
+        for box in self.box_order[: self.options.regions_per_image]:
+            self._add(self.images[0], self.row["region_captions"][box], box_index=self._place_of(box))
+
+    def hard_negatives(self):
+        for text in self._some(self.row.get("hard_negatives") or [], self.options.hard_negatives_per_image):
+            self._add(self._image(), text, is_generated=False, is_hard_negative=True)
+
+    def instructed_regions(self, in_view: Sequence[bool]):
+        instructions = [one for one in self.row.get("instructions") or [] if in_view[one["box"]]]
+        drawn = self._some(instructions, self.options.instructed_regions_per_image)
+        for one in drawn:
+            image, text = self.images[0], self.prompts.get("object", "") + one["text"]
+            self._add(image, text, box_index=self._place_of(one["box"]), is_generated=False, fused_index=image)
+        if drawn:  # something of the same image has to be there that is not meant
+            self.boxes += [box for box in self.box_order if box not in self.boxes][:1]
+
+    def edit(self):
+        edit = edit_of(self.row)
+        if self.options.edits_per_image and edit is not None:
+            text = self.prompts.get("edit", "") + edit[0]
+            self._add(self.images.stop, text, is_generated=False, fused_index=self.images[0])
+
+    def from_memory(self):
+        """Captions and answers from the memory of images, and captions that are to find it."""
+        options, captions = self.options, captions_of(self.row)
+        memories: dict[int, int] = {}  # of each image, the text whose [EMB] vectors they are: an empty one
+
+        def memory_of(image: int) -> int:
+            if image not in memories:
+                memories[image] = self.first_text + len(self.texts)
+                self._add(image, "", is_generated=False, is_embedded=False, fused_index=image)
+            return memories[image]
+
+        for caption in self._some(captions, options.memory_captions_per_image):
+            image = self._image()
+            self._add(image, caption, is_embedded=False, memory_row=memory_of(image))
+        for turn in self._some(self.row.get("qa") or [], options.memory_questions_per_image):
+            image = self._image()
+            answer = " " + turn["answer"]
+            self._add(image, answer, prompt=turn["question"], is_embedded=False, memory_row=memory_of(image))
+        for caption in self._some(captions, options.match_captions_per_image):
+            image = self._image()
+            self._add(image, caption, is_generated=False, target_row=memory_of(image))
+
+    def _add(self, image_index: int, text: str, **uses):
+        self.texts.append(TextRow(image_index, text, **uses))
+
+    def _place_of(self, box: int) -> int:
+        """Its number among the boxes drawn, of which it becomes one."""
+        if box not in self.boxes:
+            self.boxes.append(box)
+        return self.boxes.index(box)
+
+    def _some(self, items: Sequence, count: int) -> list:
+        """`count` of the items, or all if there are fewer, in random order; nothing is drawn for a `count` of 0."""
+        if not count:
+            return []
+        return [items[i] for i in torch.randperm(len(items), generator=self.generator)[:count].tolist()]
+
+    def _image(self) -> int:
+        """One of the images of the row, or `NONE`."""
+        if len(self.images) < 2:
+            return self.images[0] if self.images else NONE
+        return self.images[int(torch.randint(len(self.images), (), generator=self.generator))]
