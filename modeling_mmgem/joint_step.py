@@ -1,5 +1,7 @@
 """The joint step: every loss of a batch from one pass of the vision tower and one, packed, of the language model."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,7 +18,22 @@ LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # 
 
 
 class JointStep:
-    """Meaning 4 of `MMGEMModel.forward`, as a part of that class."""
+    """Meaning 4 of `MMGEMModel.forward`, as a part of that class, which brings along what is named here."""
+
+    config: Any
+    embedding_tokens: torch.Tensor  # (k, H)
+    logit_bias: torch.Tensor | None
+    pool_aggregator: Any
+    token_projection: Any
+    get_input_embeddings: Any
+    get_output_embeddings: Any
+    _patch_grid: Any
+    _embed_visual_tokens: Any
+    _read_out: Any
+    _run_decoder: Any
+    _check_length: Any
+    _temperature: Any
+    _pair_output: Any
 
     def _joint_forward(
         self,
@@ -120,7 +137,7 @@ class JointStep:
         image_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(I, R, n, C) -> unit vectors (N, ...) and ids (N,) of the boxes that are no padding; row in them (I, R)."""
-        if box_tokens is None:
+        if box_tokens is None or boxes is None:
             return image_embeds[:0], image_ids[:0], None
         real = is_box(boxes)  # (I, R)
         region_embeds = F.normalize(self._embed_visual_tokens(box_tokens[real]).float(), dim=-1)  # (N, ...)
