@@ -234,15 +234,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: as [`MMGEMConfig`]; the model is then as it was.
         """
-        changes = {
-            "num_embedding_tokens": num_embedding_tokens,
-            "embedding_pooling": embedding_pooling,
-            "calibrated_modalities": None,  # for embeddings that there are no more
-        }
-        type(self.config)(**{**self.config.to_dict(), **changes})  # refuses what does not go together
-        for name, value in changes.items():
-            setattr(self.config, name, value)
-        self.calibrator = None
+        self._change_read_out(num_embedding_tokens=num_embedding_tokens, embedding_pooling=embedding_pooling)
         old = self.embedding_tokens  # (old k, H)
         count = min(len(old), num_embedding_tokens)
         further = old[count - 1] + 0.02 * torch.randn(num_embedding_tokens - count, old.shape[1]).to(old)
@@ -252,6 +244,27 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             self.image_vectors.to(old.device, old.dtype)
             for module in (*self.image_vectors.children(), self.image_vectors):
                 self._init_weights(module)
+
+    def set_embedding_prompt(self, prompt_ids: list[int] | None):
+        """
+        Read embeddings, of images too, as the last state of a prompt, from now on, without any training (E5-V,
+        https://arxiv.org/abs/2407.12580). They are no longer calibrated.
+
+        Args:
+            prompt_ids: of the prompt, without special tokens, such as "Summary of the above in one word:"; None to
+                read the [EMB] vector again.
+
+        Raises:
+            ValueError: for what is no token of the language model, and if there are several [EMB] vectors.
+        """
+        self._change_read_out(embedding_prompt_ids=prompt_ids)
+
+    def _change_read_out(self, **changes):
+        changes["calibrated_modalities"] = None  # for embeddings that there are no more
+        type(self.config)(**{**self.config.to_dict(), **changes})  # refuses what does not go together
+        for name, value in changes.items():
+            setattr(self.config, name, value)
+        self.calibrator = None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

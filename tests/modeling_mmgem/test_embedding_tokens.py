@@ -197,6 +197,21 @@ def test_images_are_read_by_the_same_prompt():
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_prompt_can_be_set_and_taken_back():
+    model = tiny(num_embedding_tokens=1)
+    before = model.get_text_features(IDS, MASK).pooler_output
+    model.set_embedding_prompt([20, 21, 22])
+    torch.testing.assert_close(
+        model.get_text_features(IDS, MASK).pooler_output, by_prompt().get_text_features(IDS, MASK).pooler_output
+    )
+    with pytest.raises(ValueError, match="`embedding_prompt_ids` is"):
+        model.set_embedding_prompt([300])
+    model.set_embedding_prompt(None)
+    torch.testing.assert_close(model.get_text_features(IDS, MASK).pooler_output, before)
+    with pytest.raises(ValueError, match="`embedding_prompt_ids` excludes"):
+        tiny(num_embedding_tokens=2).set_embedding_prompt([20])
+
+
 def test_a_prompt_is_saved_with_the_model(tmp_path):
     model = by_prompt()
     model.save_pretrained(tmp_path)
