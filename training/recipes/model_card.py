@@ -28,7 +28,8 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
         vision=model.config.vision_config.model_type,
         text=model.config.text_config.model_type,
         parameters=f"{model.num_parameters() / 1e6:.1f} million",
-        dimension=model.config.projection_dim,
+        embedding=_describe_embedding(model.config),
+        prompts=_describe_prompts(model.config.prompts),
         visual_tokens=model.config.num_visual_tokens,
         data=data,
         results="\n".join(f"| {measure} | {value:.3f} |" for measure, value in metrics.items()),
@@ -55,3 +56,20 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
         or None,
     )
     ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def _describe_embedding(config) -> str:
+    width, count = f"{config.projection_dim} dimensions", config.num_embedding_tokens
+    if config.embedding_pooling != "multi_vector":
+        return width
+    return (
+        f"{count} nested vectors of {width} (with sentence-transformers by `MultiVectorEncoder`; "
+        "`SentenceTransformer` gives the first of them)"
+    )
+
+
+def _describe_prompts(prompts: Mapping[str, str] | None) -> str:
+    if not prompts:
+        return ""
+    named = ", ".join(f'`{name}` ("{text.strip()}")' for name, text in prompts.items())
+    return f"\nPrompts by name, for `prompt_name` and `--prompt`: {named}."

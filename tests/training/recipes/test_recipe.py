@@ -71,7 +71,7 @@ def test_a_recipe_is_what_its_file_says(load, recipe):
     assert load() == recipe
 
 
-@pytest.mark.parametrize("name", ["mmgem-tiny", "mmgem-mini", "mm-gem"])
+@pytest.mark.parametrize("name", ["mmgem-tiny", "mmgem-mini", "mmgem-coma", "mm-gem"])
 def test_recipes_of_the_repository_are_valid(name):
     recipe = load_recipe(CARDS / name / "recipe.yaml")
     assert all(stage["training"]["learning_rate"] > 0 for stage in recipe["stages"])

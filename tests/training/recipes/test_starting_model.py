@@ -126,7 +126,7 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
         check_stages(recipe_with() | {"model": {"pretrained": str(tmp_path / "nowhere")}})
 
 
-@pytest.mark.parametrize("name", ["mmgem-tiny", "mmgem-mini"])
+@pytest.mark.parametrize("name", ["mmgem-tiny", "mmgem-mini", "mmgem-coma"])
 def test_stages_of_the_repository_fit_their_models(name, pytestconfig):
     check_stages(load_recipe(pytestconfig.rootpath / "model_cards" / name / "recipe.yaml"))
 
