@@ -1,10 +1,7 @@
 """The command line `mmgem`. Every command imports what it needs when it runs, so that `--help` answers at once."""
 
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +9,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
+from mmgem.training import cli_index
+from mmgem.training.cli_common import (
+    TINY,
+    AsJson,
+    BatchSize,
+    ImageFolder,
+    ModelArgument,
+    ModelOption,
+    answer,
+    load_model,
+    report_skipped,
+    table,
+    work,
+)
 
 # What a user can cause and mend, which takes a line; anything else is a defect and comes with its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
@@ -34,12 +44,6 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or a name on the Hub.")]
-ModelOption = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a name on the Hub.")]
-ImageFolder = Annotated[Path, typer.Argument(help="Folder of images, at any depth.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
 
 @app.callback()
 def main(traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False):
@@ -54,12 +58,12 @@ def demo(
     as_json: AsJson = False,
 ):
     """Draw a gallery; index, search, classify, caption and measure it; leave one HTML page."""
-    with _work():
+    with work():
         from mmgem.training.tools.demo import run_demo
 
-        page, figures = run_demo(out, *_load(model), count)
+        page, figures = run_demo(out, *load_model(model), count)
     result = {"page": str(page), "figures": figures}
-    _answer(result, as_json, [*_table(figures), "", f"The page is {page.resolve().as_uri()}"])
+    answer(result, as_json, [*table(figures), "", f"The page is {page.resolve().as_uri()}"])
 
 
 @app.command()
@@ -71,11 +75,11 @@ def scenes(
     as_json: AsJson = False,
 ):
     """Write drawn scenes with ground truth as an image folder."""
-    with _work():
+    with work():
         from mmgem.training.data.scene_dataset import write_scene_folder
 
         write_scene_folder(out, seed, count, image_size)
-    _answer({"folder": str(out), "count": count}, as_json, [f"{count} scenes in {out}"])
+    answer({"folder": str(out), "count": count}, as_json, [f"{count} scenes in {out}"])
 
 
 @app.command()
@@ -98,7 +102,7 @@ def train(
     if check:
         _check(recipe, out, stage, as_json)
         return
-    with _work():
+    with work():
         import torch.distributed as dist
 
         from mmgem.training.recipes.run import train as train_recipe
@@ -112,18 +116,18 @@ def train(
         for source, count in report.skipped.items()
     ]
     if os.environ.get("RANK", "0") == "0":  # one of the processes of a distributed run
-        _answer(result, as_json, [*_table(report.metrics), "", *skipped, f"The model is in {report.model}"])
+        answer(result, as_json, [*table(report.metrics), "", *skipped, f"The model is in {report.model}"])
 
 
 def _check(recipe: Path, out: Path, stage: str | None, as_json: bool) -> None:
     """The dry run, whose lines are said as soon as they are known."""
     stdout = sys.stdout
-    with _work():
+    with work():
         from mmgem.training.recipes.check import check_recipe
 
         checks = check_recipe(recipe, out, stage, lambda line: typer.echo(line, sys.stderr if as_json else stdout))
     result = [asdict(check) | {"images": check.images and str(check.images)} for check in checks]
-    _answer(result, as_json, ["", "Nothing was trained."])
+    answer(result, as_json, ["", "Nothing was trained."])
 
 
 @app.command()
@@ -134,12 +138,12 @@ def soup(
     as_json: AsJson = False,
 ):
     """Average the weights of checkpoints of one run, or of models fine-tuned from one, into a Hub folder."""
-    with _work():
+    with work():
         from mmgem.training.tools.soup import soup as average
 
         shares = average(folders, out, weights)
     lines = [f"{share:.3f}  {folder}" for folder, share in shares.items()]
-    _answer({"folder": str(out), "shares": shares}, as_json, [*lines, "", f"The average is {out}"])
+    answer({"folder": str(out), "shares": shares}, as_json, [*lines, "", f"The average is {out}"])
 
 
 @app.command()
@@ -150,53 +154,43 @@ def evaluate(
     as_json: AsJson = False,
 ):
     """Measure retrieval, classification and captions on an image folder."""
-    with _work():
+    with work():
         from mmgem.training.data.image_folder import read_image_folder
         from mmgem.training.evaluation import evaluate_model
 
         dataset = read_image_folder(data)
-        figures = evaluate_model(*_load(model), dataset, batch_size=batch_size)
-    _answer(figures, as_json, _table(figures))
+        figures = evaluate_model(*load_model(model), dataset, batch_size=batch_size)
+    answer(figures, as_json, table(figures))
 
 
 @app.command()
-def index(
-    folder: ImageFolder,
-    model: ModelOption,
-    out: Annotated[Path, typer.Option(help="Folder for the index.")],
-    batch_size: BatchSize = 32,
+def calibrate(
+    model: ModelArgument,
+    data: Annotated[Path, typer.Argument(help="Image folder with metadata.jsonl: a sample of what is searched.")],
+    out: Annotated[Path, typer.Option(help="New folder for the calibrated model.")],
+    batch_size: BatchSize = 64,
     as_json: AsJson = False,
 ):
-    """Embed every image below a folder into a search index; again, to bring it up to date."""
-    with _work():
-        from mmgem.training.tools.search_index import build_index
+    """Close the gap between image, text and fused embeddings, without training, for mixed corpora."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out is {str(out)!r}, which holds something; expected a new or empty folder")
+    with work():
+        from mmgem.processing.sentence_transformers_export import save_sentence_transformer
+        from mmgem.training.calibration import calibrate as fit
+        from mmgem.training.data.image_folder import read_image_folder
 
-        report = build_index(folder, *_load(model), out, batch_size=batch_size)
-    _report_skipped(report.skipped)
-    counts = {"images": report.images, "embedded": report.embedded}
-    result = {"index": str(out), **counts, "skipped": [file._asdict() for file in report.skipped]}
-    summary = f"{report.images} images in {out}, {report.embedded} of them new; {len(report.skipped)} files left out"
-    _answer(result, as_json, [summary])
+        dataset = read_image_folder(data)
+        loaded, processor = load_model(model)
+        report = fit(loaded, processor, dataset, batch_size)
+        save_sentence_transformer(loaded, processor, out)
+    lines = [f"{modality:6} mean of {count}" for modality, count in report.counts.items()]
+    gap = f"gap {report.gap_before:.4f} before, {report.gap_after:.4f} after"
+    answer({"folder": str(out), **report._asdict()}, as_json, [*lines, gap, "", f"The model is in {out}"])
 
 
-@app.command()
-def search(
-    index: Annotated[Path, typer.Argument(help="Folder that `mmgem index` wrote.")],
-    text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
-    image: Annotated[str | None, typer.Option(help="Image to look for, or one that TEXT speaks about.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Number of answers.")] = 10,
-    model: Annotated[str | None, typer.Option(help="The model of the index, if it has moved.")] = None,
-    as_json: AsJson = False,
-):
-    """Find images by text, by image, or by both."""
-    if text is None and image is None:
-        raise typer.BadParameter("give TEXT, --image, or both")
-    with _work():
-        from mmgem.training.tools.search_index import SearchIndex
-
-        hits = SearchIndex.load(index, *(_load(model) if model else ())).search(text, image, top)
-    rows = [{"score": round(hit.score, 4), "path": str(hit.path)} for hit in hits]
-    _answer(rows, as_json, [f"{hit.score:7.4f}  {hit.path}" for hit in hits])
+app.command(cls=cli_index.IndexCommand)(cli_index.index)
+app.command()(cli_index.search)
+app.command()(cli_index.ask)
 
 
 @app.command()
@@ -209,47 +203,15 @@ def caption(
     as_json: AsJson = False,
 ):
     """Caption every image below a folder."""
-    with _work():
+    with work():
         from mmgem.training.tools.captioning import caption_folder
 
-        report = caption_folder(folder, *_load(model), out, with_boxes=boxes, batch_size=batch_size)
-    _report_skipped(report.skipped)
+        report = caption_folder(folder, *load_model(model), out, with_boxes=boxes, batch_size=batch_size)
+    report_skipped(report.skipped)
     counts = {"images": report.images, "captioned": report.captioned}
     result = {"file": str(out), **counts, "skipped": [file._asdict() for file in report.skipped]}
     summary = f"{report.images} images in {out}, {report.captioned} of them new; {len(report.skipped)} files left out"
-    _answer(result, as_json, [summary])
-
-
-@contextmanager
-def _work() -> Iterator[None]:
-    """While a command works, stdout is kept for its answer, and libraries say only what a user needs."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with redirect_stdout(sys.stderr):
-        yield
-
-
-def _load(model: str) -> tuple[Any, Any]:
-    if model == str(TINY) and not TINY.exists():
-        raise FileNotFoundError("mmgem-tiny comes with the source checkout, which this is not; give --model")
-    from mmgem.training.loading import load_checkpoint
-
-    return load_checkpoint(model)
-
-
-def _report_skipped(skipped: Iterable) -> None:
-    for file_name, reason in skipped:
-        typer.secho(f"left out {file_name}: {reason}", err=True, fg=typer.colors.YELLOW)
-
-
-def _table(figures: dict[str, float]) -> list[str]:
-    width = max(map(len, figures), default=0)
-    return [f"{name:{width}}  {value:.4f}" for name, value in figures.items()]
-
-
-def _answer(result: Any, as_json: bool, lines: Iterable[str]) -> None:
-    """Prints what a command found: `result` as JSON, or `lines` for a person."""
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+    answer(result, as_json, [summary])
 
 
 if __name__ == "__main__":  # torchrun -m mmgem.training.cli train ...

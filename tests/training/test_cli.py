@@ -1,3 +1,4 @@
+import inspect
 import json
 import shutil
 import subprocess
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_folders import build_multi_vector_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -14,8 +16,9 @@ from mmgem.training.cli import app
 from mmgem.training.recipes.check import StageCheck
 from mmgem.training.recipes.memory import StepMemory
 from mmgem.training.recipes.run import TrainingReport
+from mmgem.training.tools.search_index import SearchIndex
 
-COMMANDS = ("demo", "scenes", "train", "soup", "evaluate", "index", "search", "caption")
+COMMANDS = ("demo", "scenes", "train", "soup", "evaluate", "calibrate", "index", "search", "ask", "caption")
 
 
 def run(*arguments, exit_code=0):
@@ -74,6 +77,79 @@ def test_what_was_indexed_is_found(checkpoint, gallery, tmp_path):
     assert line.split()[1].startswith(str(gallery))
     both = ("search", tmp_path / "index", "a red star", "--image", picture, "--model", checkpoint)
     assert len(run(*both, "--top", 3).stdout.splitlines()) == 3
+
+
+@pytest.fixture
+def multi_vector_checkpoint(tiny_processor, tmp_path):
+    build_multi_vector_model(4, prompts={"query": "Find "}).save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_an_index_holds_and_compares_what_it_is_told_to(multi_vector_checkpoint, gallery, tmp_path, monkeypatch):
+    arguments = ("--model", multi_vector_checkpoint, "--out", tmp_path / "index", "--vectors", 3, "--dimensions", 8)
+    result = run("index", gallery, *arguments, "--precision", "int8", "--with-memory", 2, "--json")
+    assert json.loads(result.stdout)["bytes_per_image"] == 3 * 8 + 2 * 32 * 2
+
+    queries = [
+        (("star",), {"text": "star"}),
+        (("star", "--vectors", 1), {"text": "star", "vectors": 1}),
+        (("star", "--query-vectors", 2), {"text": "star", "query_vectors": 2}),
+        (("star", "--prompt", "query", "--top", 3), {"text": "star", "prompt": "query", "top": 3}),
+        (("star", "--image", "a.png", "--image", "b.png"), {"text": "star", "image": ["a.png", "b.png"]}),
+        (
+            ("--image", "a.png", "--boxes", "0,0,20,20", "--boxes", "9,9,40,50.5"),
+            {"image": ["a.png"], "boxes": [[0, 0, 20, 20], [9, 9, 40, 50.5]]},
+        ),
+    ]
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchIndex, "search", lambda self, *args: calls.append(args) or [])
+        for query, _ in queries:
+            run("search", tmp_path / "index", *query)
+    names = list(inspect.signature(SearchIndex.search).parameters)[1:]
+    given = [{name: value for name, value in zip(names, call, strict=True) if value is not None} for call in calls]
+    assert given == [{"top": 10, **arguments} for _, arguments in queries]
+    assert len(json.loads(run("search", tmp_path / "index", "star", "--vectors", 1, "--json").stdout)) == 10
+    for query, message in [
+        (("star", "--vectors", 4), "vectors is 4; expected 1 to 3"),
+        (("star", "--prompt", "edit"), "prompt is 'edit'; expected one of 'query'"),
+    ]:
+        assert message in run("search", tmp_path / "index", *query, exit_code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "states"), [((), 0), (("--with-memory",), 4), (("--with-memory", "1"), 1), (("--with-memory=2",), 2)]
+)
+def test_with_memory_may_stand_without_its_number(multi_vector_checkpoint, gallery, tmp_path, option, states):
+    index = ("--model", multi_vector_checkpoint, "--out", tmp_path / "index", "--json")
+    for arguments in ((*option, gallery, *index), (gallery, *index, *option)):
+        result = json.loads(run("index", *arguments).stdout)
+        assert result["bytes_per_image"] == 4 * 16 * 4 + states * 32 * 2
+
+
+def test_an_index_is_asked_when_its_images_are_gone(multi_vector_checkpoint, gallery, tmp_path):
+    index = tmp_path / "index"
+    run("index", gallery, "--model", multi_vector_checkpoint, "--out", index, "--with-memory")
+    names = sorted(path.name for path in gallery.glob("scene*.png"))[:2]
+    shutil.rmtree(gallery)
+    answers = json.loads(run("ask", index, "what?", "--image", names[0], "--image", names[1], "--json").stdout)
+    assert [answer["path"] for answer in answers] == [str(gallery / name) for name in names]
+    assert all(set(answer) == {"path", "answer", "score"} and answer["score"] is None for answer in answers)
+    found = json.loads(run("ask", index, "--search", "star", "--top", 3, "--prompt", "query", "--json").stdout)
+    hits = json.loads(run("search", index, "star", "--top", 3, "--prompt", "query", "--json").stdout)
+    assert [(answer["path"], answer["score"]) for answer in found] == [(hit["path"], hit["score"]) for hit in hits]
+    assert str(gallery / names[0]) in run("ask", index, "--image", names[0]).stdout
+    assert "is not in the index" in run("ask", index, "--image", "gone.png", exit_code=1).stderr
+
+
+def test_calibrate_leaves_a_model_that_is_calibrated(checkpoint, gallery, tmp_path):
+    result = json.loads(run("calibrate", checkpoint, gallery, "--out", tmp_path / "out", "--json").stdout)
+    assert set(result["counts"]) == {"image", "text", "fused"} and result["gap_after"] < result["gap_before"]
+    model = MMGEMModel.from_pretrained(tmp_path / "out")
+    assert model.config.calibrated_modalities == list(result["counts"])
+    torch.testing.assert_close(model.calibrator.mean("image").norm() > 0, torch.tensor(True))
+    assert "out is" in run("calibrate", checkpoint, gallery, "--out", tmp_path / "out", exit_code=1).stderr
 
 
 def test_caption_writes_json_lines(checkpoint, gallery, tmp_path):
@@ -181,6 +257,13 @@ def test_a_defect_keeps_its_traceback(monkeypatch, tmp_path):
     [
         ("search", "index"),
         ("search",),
+        ("search", "index", "star", "--boxes", "1,2,3"),
+        ("search", "index", "star", "--boxes", "a,b,c,d"),
+        ("ask", "index", "what?"),
+        ("ask", "index", "--image", "a.png", "--search", "star"),
+        ("index", "images", "--model", "model", "--out", "out", "--vectors", "0"),
+        ("index", "images", "--model", "model", "--out", "out", "--with-memory", "0"),
+        ("index", "images", "--model", "model", "--out", "out", "--precision", "int4"),
         ("index", "images"),
         ("scenes", "out", "--count", "0"),
         ("paint",),

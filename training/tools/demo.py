@@ -1,32 +1,33 @@
 """The demonstration: everything one checkpoint does, on a gallery of files, as one HTML page.
 
 The gallery is scenes of a seed that no recipe trains on, so that the page can say for each answer whether it is right.
-Nothing on it is picked by its outcome: each section takes scenes by their order in the gallery.
+Nothing on it is picked by its outcome: each section takes scenes by their order in the gallery. What a checkpoint does
+not have, such as several vectors, prompts or a memory, is left out; see `demo_reading`.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmgem.training.data.grammar import label_prompt, parse_caption, parse_region_caption, write_edit
-from mmgem.training.data.image_folder import ImageFolderDataset, read_image_folder
-from mmgem.training.data.scene_dataset import SceneDataset, write_scene_folder
-from mmgem.training.data.scenes import LABELS, Look, Scene
+from mmgem.late_interaction import similarity
+from mmgem.training.data.grammar import label_prompt, parse_caption, parse_region_caption
+from mmgem.training.data.scene_dataset import write_scene_folder
+from mmgem.training.data.scenes import LABELS, Look
 from mmgem.training.encoding import embed_regions, embed_texts, inference
 from mmgem.training.evaluation import evaluate_model
 from mmgem.training.tools.captioning import caption_folder
+from mmgem.training.tools.demo_gallery import HITS, SEED, Gallery, show_hits
 from mmgem.training.tools.demo_page import render_page
-from mmgem.training.tools.search_index import Hit, SearchIndex, build_index
+from mmgem.training.tools.demo_reading import ask_index, follow_instructions, search_edits, search_nested
+from mmgem.training.tools.index_building import build_index
+from mmgem.training.tools.search_index import SearchIndex
 
-SEED = 7_000_000
 PAGE_FILE, RESULTS_FILE = "index.html", "demo.json"
-HITS = 5
 BATCH_SIZE = 64
 
 
@@ -57,11 +58,12 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
         return result
 
     folder = timed("drawing", write_scene_folder, out / "gallery", SEED, count)
-    report = timed("indexing", build_index, folder, model, processor, out / "index")
+    has_memory = model.config.num_embedding_tokens > 1  # a single state carries a vector, and is trained for no more
+    report = timed("indexing", build_index, folder, model, processor, out / "index", memory=has_memory)
     timed("captioning", caption_folder, folder, model, processor, out / "captions.jsonl", with_boxes=True)
-    figures = timed("measuring", evaluate_model, model, processor, read_image_folder(folder))
+    gallery = Gallery.read(folder, count)
+    figures = timed("measuring", evaluate_model, model, processor, gallery.dataset)
 
-    gallery = _Gallery.read(folder, count)
     index = SearchIndex.load(out / "index", model, processor)
     with open(out / "captions.jsonl", encoding="utf-8") as lines:
         captions = {line["file_name"]: line for line in map(json.loads, lines)}
@@ -75,6 +77,10 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
         "figures": figures,
         "text_searches": _search_by_text(gallery, index),
         "image_searches": _search_by_image(gallery, index),
+        "edit_searches": search_edits(gallery, index),
+        "instructed": follow_instructions(gallery, model, processor),
+        "nested": timed("comparing budgets", search_nested, gallery, index),
+        "asked": timed("asking", ask_index, gallery, index, figures["answer_accuracy"]),
         "classified": _classify(gallery, model, processor),
         "captions": _judge_captions(gallery, captions),
         "regions": _judge_regions(gallery, captions),
@@ -94,53 +100,7 @@ def _make_room(out: Path) -> None:
     (out / RESULTS_FILE).write_text("{}")  # what makes the folder a demo's, should this run be killed
 
 
-@dataclass
-class _Gallery:
-    """The gallery with its ground truth.
-
-    Args:
-        dataset: The rows of the image folder.
-        scenes: The scene behind each image file, twins included.
-    """
-
-    dataset: ImageFolderDataset
-    scenes: dict[str, Scene]
-
-    @classmethod
-    def read(cls, folder: Path, count: int) -> "_Gallery":
-        dataset = read_image_folder(folder)
-        known = SceneDataset(SEED, count, unique=True)
-        scenes = {}
-        for number, row in enumerate(dataset.rows):
-            scene = known.scene(number)
-            scenes[row["file_name"]] = scene
-            if edit := write_edit(scene):
-                scenes[row["edit"]["file_name"]] = edit.twin
-        return cls(dataset, scenes)
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The metadata of every scene, without its image."""
-        return self.dataset.rows
-
-    @property
-    def crowded(self) -> list[dict[str, Any]]:
-        """The rows of three objects or more."""
-        return [row for row in self.rows if len(row["boxes"]) >= 3]
-
-    @property
-    def file_names(self) -> list[str]:
-        """The image files of the scenes, without the twins."""
-        return [row["file_name"] for row in self.rows]
-
-
-def _show(hits: Iterable[Hit], right: Collection[str]) -> list[dict[str, Any]]:
-    """Hits as the page has them; `right` are the files that should be found."""
-    names = [(hit.path.name, hit.score) for hit in hits]
-    return [{"file_name": name, "score": score, "right": name in right} for name, score in names]
-
-
-def _search_by_text(gallery: _Gallery, index: SearchIndex) -> list[dict[str, Any]]:
+def _search_by_text(gallery: Gallery, index: SearchIndex) -> list[dict[str, Any]]:
     """A few captions, of which one image is right; a class, of which several are; and a long caption."""
     *some, other = gallery.crowded[:4]
     label = gallery.rows[0]["label"]
@@ -150,31 +110,28 @@ def _search_by_text(gallery: _Gallery, index: SearchIndex) -> list[dict[str, Any
         ("long caption", other["long_caption"], [other["file_name"]]),
     ]
     return [
-        {"kind": kind, "text": text, "hits": _show(index.search(text, top=HITS), right)}
+        {"kind": kind, "text": text, "hits": show_hits(index.search(text, top=HITS), right)}
         for kind, text, right in searches
     ]
 
 
-def _search_by_image(gallery: _Gallery, index: SearchIndex) -> list[dict[str, Any]]:
-    """Images whose twin is in the gallery; the nearest other image should be the twin.
-
-    Of three objects or more: where there is one and it is edited, images with that object are as near as the twin.
-    """
+def _search_by_image(gallery: Gallery, index: SearchIndex) -> list[dict[str, Any]]:
+    """Images whose twin is in the gallery; the nearest other image should be the twin."""
     searches = []
-    for row in [row for row in gallery.crowded if row["edit"]][:3]:
+    for row in gallery.edited[:3]:
         hits = index.search(image=index.folder / row["file_name"], top=HITS + 1)
         others = [hit for hit in hits if hit.path.name != row["file_name"]][:HITS]
         searches.append(
             {
                 "file_name": row["file_name"],
                 "instruction": row["edit"]["instruction"],
-                "hits": _show(others, [row["edit"]["file_name"]]),
+                "hits": show_hits(others, [row["edit"]["file_name"]]),
             }
         )
     return searches
 
 
-def _classify(gallery: _Gallery, model, processor, count: int = 6) -> list[dict[str, Any]]:
+def _classify(gallery: Gallery, model, processor, count: int = 6) -> list[dict[str, Any]]:
     """The three most probable of all classes for the first images."""
     rows = [gallery.dataset[number] for number in range(count)]
     prompts = [label_prompt(label) for label in LABELS]
@@ -195,7 +152,7 @@ def _classify(gallery: _Gallery, model, processor, count: int = 6) -> list[dict[
     ]
 
 
-def _judge_captions(gallery: _Gallery, captions: dict[str, dict], count: int = 12) -> list[dict[str, Any]]:
+def _judge_captions(gallery: Gallery, captions: dict[str, dict], count: int = 12) -> list[dict[str, Any]]:
     """Generated captions of the first images; right is one that speaks of exactly the objects there are."""
     return [
         {
@@ -209,7 +166,7 @@ def _judge_captions(gallery: _Gallery, captions: dict[str, dict], count: int = 1
     ]
 
 
-def _judge_regions(gallery: _Gallery, captions: dict[str, dict], count: int = 6) -> list[dict[str, Any]]:
+def _judge_regions(gallery: Gallery, captions: dict[str, dict], count: int = 6) -> list[dict[str, Any]]:
     """Generated captions of the boxes of the last images with three objects or more."""
     return [
         {
@@ -229,7 +186,7 @@ def _judge_regions(gallery: _Gallery, captions: dict[str, dict], count: int = 6)
     ]
 
 
-def _search_regions(gallery: _Gallery, model, processor, count: int = 4) -> list[dict[str, Any]]:
+def _search_regions(gallery: Gallery, model, processor, count: int = 4) -> list[dict[str, Any]]:
     """Texts that look for one object among all regions of all images."""
     regions: list[tuple[str, list[float], Look]] = []
     parts = []
@@ -240,7 +197,8 @@ def _search_regions(gallery: _Gallery, model, processor, count: int = 4) -> list
             objects = gallery.scenes[row["file_name"]].objects
             regions += [(row["file_name"], box, item.look) for box, item in zip(row["boxes"], objects, strict=True)]
     queries = [row["region_captions"][-1] for row in gallery.rows[:count]]
-    scores, numbers = (embed_texts(model, processor, queries) @ torch.cat(parts).T).topk(HITS)  # (queries, HITS) each
+    scores = similarity(embed_texts(model, processor, queries), torch.cat(parts))  # (queries, regions)
+    scores, numbers = scores.topk(HITS)  # (queries, HITS) each
     searches = []
     for query, row_scores, row_numbers in zip(queries, scores.tolist(), numbers.tolist(), strict=True):
         wanted = parse_region_caption(query)

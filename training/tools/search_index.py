@@ -1,215 +1,58 @@
-"""A search index of a folder of images: built once, brought up to date at will, asked with text, images, or both.
+"""A search index in memory, asked with text, images, or both; `index_building` makes it, `index_storage` keeps it."""
 
-An index is a `datasets` folder (`datasets.load_from_disk` reads it) with a row for each image: `file_name` relative to
-the images' folder, `width`, `height`, `version` (size and time of the file) and its unit `embedding`. Two files lie
-beside the rows: `embedding.faiss`, an exact inner-product index of them for `Dataset.load_faiss_index`, and
-`search_index.json`, which says of what folder and by which model. Until it is complete, an index is called
-`<out>.partial`.
-"""
-
-import json
-import shutil
-from itertools import count
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
-import numpy as np
-import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset
 from PIL import Image
-from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 
 from mmgem.processing.image_loading import load_image
-from mmgem.training.encoding import embed_images, embed_texts, inference
+from mmgem.training.encoding import Box, embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.tools.image_files import Skipped, apply_to_batch, find_images, read_batches
-
-FACTS_FILE = "search_index.json"
-FAISS_FILE = "embedding.faiss"
-ROWS_PER_PART = 256  # what a killed run loses at most
-
-# Cosine of the probes of two models that an index takes for one: rounding to bfloat16 leaves 0.9999.
-_SAME_MODEL = 0.999
-
-
-class IndexReport(NamedTuple):
-    """What `build_index` did: images in the index, how many of them it had to embed, and the files it left out."""
-
-    images: int
-    embedded: int
-    skipped: list[Skipped]
+from mmgem.training.tools.fingerprint import Fingerprint, embedded_kinds
+from mmgem.training.tools.index_storage import (
+    ROWS_FILE,
+    ArrayColumn,
+    IndexFacts,
+    is_index,
+    partial_place,
+    read_rows,
+)
+from mmgem.training.tools.vector_search import VectorSearch
 
 
 class Hit(NamedTuple):
-    """One answer: cosine similarity to the query, -1 to 1, and the image file."""
+    """One answer: its score, -1 to 1, which is the cosine to the query or, of several vectors, MaxSim; the image file;
+    and its number in the index."""
 
     score: float
     path: Path
-
-
-def build_index(folder: str | Path, model, processor, out: str | Path, batch_size: int = 32) -> IndexReport:
-    """Embeds every image below a folder into an index, or brings an index up to date.
-
-    An image whose file has the size and time it had is not embedded again, whether the earlier run finished or was
-    killed; rows of files that are gone are dropped. Files that cannot be read are left out and reported.
-
-    Args:
-        folder: Where the images are, at any depth.
-        model: An `MMGEMModel`.
-        processor: Its `MMGEMProcessor`.
-        out: The folder of the index: a new or empty one, or an index of the same folder by the same model.
-        batch_size: Images at a time.
-
-    Raises:
-        FileNotFoundError: If `folder` is not there.
-        ValueError: If there is no image below it that can be read, or `out` is something else already.
-    """
-    folder, out = Path(folder).resolve(), Path(out).resolve()
-    partial = out.with_name(f"{out.name}.partial")
-    file_names = find_images(folder)
-    name = model.name_or_path
-    facts = {
-        "folder": str(folder),
-        "model": str(Path(name).resolve()) if Path(name).is_dir() else name,
-        "probe": _embed_probe(model, processor).tolist(),
-    }
-    for place in (out, partial):
-        _check_place(place, facts)
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / FACTS_FILE).write_text(json.dumps(facts))
-
-    versions = {file_name: _version(folder / file_name) for file_name in file_names}
-    old = [load_from_disk(str(out))] if (out / FACTS_FILE).is_file() else []
-    known = _current_rows([*old, *_read_parts(partial)], versions)
-    done = set(known["file_name"]) if known else set()
-    todo = [file_name for file_name in file_names if file_name not in done]
-    skipped = _embed_files(folder, todo, versions, model, processor, partial, batch_size, initial=len(done))
-
-    rows = _current_rows([*old, *_read_parts(partial)], versions)
-    if rows is None:
-        raise ValueError(f"folder is {str(folder)!r}, where no image can be read; the first: {skipped[0]}")
-    finished = partial / "finished"
-    rows.save_to_disk(str(finished))
-    rows.add_faiss_index("embedding", metric_type=faiss.METRIC_INNER_PRODUCT)
-    rows.save_faiss_index("embedding", finished / FAISS_FILE)
-    shutil.copy(partial / FACTS_FILE, finished)
-    if out.exists():
-        shutil.rmtree(out)
-    finished.rename(out)
-    shutil.rmtree(partial)
-    return IndexReport(len(rows), len(rows) - len(done), skipped)
-
-
-def _check_place(place: Path, facts: dict[str, Any]) -> None:
-    """Raises a ValueError unless `place` is free, or an index of the same folder by the same model."""
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
-        return
-    if not (place / FACTS_FILE).is_file():
-        raise ValueError(f"out is {str(place)!r}, which is not an index; expected a new folder or an index")
-    there = json.loads((place / FACTS_FILE).read_text())
-    if there["folder"] != facts["folder"]:
-        raise ValueError(
-            f"out is {str(place)!r}, an index of the folder {there['folder']!r}; expected one of {facts['folder']!r}. "
-            "Choose another place, or delete it."
-        )
-    if not _same_model(there["probe"], facts["probe"]):
-        raise ValueError(
-            f"out is {str(place)!r}, an index by the model {there['model']!r} as it was then, which embeds images "
-            f"otherwise than {facts['model']!r} does now. Choose another place, or delete it."
-        )
-
-
-def _embed_probe(model, processor) -> torch.Tensor:
-    """(D,) The embedding of a fixed picture: what tells an index whether a model is the one that made it."""
-    upward, outward = Image.linear_gradient("L"), Image.radial_gradient("L")
-    probe = Image.merge("RGB", (upward, upward.rotate(90), outward))
-    return embed_images(model, processor, [probe])[0]
-
-
-def _same_model(probe: list[float], other: list[float]) -> bool:
-    return len(probe) == len(other) and float(np.dot(probe, other)) > _SAME_MODEL
-
-
-def _version(path: Path) -> str:
-    """Changes when the file does."""
-    try:
-        status = path.stat()
-    except OSError:  # a dangling link, which reading will report
-        return ""
-    return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-def _read_parts(partial: Path) -> list[Dataset]:
-    return [Dataset(pq.read_table(path)) for path in sorted(partial.glob("part-*.parquet"))]
-
-
-def _current_rows(datasets: list[Dataset], versions: dict[str, str]) -> Dataset | None:
-    """The rows whose files are as they were, one for each, by file name; None if there are none."""
-    if not datasets:
-        return None
-    rows = concatenate_datasets(datasets)
-    pairs = zip(rows["file_name"], rows["version"], strict=True)
-    where = {name: row for row, (name, version) in enumerate(pairs) if versions.get(name) == version}
-    return rows.select([where[name] for name in sorted(where)]) if where else None
-
-
-def _embed_files(folder, file_names, versions, model, processor, partial, batch_size, initial) -> list[Skipped]:
-    """Embeds files into parts: parquet files that appear whole, so that a killed run leaves only complete ones."""
-    skipped: list[Skipped] = []
-    rows: list[dict[str, Any]] = []
-    part_numbers = count(len(list(partial.glob("part-*.parquet"))))
-
-    def write_part() -> None:
-        embedding = List(Value("float32"), length=len(rows[0]["embedding"]))
-        text, number = Value("string"), Value("int32")
-        features = {"file_name": text, "width": number, "height": number, "version": text, "embedding": embedding}
-        unfinished = partial / "part.tmp"
-        pq.write_table(Dataset.from_list(rows, Features(features)).data.table, unfinished)
-        unfinished.rename(partial / f"part-{next(part_numbers):06d}.parquet")
-        rows.clear()
-
-    def embed(files) -> torch.Tensor:
-        return embed_images(model, processor, [file.image for file in files])
-
-    with tqdm(total=initial + len(file_names), initial=initial, desc="images", unit="image") as progress:
-        for batch in read_batches(folder, file_names, batch_size, skipped):
-            for (file_name, image), embedding in apply_to_batch(embed, batch, skipped):
-                rows.append(
-                    {
-                        "file_name": file_name,
-                        "width": image.width,
-                        "height": image.height,
-                        "version": versions[file_name],
-                        "embedding": embedding.numpy(),
-                    }
-                )
-            progress.update(min(batch_size, progress.total - progress.n))
-            if len(rows) >= ROWS_PER_PART:
-                write_part()
-    if rows:
-        write_part()
-    return skipped
+    row: int
 
 
 class SearchIndex:
     """An index in memory, with the model that answers queries from it.
 
     Args:
-        rows: The rows of the index, with a FAISS index attached to `embedding`.
-        folder: The images' folder.
+        rows: The rows of the index.
+        facts: What is known of them.
         model: The `MMGEMModel` that embedded them.
         processor: Its `MMGEMProcessor`.
     """
 
-    def __init__(self, rows: Dataset, folder: str | Path, model, processor):
-        self.rows, self.folder, self.model, self.processor = rows, Path(folder), model, processor
+    def __init__(self, rows: Dataset, facts: IndexFacts, model, processor):
+        self.rows, self.facts, self.model, self.processor = rows, facts, model, processor
+        self.vectors = VectorSearch(ArrayColumn(rows, "embedding")[:], facts.codec)
+        self._checked: set[str] = set()
 
     @classmethod
     def load(cls, path: str | Path, model=None, processor=None) -> "SearchIndex":
         """Reads an index from disk.
+
+        Settings, weights, and what the model makes of a text are compared with those of the model that built it; what
+        it makes of an image, before the first query with one. So no vision tower runs if there is none.
 
         Args:
             path: What `build_index` wrote.
@@ -221,55 +64,143 @@ class SearchIndex:
         """
         path = Path(path)
         if not path.exists():
-            unfinished = path.with_name(f"{path.name}.partial").exists()
+            unfinished = is_index(partial_place(path))
             hint = "; its making was interrupted, and goes on when it is started again" if unfinished else ""
             raise FileNotFoundError(f"index is {str(path)!r}, which is not there{hint}")
-        if not (path / FACTS_FILE).is_file():
-            raise ValueError(f"index is {str(path)!r}, which is not an index; expected a folder with {FACTS_FILE}")
-        facts = json.loads((path / FACTS_FILE).read_text())
+        facts = IndexFacts.read(path, "index")
         if model is None or processor is None:
-            model, processor = load_checkpoint(facts["model"])
-        if not _same_model(facts["probe"], _embed_probe(model, processor).tolist()):
-            raise ValueError(
-                f"model is {model.name_or_path!r}, which does not embed images as {facts['model']!r} did when it made "
-                f"the index {str(path)!r}; expected the same model, or an index made anew"
-            )
-        rows = load_from_disk(str(path))
-        rows.load_faiss_index("embedding", path / FAISS_FILE)
-        return cls(rows, facts["folder"], model, processor)
+            model, processor = load_checkpoint(facts.model)
+        index = cls(read_rows(path / ROWS_FILE), facts, model, processor)
+        index._check("weights", *(kind for kind in embedded_kinds(model.config) if kind == "text"))
+        return index
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def search(self, text: str | None = None, image: Any = None, top: int = 10) -> list[Hit]:
+    @property
+    def folder(self) -> Path:
+        """Where the images are, or were."""
+        return Path(self.facts.folder)
+
+    def path(self, row: int) -> Path:
+        """The image file of a row."""
+        return self.folder / self.rows[row : row + 1]["file_name"][0]
+
+    def search(
+        self,
+        text: str | None = None,
+        image: Any = None,
+        top: int = 10,
+        boxes: Sequence[Box] | None = None,
+        prompt: str | None = None,
+        vectors: int | None = None,
+        query_vectors: int | None = None,
+    ) -> list[Hit]:
         """The images nearest to a query, best first.
 
         Args:
             text: What to look for; with an image, what is said about the image (read after it, by the language model).
-            image: A picture of any kind `load_image` takes.
+            image: A picture of any kind `load_image` takes; with a text also a list of them.
             top: The number of answers; fewer if the index has fewer images.
+            boxes: Of the image, the part that is looked for, or, with a text, the parts that it speaks about:
+                `[x0, y0, x1, y1]` in pixels.
+            prompt: Name of the model's prompt that is put before the text.
+            vectors: Of an index with several vectors per image, how many of the first ones are compared; by default
+                all. Nothing is embedded again: they are what an index with fewer vectors has.
+            query_vectors: Likewise of the query; by default as many as of an image.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: If `image` cannot be read, see `load_image`; if neither text nor
-                image is given, or `top` is not positive.
+            FileNotFoundError, TypeError, ValueError: If `image` or `boxes` cannot be read, see `load_image` and
+                `check_boxes`; if neither text nor image is given; for a name that is not among the model's prompts,
+                or numbers that are out of range; or if the model embeds otherwise than it did.
         """
         if text is None and image is None:
             raise ValueError("text and image are both None; expected at least one of them")
         if top < 1:
             raise ValueError(f"top must be 1 or more, got {top}")
-        query = self._embed_query(text, None if image is None else load_image(image))
-        scores, numbers = self.rows.search("embedding", query, k=min(top, len(self)))
-        names = self.rows[numbers]["file_name"]
-        return [Hit(float(score), self.folder / name) for score, name in zip(scores, names, strict=True)]
+        vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0)
+        if query_vectors is None:
+            query_vectors = vectors
+        query_vectors = self._count("query_vectors", query_vectors, self.model.config.num_embedding_tokens)
+        if prompt is not None:
+            text = self._prompt(prompt, text)
+        query = self.facts.settings.shorten(self._embed_query(text, image, boxes), query_vectors)
+        scores, rows = self.vectors.search(query[0].numpy(), top, vectors)
+        names = self.rows.select_columns(["file_name"])[rows]["file_name"]
+        return [
+            Hit(float(score), self.folder / name, int(row))
+            for score, name, row in zip(scores, names, rows, strict=True)
+        ]
 
-    def _embed_query(self, text: str | None, image: Image.Image | None) -> np.ndarray:
-        """(D,) float32, unit length."""
+    def memory(self, rows: Sequence[int]) -> torch.Tensor:
+        """(B, J, H) float16 The memories of some images.
+
+        Raises:
+            ValueError: If the index has none.
+        """
+        if self.facts.settings.memory is None:
+            raise ValueError(f"the index of {self.facts.folder!r} has no memory; make it anew with `--with-memory`")
+        return torch.tensor(ArrayColumn(self.rows, "memory")[list(rows)])
+
+    def _check(self, *kinds: str) -> None:
+        """Compares what the model makes of probes with what it made of them, once."""
+        if self._checked.issuperset(kinds):
+            return
+        fingerprint = Fingerprint.take(self.model, self.processor, kinds)
+        if difference := self.facts.fingerprint.difference(fingerprint):
+            raise ValueError(
+                f"model is {self.model.name_or_path!r}, {difference}, compared with {self.facts.model!r} when it made "
+                f"the index of {self.facts.folder!r}; expected the same model, or an index made anew"
+            )
+        self._checked |= {*kinds}
+
+    def _count(self, name: str, count: int | None, limit: int) -> int | None:
+        if count is None:
+            return None
+        if self.facts.settings.vectors is None:
+            raise ValueError(f"{name} is {count}, but the index has a single vector of each image; expected None")
+        if not 1 <= count <= limit:
+            raise ValueError(f"{name} is {count}; expected 1 to {limit}")
+        return count
+
+    def _prompt(self, name: str, text: str | None) -> str:
+        """The text with the prompt before it."""
+        prompts = self.model.config.prompts or {}
+        if name not in prompts:
+            known = f"one of {', '.join(map(repr, prompts))}" if prompts else "None, since the model has no prompts"
+            raise ValueError(f"prompt is {name!r}; expected {known}")
         if text is None:
-            return embed_images(self.model, self.processor, [image])[0].numpy()
+            raise ValueError(f"prompt is {name!r}, but there is no text for it to stand before; expected one")
+        return prompts[name] + text
+
+    def _embed_query(self, text: str | None, image: Any, boxes: Sequence[Box] | None) -> torch.Tensor:
+        """(1, D) or (1, k, D)"""
         if image is None:
-            return embed_texts(self.model, self.processor, [text])[0].numpy()
-        prompt = self.processor.image_token + text
-        inputs = self.processor(images=[image], text=[prompt], return_tensors="pt").to(self.model.device)
-        with inference(self.model):
-            embeddings = self.model.get_multimodal_features(**inputs).pooler_output  # (1, D)
-        return normalize(embeddings.float(), dim=-1)[0].cpu().numpy()
+            if boxes is not None:
+                raise ValueError("boxes are given without an image; expected the one that they lie in")
+            assert text is not None
+            return embed_texts(self.model, self.processor, [text])
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if boxes is not None and len(images) > 1:
+            raise ValueError(f"boxes are given with {len(images)} images; expected the one that they lie in")
+        return self._embed_with_images(text, _load_all(images), boxes)
+
+    def _embed_with_images(
+        self, text: str | None, images: list[Image.Image], boxes: Sequence[Box] | None
+    ) -> torch.Tensor:
+        self._check("image" if text is None else "fused")
+        if text is not None:
+            return embed_fused(self.model, self.processor, [images], [text], None if boxes is None else [boxes])
+        if len(images) > 1 or (boxes is not None and len(boxes) > 1):
+            parts = f"{len(images)} images" if boxes is None else f"{len(boxes)} boxes"
+            raise ValueError(f"{parts} are given without a text; expected one, or a text that speaks about them")
+        if boxes is None:
+            return embed_images(self.model, self.processor, images)
+        return embed_regions(self.model, self.processor, images, [boxes])
+
+
+def _load_all(images: Iterable[Any]) -> list[Image.Image]:
+    images = [load_image(image) for image in images]
+    if not images:
+        raise ValueError("image is an empty list; expected at least one picture")
+    return images

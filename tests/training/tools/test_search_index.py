@@ -1,197 +1,197 @@
-import json
-import os
-
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
+from image_folders import NAMES, build_multi_vector_model
 from PIL import Image
 from tiny_models import build_model
+from torch.nn.functional import normalize
 
-from mmgem.training.encoding import embed_images, embed_texts
-from mmgem.training.tools import search_index
-from mmgem.training.tools.search_index import FACTS_FILE, SearchIndex, build_index
+from mmgem.late_interaction import maxsim
+from mmgem.training.encoding import embed_fused, embed_images, embed_regions, embed_texts
+from mmgem.training.tools.index_building import build_index
+from mmgem.training.tools.index_storage import FACTS_FILE
+from mmgem.training.tools.search_index import SearchIndex
 
-NAMES = [f"{'deep/er/' if number % 2 else ''}{number}.png" for number in range(7)]
-
-
-def write_noise(path, seed, size=(40, 30)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize(size).save(path)
+PATHS = sorted(NAMES)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for number, name in enumerate(NAMES):
-        write_noise(tmp_path / "images" / name, number)
-    return tmp_path / "images"
+def build(folder, out, model, processor, **settings):
+    build_index(folder, model, processor, out, **settings)
+    return SearchIndex.load(out, model, processor)
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "index"
+def expected_hits(folder, scores, top):
+    order = scores.argsort(descending=True)[:top].tolist()
+    return [folder / PATHS[row] for row in order], scores[order].tolist()
 
 
-@pytest.fixture
-def embedded(monkeypatch):
-    """The number of images in each batch that is embedded for an index, the probe aside."""
-    sizes = []
-
-    def counting(model, processor, images):
-        if images[0].size != (256, 256):
-            sizes.append(len(images))
-        return embed_images(model, processor, images)
-
-    monkeypatch.setattr(search_index, "embed_images", counting)
-    return sizes
-
-
-def test_an_index_is_a_datasets_folder_with_the_unit_embedding_of_every_image(folder, out, tiny_model, tiny_processor):
-    report = build_index(folder, tiny_model, tiny_processor, out, batch_size=3)
-    rows = load_from_disk(str(out))
-    assert report == (7, 7, [])
-    assert rows["file_name"][:] == sorted(NAMES)
-    assert set(zip(rows["width"], rows["height"])) == {(40, 30)}
-    embeddings = torch.tensor(rows["embedding"][:])
-    expected = embed_images(tiny_model, tiny_processor, [folder / name for name in sorted(NAMES)])
-    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
-    rows.load_faiss_index("embedding", out / "embedding.faiss")
-    assert rows.search("embedding", expected[2].numpy(), k=1).indices == [2]
-    assert not out.with_name("index.partial").exists()
-
-
-def test_size_is_that_of_the_image_as_displayed(tmp_path, out, tiny_model, tiny_processor):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "turned.jpg", exif=exif)
-    build_index(tmp_path / "images", tiny_model, tiny_processor, out)
-    [row] = load_from_disk(str(out))
-    assert (row["width"], row["height"]) == (30, 40)
+def check(hits, folder, scores):
+    paths, values = expected_hits(folder, scores, len(hits))
+    assert [hit.path for hit in hits] == paths
+    np.testing.assert_allclose([hit.score for hit in hits], values, atol=1e-5)
+    assert [folder / PATHS[hit.row] for hit in hits] == paths
 
 
 def test_answers_are_the_nearest_by_cosine_best_first(folder, out, tiny_model, tiny_processor):
-    build_index(folder, tiny_model, tiny_processor, out)
-    index = SearchIndex.load(out, tiny_model, tiny_processor)
-    paths = [folder / name for name in sorted(NAMES)]
+    index = build(folder, out, tiny_model, tiny_processor)
+    paths = [folder / name for name in PATHS]
     images = embed_images(tiny_model, tiny_processor, paths)
-
-    def expected(query):
-        scores = (images @ query).tolist()
-        return sorted(zip(scores, paths), reverse=True)[:4]
-
-    text = embed_texts(tiny_model, tiny_processor, ["a red star"])[0]
-    prompt = tiny_processor(images=[paths[4]], text=["<image>a red star"], return_tensors="pt")
-    fused = torch.nn.functional.normalize(tiny_model.get_multimodal_features(**prompt).pooler_output[0], dim=0)
+    box, other_box = [2.0, 3.0, 30.0, 20.0], [20.0, 0.0, 40.0, 30.0]
+    both = embed_fused(tiny_model, tiny_processor, [paths[4]], ["a red star"])
+    two = embed_fused(tiny_model, tiny_processor, [[paths[4], paths[1]]], ["a red star"])
+    boxes = embed_fused(tiny_model, tiny_processor, [paths[4]], ["a red star"], [[box, other_box]])
     queries = [
-        ({"text": "a red star"}, text),
-        ({"image": paths[4]}, images[4]),
-        ({"image": Image.open(paths[4])}, images[4]),
-        ({"text": "a red star", "image": paths[4]}, fused.detach()),
+        ({"text": "a red star"}, embed_texts(tiny_model, tiny_processor, ["a red star"])),
+        ({"image": paths[4]}, images[4:5]),
+        ({"image": Image.open(paths[4])}, images[4:5]),
+        ({"image": [paths[4]], "boxes": [box]}, embed_regions(tiny_model, tiny_processor, [paths[4]], [[box]])),
+        ({"text": "a red star", "image": paths[4]}, both),
+        ({"text": "a red star", "image": [paths[4], paths[1]]}, two),
+        ({"text": "a red star", "image": paths[4], "boxes": [box, other_box]}, boxes),
     ]
     for arguments, query in queries:
-        hits = index.search(**arguments, top=4)
-        assert [hit.path for hit in hits] == [path for _, path in expected(query)]
-        np.testing.assert_allclose([hit.score for hit in hits], [score for score, _ in expected(query)], atol=1e-5)
+        check(index.search(**arguments, top=4), folder, images @ query[0])
     assert index.search(image=paths[4], top=1)[0].score == pytest.approx(1, abs=1e-5)
+    assert not torch.allclose(both, two) and not torch.allclose(both, boxes)
+
+
+def test_a_prompt_stands_before_the_text(folder, out, tiny_processor):
+    model = build_model(prompts={"query": "Find the image of ", "edit": "Change this: "})
+    index = build(folder, out, model, tiny_processor)
+    images = embed_images(model, tiny_processor, [folder / name for name in PATHS])
+    query = embed_texts(model, tiny_processor, ["Find the image of a red star"])[0]
+    check(index.search("a red star", prompt="query"), folder, images @ query)
+    fused = embed_fused(model, tiny_processor, [folder / PATHS[2]], ["Change this: make it blue"])[0]
+    check(index.search("make it blue", folder / PATHS[2], prompt="edit"), folder, images @ fused)
+    with pytest.raises(ValueError, match="prompt is 'ask'; expected one of 'query', 'edit'"):
+        index.search("a red star", prompt="ask")
+    with pytest.raises(ValueError, match="prompt is 'query', but there is no text"):
+        index.search(image=folder / PATHS[2], prompt="query")
+
+
+def test_several_vectors_are_compared_by_maxsim_as_many_as_asked_for(folder, out, tiny_processor):
+    model = build_multi_vector_model(4)
+    index = build(folder, out, model, tiny_processor)
+    images = embed_images(model, tiny_processor, [folder / name for name in PATHS])  # (7, 4, D)
+    query = embed_texts(model, tiny_processor, ["a red star"])  # (1, 4, D)
+    seen = set()
+    for arguments, q, r in [
+        ({}, 4, 4),
+        ({"vectors": 1}, 1, 1),
+        ({"vectors": 2}, 2, 2),
+        ({"query_vectors": 1}, 1, 4),
+        ({"vectors": 1, "query_vectors": 3}, 3, 1),
+    ]:
+        hits = index.search("a red star", **arguments)
+        check(hits, folder, maxsim(query[:, :q], images[:, :r])[0])
+        seen.add(tuple(hit.score for hit in hits))
+    assert len(seen) == 5
+
+
+def test_a_sliced_index_answers_as_one_that_kept_less(folder, out, tiny_processor):
+    model = build_multi_vector_model(4)
+    whole = build(folder, out, model, tiny_processor)
+    short = build(folder, out.with_name("short"), model, tiny_processor, vectors=2)
+    for query in ({"text": "a red star"}, {"image": folder / PATHS[3]}, {"text": "it", "image": folder / PATHS[3]}):
+        hits, short_hits = whole.search(**query, vectors=2), short.search(**query)
+        assert [hit.path for hit in hits] == [hit.path for hit in short_hits]
+        np.testing.assert_allclose([hit.score for hit in hits], [hit.score for hit in short_hits], atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+@pytest.mark.parametrize("build_any", [build_model, build_multi_vector_model])
+def test_queries_are_as_wide_as_the_index_and_as_exact_as_ever(folder, out, tiny_processor, precision, build_any):
+    model = build_any()
+    index = build(folder, out, model, tiny_processor, dimensions=8, precision=precision)
+    stored = torch.tensor(index.facts.codec.decode(index.vectors.codes))
+    query = normalize(embed_texts(model, tiny_processor, ["a red star"])[..., :8], dim=-1)
+    scores = stored @ query[0] if stored.ndim == 2 else maxsim(query, stored)[0]
+    check(index.search("a red star"), folder, scores)
+
+
+def test_counts_that_are_not_there_are_refused(folder, out, tiny_model, tiny_processor):
+    single = build(folder, out, tiny_model, tiny_processor)
+    several = build(folder, out.with_name("several"), build_multi_vector_model(4), tiny_processor, vectors=2)
+    for index, arguments, message in [
+        (single, {"vectors": 1}, "vectors is 1, but the index has a single vector"),
+        (single, {"query_vectors": 1}, "query_vectors is 1, but the index has a single vector"),
+        (several, {"vectors": 3}, "vectors is 3; expected 1 to 2"),
+        (several, {"vectors": 0}, "vectors is 0; expected 1 to 2"),
+        (several, {"query_vectors": 5}, "query_vectors is 5; expected 1 to 4"),
+        (single, {"prompt": "query"}, "prompt is 'query'; expected None, since the model has no prompts"),
+        (single, {"top": 0}, "top must be 1 or more, got 0"),
+        (single, {"boxes": [[0, 0, 9, 9]]}, "boxes are given without an image"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            index.search("a red star", **arguments)
+
+
+def test_a_query_needs_text_or_image_that_make_one_query(folder, out, tiny_model, tiny_processor):
+    index = build(folder, out, tiny_model, tiny_processor)
+    pictures = [folder / name for name in PATHS[:2]]
+    box = [0, 0, 9, 9]
+    for arguments, message in [
+        ({}, "text and image are both None"),
+        ({"image": []}, "image is an empty list"),
+        ({"image": pictures}, "2 images are given without a text"),
+        ({"image": pictures[0], "boxes": [box, box]}, "2 boxes are given without a text"),
+        ({"image": pictures, "boxes": [box], "text": "it"}, "boxes are given with 2 images"),
+        ({"image": pictures[0], "boxes": []}, "box"),
+        ({"image": pictures[0], "boxes": [], "text": "it"}, "box"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            index.search(**arguments)
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        index.search(image=folder / "gone.png")
 
 
 def test_more_answers_than_images_are_all_images(folder, out, tiny_model, tiny_processor):
-    build_index(folder, tiny_model, tiny_processor, out)
-    index = SearchIndex.load(out, tiny_model, tiny_processor)
+    index = build(folder, out, tiny_model, tiny_processor)
     assert len(index) == 7
     assert len({hit.path for hit in index.search("", top=100)}) == 7
 
 
-def test_a_killed_run_goes_on_where_it_stopped(folder, out, tiny_model, tiny_processor, monkeypatch, embedded):
-    build_index(folder, tiny_model, tiny_processor, out.with_name("reference"), batch_size=2)
-    embedded.clear()
-    monkeypatch.setattr(search_index, "ROWS_PER_PART", 2)
-    counting = search_index.embed_images
-
-    def killed_at_the_third_batch(model, processor, images):
-        if len(embedded) == 2:
-            raise KeyboardInterrupt
-        return counting(model, processor, images)
-
-    monkeypatch.setattr(search_index, "embed_images", killed_at_the_third_batch)
-    with pytest.raises(KeyboardInterrupt):
-        build_index(folder, tiny_model, tiny_processor, out, batch_size=2)
-    assert not out.exists()
-    with pytest.raises(FileNotFoundError, match="interrupted"):
-        SearchIndex.load(out, tiny_model, tiny_processor)
-
-    monkeypatch.setattr(search_index, "embed_images", counting)
-    embedded.clear()
-    report = build_index(folder, tiny_model, tiny_processor, out, batch_size=2)
-    assert report == (7, 3, []) and embedded == [2, 1]
-    resumed, reference = load_from_disk(str(out)), load_from_disk(str(out.with_name("reference")))
-    assert resumed["file_name"][:] == reference["file_name"][:]
-    np.testing.assert_allclose(resumed["embedding"][:], reference["embedding"][:], atol=1e-5)
-
-
-def test_an_index_is_brought_up_to_date_by_embedding_only_what_changed(
-    folder, out, tiny_model, tiny_processor, embedded
-):
-    build_index(folder, tiny_model, tiny_processor, out)
-    (folder / NAMES[0]).unlink()
-    write_noise(folder / NAMES[2], seed=100)
-    os.utime(folder / NAMES[2], ns=(1, 1))
-    write_noise(folder / "new.png", seed=101)
-    embedded.clear()
-    report = build_index(folder, tiny_model, tiny_processor, out)
-    assert report == (7, 2, []) and embedded == [2]
-    index = SearchIndex.load(out, tiny_model, tiny_processor)
-    assert index.rows["file_name"][:] == sorted([*NAMES[1:], "new.png"])
-    for name in index.rows["file_name"]:
-        best = index.search(image=folder / name, top=1)[0]
-        assert best.path == folder / name and best.score == pytest.approx(1, abs=1e-5)
-    embedded.clear()
-    assert build_index(folder, tiny_model, tiny_processor, out) == (7, 0, []) and embedded == []
-
-
-def test_bad_files_are_left_out_and_reported(folder, out, tiny_model, tiny_processor):
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "text.jpg").write_text("hello")
-    report = build_index(folder, tiny_model, tiny_processor, out, batch_size=2)
-    assert report.images == 7
-    assert sorted(name for name, _ in report.skipped) == ["empty.png", "text.jpg"]
-    again = build_index(folder, tiny_model, tiny_processor, out)
-    assert (again.images, again.embedded, len(again.skipped)) == (7, 0, 2)
-
-
-def test_a_folder_of_nothing_but_bad_files_is_refused(tmp_path, out, tiny_model, tiny_processor):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "empty.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no image can be read.*empty\.png"):
-        build_index(tmp_path / "images", tiny_model, tiny_processor, out)
-
-
-def test_nothing_but_an_index_of_the_same_folder_is_replaced(folder, out, tiny_model, tiny_processor):
-    out.mkdir()
-    (out / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="out is .*not an index"):
-        build_index(folder, tiny_model, tiny_processor, out)
-    assert (out / "thesis.txt").read_text() == "precious"
-
-    build_index(folder, tiny_model, tiny_processor, out.with_name("other"))
-    write_noise(folder.with_name("elsewhere") / "a.png", seed=1)
-    with pytest.raises(ValueError, match="an index of the folder .*images.*elsewhere"):
-        build_index(folder.with_name("elsewhere"), tiny_model, tiny_processor, out.with_name("other"))
-
-
-def test_another_model_is_recognised_by_what_it_does(folder, out, tiny_model, tiny_processor):
+def test_another_model_is_refused_by_what_it_does(folder, out, tiny_model, tiny_processor):
     build_index(folder, tiny_model, tiny_processor, out)
     SearchIndex.load(out, build_model().bfloat16(), tiny_processor)  # the same weights, rounded
-    with torch.no_grad():
-        for weight in tiny_model.image_projection.parameters():
-            weight[0] += 0.5
-    with pytest.raises(ValueError, match="does not embed images as"):
-        SearchIndex.load(out, tiny_model, tiny_processor)
-    with pytest.raises(ValueError, match="embeds images otherwise"):
-        build_index(folder, tiny_model, tiny_processor, out)
+    for change, message in [
+        (lambda model: torch.nn.init.normal_(model.text_projection.weight), "which embeds texts otherwise"),
+        (lambda model: torch.nn.init.normal_(model.image_projection[1].weight), "which has other weights"),
+    ]:
+        other = build_model()
+        change(other)
+        with pytest.raises(ValueError, match=f"model is .*{message}.*made anew"):
+            SearchIndex.load(out, other, tiny_processor)
+    with pytest.raises(ValueError, match="whose embedding_pooling is 'mean' instead of 'last'"):
+        SearchIndex.load(out, build_model(embedding_pooling="mean"), tiny_processor)
+    with pytest.raises(ValueError, match="whose prompts is"):
+        SearchIndex.load(out, build_model(prompts={"query": "Find "}), tiny_processor)
+
+
+def test_images_are_refused_where_they_are_seen_otherwise(folder, out, tiny_model, tiny_processor, monkeypatch):
+    index = build(folder, out, tiny_model, tiny_processor)
+    monkeypatch.setattr(tiny_processor.image_processor, "image_mean", [0.1, 0.1, 0.1])
+    assert len(index.search("a red star")) == 7  # as it was: no image is involved
+    with pytest.raises(ValueError, match="which embeds images otherwise"):
+        index.search(image=folder / PATHS[0])
+    monkeypatch.undo()
+    index.search(image=folder / PATHS[0])
+    monkeypatch.setattr(
+        tiny_model,
+        "get_multimodal_features",
+        build_model(embedding_pooling="mean", num_embedding_tokens=2).get_multimodal_features,
+    )
+    with pytest.raises(ValueError, match="which embeds images with texts otherwise"):
+        index.search("it", folder / PATHS[0])
+
+
+def test_a_text_is_searched_without_the_vision_tower_and_the_files(
+    folder, out, tiny_model, tiny_processor, monkeypatch
+):
+    build_index(folder, tiny_model, tiny_processor, out)
+    folder.rename(folder.with_name("away"))
+    monkeypatch.setattr(tiny_model.vision_tower, "forward", None)
+    assert len(SearchIndex.load(out, tiny_model, tiny_processor).search("a red star", top=3)) == 3
 
 
 def test_the_model_is_loaded_from_where_it_was_when_none_is_given(folder, out, tiny_model, tiny_processor, tmp_path):
@@ -214,18 +214,20 @@ def test_what_is_not_an_index_is_not_loaded(tmp_path, tiny_model, tiny_processor
         SearchIndex.load(tmp_path, tiny_model, tiny_processor)
 
 
-def test_a_query_needs_text_or_image_and_a_positive_number_of_answers(folder, out, tiny_model, tiny_processor):
-    build_index(folder, tiny_model, tiny_processor, out)
-    index = SearchIndex.load(out, tiny_model, tiny_processor)
-    with pytest.raises(ValueError, match="text and image are both None"):
-        index.search()
-    with pytest.raises(ValueError, match="top must be 1 or more, got 0"):
-        index.search("a star", top=0)
-    with pytest.raises(FileNotFoundError, match="gone.png"):
-        index.search(image=folder / "gone.png")
+@pytest.mark.parametrize("config", [{"embedding_prompt_ids": [5, 6, 7]}, {"text_attention": "bidirectional"}])
+def test_other_ways_to_read_an_embedding_have_an_index_too(folder, out, tiny_processor, config):
+    model = build_model(**config)
+    index = build(folder, out, model, tiny_processor)
+    images = embed_images(model, tiny_processor, [folder / name for name in PATHS])
+    check(index.search("a star"), folder, images @ embed_texts(model, tiny_processor, ["a star"])[0])
 
 
-def test_facts_are_readable_json(folder, out, tiny_model, tiny_processor):
-    build_index(folder, tiny_model, tiny_processor, out)
-    facts = json.loads((out / FACTS_FILE).read_text())
-    assert facts["folder"] == str(folder) and len(facts["probe"]) == tiny_model.config.projection_dim
+def test_a_calibrated_model_searches_what_it_is_calibrated_for(folder, out, tiny_processor):
+    model = build_model(calibrated_modalities=["image", "text"])
+    generator = torch.Generator().manual_seed(0)
+    model.calibrator.fit({kind: torch.randn(9, 16, generator=generator) + 1 for kind in ("image", "text")})
+    index = build(folder, out, model, tiny_processor)
+    images = embed_images(model, tiny_processor, [folder / name for name in PATHS])
+    check(index.search("a star"), folder, images @ embed_texts(model, tiny_processor, ["a star"])[0])
+    with pytest.raises(ValueError, match="`modality` is 'fused'"):
+        index.search("it", folder / PATHS[0])

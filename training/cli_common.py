@@ -1,0 +1,54 @@
+"""What the commands of `mmgem` have in common. Nothing heavy is imported before a command runs."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or a name on the Hub.")]
+ModelOption = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a name on the Hub.")]
+ImageFolder = Annotated[Path, typer.Argument(help="Folder of images, at any depth.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def work() -> Iterator[None]:
+    """While a command works, stdout is kept for its answer, and libraries say only what a user needs."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def load_model(model: str) -> tuple[Any, Any]:
+    """Model and processor; raises what `load_checkpoint` does."""
+    if model == str(TINY) and not TINY.exists():
+        raise FileNotFoundError("mmgem-tiny comes with the source checkout, which this is not; give --model")
+    from mmgem.training.loading import load_checkpoint
+
+    return load_checkpoint(model)
+
+
+def report_skipped(skipped: Iterable) -> None:
+    """Says which files were left out, and why."""
+    for file_name, reason in skipped:
+        typer.secho(f"left out {file_name}: {reason}", err=True, fg=typer.colors.YELLOW)
+
+
+def table(figures: dict[str, float]) -> list[str]:
+    """A line for each figure."""
+    width = max(map(len, figures), default=0)
+    return [f"{name:{width}}  {value:.4f}" for name, value in figures.items()]
+
+
+def answer(result: Any, as_json: bool, lines: Iterable[str]) -> None:
+    """Prints what a command found: `result` as JSON, or `lines` for a person."""
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))

@@ -1,0 +1,153 @@
+"""The commands of `mmgem` that make an index of images, search it, and ask about what is in it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer.core import TyperCommand
+
+from mmgem.training.cli_common import (
+    AsJson,
+    BatchSize,
+    ImageFolder,
+    ModelOption,
+    answer,
+    load_model,
+    report_skipped,
+    work,
+)
+
+IndexArgument = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder that `mmgem index` wrote.")]
+MovedModel = Annotated[str | None, typer.Option("--model", help="The model of the index, if it has moved.")]
+PromptName = Annotated[
+    str | None, typer.Option("--prompt", help="Name of the model's prompt to put before the text that is searched.")
+]
+
+
+class IndexCommand(TyperCommand):
+    """Lets `--with-memory` stand without its number, which typer has no way to say."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        args, option = list(args), "--with-memory"
+        if option in args:
+            after = args.index(option) + 1
+            if not (args[after : after + 1] == ["all"] or "".join(args[after : after + 1]).isdecimal()):
+                args.insert(after, "all")
+        return super().parse_args(ctx, args)
+
+
+def index(
+    folder: ImageFolder,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="Folder for the index.")],
+    batch_size: BatchSize = 32,
+    vectors: Annotated[
+        int | None, typer.Option(min=1, help="Vectors kept of each image, of a model with several; by default all.")
+    ] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(min=1, help="Values kept of each vector, the first ones; by default all.")
+    ] = None,
+    precision: Annotated[Literal["float32", "int8", "binary"], typer.Option(help="Of each value.")] = "float32",
+    with_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[J]", help="Keep what `mmgem ask` needs: all states of each image's memory, or the first J."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+):
+    """Embed every image below a folder into a search index; again, to bring it up to date."""
+    memory = _memory(with_memory)
+    with work():
+        from mmgem.training.tools.index_building import build_index
+
+        report = build_index(folder, *load_model(model), out, batch_size, vectors, dimensions, precision, memory)
+    report_skipped(report.skipped)
+    result = {"index": str(out), **report._asdict(), "skipped": [file._asdict() for file in report.skipped]}
+    summary = (
+        f"{report.images} images in {out}, {report.embedded} of them new; {len(report.skipped)} files left out; "
+        f"{report.bytes_per_image:,} bytes for each image"
+    )
+    answer(result, as_json, [summary])
+
+
+def search(
+    index: IndexArgument,
+    text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Image to look for; or one that TEXT speaks about, of which may be more.")
+    ] = None,
+    boxes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X0,Y0,X1,Y1", help="Part of the image, in pixels, instead of all of it; with TEXT parts."
+        ),
+    ] = None,
+    prompt: PromptName = None,
+    vectors: Annotated[
+        int | None, typer.Option(min=1, help="Vectors of each image to compare, the first ones; by default all.")
+    ] = None,
+    query_vectors: Annotated[
+        int | None, typer.Option(min=1, help="Likewise of the query; by default as many as of an image.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of answers.")] = 10,
+    model: MovedModel = None,
+    as_json: AsJson = False,
+):
+    """Find images by text, by image, or by both."""
+    if text is None and not image:
+        raise typer.BadParameter("give TEXT, --image, or both")
+    parts = [_box(box) for box in boxes or []]
+    with work():
+        from mmgem.training.tools.search_index import SearchIndex
+
+        loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
+        hits = loaded.search(text, image or None, top, parts or None, prompt, vectors, query_vectors)
+    rows = [{"score": round(hit.score, 4), "path": str(hit.path)} for hit in hits]
+    answer(rows, as_json, [f"{hit.score:7.4f}  {hit.path}" for hit in hits])
+
+
+def ask(
+    index: IndexArgument,
+    question: Annotated[str | None, typer.Argument(help="What to answer; without it, images are captioned.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Image to ask about, by its name in the index; may be given again.")
+    ] = None,
+    search: Annotated[str | None, typer.Option(help="Ask about the images that this text finds.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many images --search finds.")] = 1,
+    prompt: PromptName = None,
+    model: MovedModel = None,
+    as_json: AsJson = False,
+):
+    """Answer about images of an index that was made --with-memory; their files are not needed."""
+    if (not image) == (search is None):
+        raise typer.BadParameter("give --image or --search, one of them")
+    with work():
+        from mmgem.training.tools.asking import ask as ask_index
+        from mmgem.training.tools.search_index import SearchIndex
+
+        loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
+        answers = ask_index(loaded, question, image or None, search, top, prompt)
+    rows = [
+        {"path": str(path), "answer": text, "score": None if score is None else round(score, 4)}
+        for path, text, score in answers
+    ]
+    answer(rows, as_json, [f"{row['path']}\n  {row['answer']}" for row in rows])
+
+
+def _memory(states: str | None) -> int | bool:
+    if states is None or states == "all":
+        return states is not None
+    if not states.isdecimal() or int(states) == 0:
+        raise typer.BadParameter(f"--with-memory is {states!r}; expected a number, 1 or more")
+    return int(states)
+
+
+def _box(text: str) -> list[float]:
+    try:
+        box = [float(number) for number in text.split(",")]
+    except ValueError:
+        box = []
+    if len(box) != 4:
+        raise typer.BadParameter(f"--boxes is {text!r}; expected four numbers, X0,Y0,X1,Y1")
+    return box
