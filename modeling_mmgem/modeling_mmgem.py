@@ -229,19 +229,19 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         Args:
             num_embedding_tokens: k. The first vectors stay; further ones begin near the last of them, so that a text
                 is at first embedded about as before.
-            embedding_pooling: see [`MMGEMConfig`]. The k vectors of an image begin as its embedding, k times.
+            embedding_pooling: see [`MMGEMConfig`]. Where an image had one vector, its k vectors begin as k of that.
 
         Raises:
             ValueError: as [`MMGEMConfig`]; the model is then as it was.
         """
         self._change_read_out(num_embedding_tokens=num_embedding_tokens, embedding_pooling=embedding_pooling)
-        old = self.embedding_tokens  # (old k, H)
-        count = min(len(old), num_embedding_tokens)
-        further = old[count - 1] + 0.02 * torch.randn(num_embedding_tokens - count, old.shape[1]).to(old)
-        self.embedding_tokens = nn.Parameter(torch.cat([old[:count], further]))
-        self.image_vectors = self._make_image_vectors()
-        if self.image_vectors is not None:
-            self.image_vectors.to(old.device, old.dtype)
+        self.embedding_tokens = nn.Parameter(_resized(self.embedding_tokens, num_embedding_tokens))  # (k, H)
+        if embedding_pooling != "multi_vector":
+            self.image_vectors = None
+        elif self.image_vectors is not None:
+            self.image_vectors.queries = nn.Parameter(_resized(self.image_vectors.queries, num_embedding_tokens))
+        else:
+            self.image_vectors = self._make_image_vectors().to(self.device, self.embedding_tokens.dtype)
             for module in (*self.image_vectors.children(), self.image_vectors):
                 self._init_weights(module)
 
@@ -783,6 +783,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         from .pipeline_mmgem import MMGEMImageToTextPipeline  # noqa: F401
 
         return super().save_pretrained(*args, **kwargs)
+
+
+def _resized(vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """(k, C) -> (count, C), the first of them, and further ones near the last."""
+    kept = vectors[:count]
+    return torch.cat([kept, kept[-1] + 0.02 * torch.randn(count - len(kept), vectors.shape[1]).to(vectors)])
 
 
 MMGEMModel.register_for_auto_class("AutoModel")

@@ -114,6 +114,17 @@ def test_more_vectors_begin_near_the_last_and_fewer_stay():
     assert features_of_all_kinds(model)["text"].shape == (2, model.config.projection_dim)
 
 
+def test_fewer_vectors_of_several_are_the_first_of_them():
+    model = tiny(embedding_pooling="multi_vector")
+    before = features_of_all_kinds(model)
+    model.set_embedding_tokens(2, "multi_vector")
+    for kind, embeds in features_of_all_kinds(model).items():
+        torch.testing.assert_close(embeds, before[kind][..., :2, :], atol=1e-5, rtol=1e-5)
+    model.set_embedding_tokens(3, "multi_vector")
+    for kind, embeds in features_of_all_kinds(model).items():
+        torch.testing.assert_close(embeds[..., :2, :], before[kind][..., :2, :], atol=1e-5, rtol=1e-5)
+
+
 def test_a_changed_model_is_no_longer_calibrated():
     model = tiny(calibrated_modalities=["image", "text"])
     with pytest.raises(ValueError, match="mean is not known"):
