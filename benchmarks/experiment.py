@@ -13,10 +13,9 @@ encoder cannot read.
 """
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +29,7 @@ from benchmarks.experiment_data import Setting, prepare_batches, prepare_held_ou
 from benchmarks.experiment_report import write_report
 from benchmarks.experiment_training import evaluate, train
 from benchmarks.peers import CLIPContestant, Contestant, LlavaContestant, MMGEMContestant, TowerSizes
+from benchmarks.workers import progress_line, worker_pool
 from mmgem.training.data.scenes import FILLS, SHAPES
 
 SEEDS = (0, 1, 2)
@@ -107,7 +107,7 @@ def run(name: str, seed: int, setting: Setting, out: Path, device: str) -> dict:
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     contestant = ARMS[name].build(setting.towers, tokenizer.eos_token_id, image_token_id)
     contestant.model.to(device)
-    training = train(contestant, batches, setting, progress=f"{name}-{seed}", position=1 + _slot)
+    training = train(contestant, batches, setting, progress=f"{name}-{seed}", position=progress_line())
     trained = sum(parameter.numel() for parameter in contestant.model.parameters() if parameter.requires_grad)
     result = {
         "arm": name,
@@ -150,13 +150,8 @@ def run_all(setting: Setting, out: Path, workers: int, seeds=SEEDS, device: str 
     tokenizer = prepare_tokenizer(setting, out / "data" / "tokenizer")
     prepare_held_out(setting, tokenizer, out / "data" / "held-out.pt")
     left = [(name, seed) for seed in seeds for name in ARMS if (name, seed) not in results]
-    context = multiprocessing.get_context("spawn")
-    tqdm.set_lock(context.RLock())  # the default one belongs to another way of starting processes
-    slots = context.Queue()
-    for slot in range(workers):
-        slots.put(slot)
     with (
-        ProcessPoolExecutor(workers, context, _start_worker, (slots, tqdm.get_lock())) as pool,
+        worker_pool(workers) as pool,
         tqdm(total=len(seeds) * len(ARMS), initial=len(results), desc="runs", unit="run") as progress,
     ):
         paths = {seed: out / "data" / f"seed-{seed}.pt" for seed in sorted({seed for _, seed in left})}
@@ -170,16 +165,6 @@ def run_all(setting: Setting, out: Path, workers: int, seeds=SEEDS, device: str 
             progress.update()
     write_report(list(results.values()), titles, out)
     return [results[name, seed] for name in ARMS for seed in seeds]
-
-
-_slot = 0  # which of the workers this process is: the line of its progress bar
-
-
-def _start_worker(slots, lock) -> None:
-    global _slot
-    _slot = slots.get()
-    tqdm.set_lock(lock)
-    torch.set_num_threads(1)
 
 
 def _draw(setting: Setting, seed: int, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -103,7 +103,7 @@ def prepare_held_out(setting: Setting, tokenizer: PreTrainedTokenizerBase, path:
             "captions": [row["captions"] for row in rows],
             "long_captions": [row["long_caption"] for row in rows],
         }
-        _save(held_out, path)
+        save_whole(held_out, path)
     held_out = torch.load(path)
     return HeldOut(**held_out | {"batch": to_pixels(held_out["batch"])})
 
@@ -121,12 +121,14 @@ def prepare_batches(setting: Setting, tokenizer: PreTrainedTokenizerBase, seed: 
             _as_bytes(collate([scenes[number] for number in islice(rows, setting.batch_size)]))
             for _ in tqdm(range(setting.steps), desc=f"draw the scenes of seed {seed}", unit="batch")
         ]
-        _save(batches, path)
+        save_whole(batches, path)
     return torch.load(path, mmap=True)
 
 
 def to_pixels(batch: Batch) -> Batch:
-    """The batch with pixels in [-1, 1] instead of bytes."""
+    """The batch with pixels in [-1, 1] instead of bytes; pixels that are no bytes stay."""
+    if batch["pixel_values"].dtype != torch.uint8:
+        return batch
     return batch | {"pixel_values": batch["pixel_values"].float() / 127.5 - 1}
 
 
@@ -135,8 +137,8 @@ def _as_bytes(batch: Batch) -> Batch:
     return batch | {"pixel_values": ((batch["pixel_values"] + 1) * 127.5).round().to(torch.uint8)}
 
 
-def _save(content: object, path: Path) -> None:
-    """Under its name only when complete."""
+def save_whole(content: object, path: Path) -> None:
+    """Saves with torch; under its name only when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(content, partial)

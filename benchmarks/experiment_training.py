@@ -21,7 +21,8 @@ EVAL_BATCH = 100
 class Trainable(Protocol):
     """What can be trained: `losses` gives the scalars of a batch, by name."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]: ...
 

@@ -74,8 +74,8 @@ def micro_setting() -> Setting:
     )
 
 
-def build_model(setting: Setting) -> MMGEMModel:
-    """An `MMGEMModel` with random weights, in training mode."""
+def build_model(setting: Setting, **config_kwargs) -> MMGEMModel:
+    """An `MMGEMModel` with random weights, in training mode; `config_kwargs` are more fields of its configuration."""
     torch.manual_seed(0)
     config = MMGEMConfig(
         vision_config=setting.vision_config().to_dict(),
@@ -83,6 +83,7 @@ def build_model(setting: Setting) -> MMGEMModel:
         projection_dim=setting.projection_dim,
         num_visual_tokens=setting.num_visual_tokens,
         image_token_id=IMAGE_TOKEN_ID,
+        **config_kwargs,
     )
     return MMGEMModel(config).train()
 

@@ -1,11 +1,28 @@
 """Each benchmark of speed and memory runs, on towers of a size for tests."""
 
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
-from benchmarks import caption_loss, data_loading, grad_cache, joint_step, training_memory
-from benchmarks.setting import micro_setting
+from benchmarks import (
+    caption_loss,
+    data_loading,
+    encoding,
+    fused_cost,
+    grad_cache,
+    joint_step,
+    search,
+    training_memory,
+)
+from benchmarks.setting import build_model, micro_setting
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """Cells of a markdown table in a text, without its header."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -40,6 +57,57 @@ def test_grad_cache_holds_one_chunk_at_a_time():
 def test_caption_loss():
     rows = cells(caption_loss.compare(hidden_size=8, vocabulary_size=50, num_labels=6, rounds=1))
     assert set(caption_loss.WAYS) < set(rows)
+
+
+def test_encoding():
+    setting = micro_setting()
+    embeds = {mode: step() for mode, step in encoding.encoders(setting, vectors=4).items()}
+    single, several = (setting.num_images, setting.projection_dim), (setting.num_images, 4, setting.projection_dim)
+    assert len(embeds) == 6
+    assert all(tuple(found.shape) == (single if mode.vectors == 1 else several) for mode, found in embeds.items())
+
+    rows = rows_of(encoding.compare(setting, vectors=4, rounds=1))
+    assert [(row[0], int(row[1])) for row in rows] == list(embeds)
+    assert rows[0][4] == "1.00"
+    assert all(float(row[3]) == pytest.approx(int(row[1]) * float(row[2]), abs=0.3) for row in rows)
+
+
+def test_a_fused_embedding_costs_its_emb_vectors_more_than_the_prefill():
+    """Also of the FLOPs of the prompt that `generate` begins with, a small part."""
+    setting = replace(micro_setting(), caption_lengths=(6, 6))
+    rows = rows_of(fused_cost.compare(setting, (1, 3), (1, 4), rounds=1))
+    assert [tuple(map(int, row[:3])) for row in rows] == [(1, 10, 1), (3, 18, 1), (1, 10, 4), (3, 18, 4)]
+    for row in rows:
+        tokens, vectors, of_prefill, of_prompt = int(row[1]), int(row[2]), float(row[5]), float(row[9])
+        # As many more tokens, and attention, whose cost is a square.
+        assert 1 + vectors / tokens <= of_prefill <= (1 + vectors / tokens) ** 2
+        assert abs(of_prompt - 1) < of_prefill - 1
+        assert row[6] == ("yes" if max(float(row[4]), of_prefill) <= fused_cost.LIMIT else "no")
+
+
+def test_the_prefill_is_what_the_fused_embedding_contains():
+    setting = micro_setting()
+    model = build_model(setting, num_embedding_tokens=2, embedding_pooling="mean").eval()
+    steps, tokens = fused_cost.build_steps(model, setting, num_images=2)
+    with torch.no_grad():
+        found = {name: step() for name, step in steps.items()}
+    torch.testing.assert_close(found[fused_cost.READ].pooler_output, found[fused_cost.FUSED].pooler_output)
+    prefill = found[fused_cost.PREFILL].last_hidden_state  # (B, L, H)
+    assert prefill.shape[1] == tokens
+    logits = found[fused_cost.PROMPT].logits  # (B, 1, vocabulary)
+    torch.testing.assert_close(model.get_output_embeddings()(prefill[:, -1:]), logits)
+
+
+def test_search():
+    modes = search.modes(dimensions=16, vectors=4)
+    assert {mode.precision for mode in modes if mode.vectors == 1} == set(search.PRECISIONS)
+    assert [mode.vectors for mode in modes if mode.precision == "float32"] == [1, 1, 1, 1, 2, 4]
+    rows = rows_of(search.compare(modes, images=50, queries=2))
+    for mode, row in zip(modes, rows, strict=True):
+        bits = {"float32": 32, "int8": 8, "binary": 1}[mode.precision]
+        assert row[:3] == [str(field) for field in mode]
+        assert int(row[3]) == mode.vectors * -(-mode.dimensions * bits // 8)
+        assert float(row[6]) > 0
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ from statistics import mean
 import pytest
 import torch
 import torch.nn.functional as F
+from in_this_process import InThisProcess
 from scipy import stats
 
-from benchmarks import experiment, experiment_report
+from benchmarks import experiment, experiment_report, workers
 from benchmarks.experiment import ARMS, SETTINGS, finished_runs, run_all
 from benchmarks.experiment_data import prepare_batches, prepare_held_out, prepare_tokenizer, to_pixels
 from benchmarks.experiment_report import differences_table, interval, results_table
@@ -180,7 +181,7 @@ def test_every_arm_is_run_once_and_a_stopped_experiment_goes_on(tmp_path, monkey
     monkeypatch.setattr(experiment, "ARMS", arms)
     threads = torch.get_num_threads()
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "ProcessPoolExecutor", _InThisProcess)
+        patch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
         first = run_all(MICRO, tmp_path, workers=1, seeds=(0, 1))
     torch.set_num_threads(threads)
     assert {(result["arm"], result["seed"]) for result in first} == {(name, seed) for name in arms for seed in (0, 1)}
@@ -202,26 +203,6 @@ def test_every_arm_is_run_once_and_a_stopped_experiment_goes_on(tmp_path, monkey
 
     with pytest.raises(ValueError, match="another setting"):
         finished_runs(tmp_path, replace(MICRO, steps=5))
-
-
-class _InThisProcess:
-    """A pool that starts no process, which takes seconds."""
-
-    def __init__(self, workers, context, start, arguments):
-        start(*arguments)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def submit(self, function, *arguments):
-        from concurrent.futures import Future
-
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
 
 
 def results(**values):
