@@ -1,68 +1,23 @@
 import json
-from html.parser import HTMLParser
 from io import BytesIO
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
+from demonstrations import READING, Page, demonstrate, read_rows
 from PIL import Image
 from tiny_models import build_model
 
 from mmgem.training.data.grammar import parse_region_caption
-from mmgem.training.tools import demo
 from mmgem.training.tools.demo import run_demo
-from mmgem.training.tools.demo_page import FIGURES, data_uri, render_page
+from mmgem.training.tools.demo_page import BESIDE, FIGURES, data_uri, render_page
 from mmgem.training.tools.search_index import SearchIndex
-
-VOID = {"meta", "img", "rect"}
-
-
-class Page(HTMLParser):
-    """What a page is made of; fails on tags that do not nest."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], ""
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag, **wanted):
-        return [own for name, own in self.tags if name == tag and wanted.items() <= own.items()]
 
 
 @pytest.fixture(scope="module")
 def demonstration(tmp_path_factory, tiny_processor):
-    """A demonstration in which every other scene has true captions, and the rest those of another scene."""
-    out = tmp_path_factory.mktemp("demo") / "out"
-
-    def caption_folder(folder, model, processor, out, with_boxes):
-        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-        with open(out, "w") as lines:
-            for number, row in enumerate(rows):
-                caption = rows[number - number % 2]["captions"][-1]
-                regions = [*row["region_captions"][:-1], "a large thing"]
-                line = {"file_name": row["file_name"], "caption": caption, "region_captions": regions}
-                lines.write(json.dumps(line) + "\n")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "caption_folder", caption_folder)
-        page, figures = run_demo(out, build_model(), tiny_processor, count=16)
-    assert page == out / "index.html" and set(figures) <= set(FIGURES)
-    return out, json.loads((out / "demo.json").read_text())
+    """Of a model with one vector, and no prompts."""
+    return demonstrate(tmp_path_factory.mktemp("demo") / "out", build_model(), tiny_processor)
 
 
 def test_the_page_needs_no_other_file(demonstration):
@@ -91,7 +46,7 @@ def test_the_page_shows_every_result(demonstration):
     for item in results["classified"]:
         assert all(guess["label"] in text for guess in item["guesses"])
     for name in results["figures"]:
-        assert FIGURES[name][0] in text
+        assert (FIGURES[name][0] in text) == (name not in BESIDE)
     boxes = sum(len(item["regions"]) for item in results["regions"])
     boxes += sum(len(search["hits"]) for search in results["region_searches"])
     assert len(page.all("rect")) == boxes > 0
@@ -106,7 +61,7 @@ def test_captions_are_judged_by_what_they_say(demonstration):
 
 def test_right_answers_are_those_the_scenes_know(demonstration):
     out, results = demonstration
-    rows = [json.loads(line) for line in (out / "gallery" / "metadata.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "gallery")
     of_caption = {caption: row["file_name"] for row in rows for caption in [*row["captions"], row["long_caption"]]}
     for search in results["text_searches"]:
         if search["kind"] != "class":
@@ -133,6 +88,15 @@ def test_everything_lies_beside_the_page(demonstration, tiny_processor):
     assert {path.name for path in out.iterdir()} == {"gallery", "index", "captions.jsonl", "demo.json", "index.html"}
     index = SearchIndex.load(out / "index", build_model(), tiny_processor)
     assert len(index) == results["gallery"]["images"] == len(list((out / "gallery").glob("*.png")))
+
+
+def test_what_a_checkpoint_does_not_have_is_left_out(demonstration, tiny_processor):
+    out, results = demonstration
+    assert results["edit_searches"] == results["instructed"] == [] and results["nested"] is results["asked"] is None
+    page = Page((out / "index.html").read_text())
+    assert page.all("section", id="image") and page.all("section", id="classes")
+    assert not [name for name in READING if page.all("section", id=name)]
+    assert SearchIndex.load(out / "index", build_model(), tiny_processor).facts.settings.memory is None
 
 
 def test_a_page_is_safe_with_any_text(demonstration):
@@ -162,8 +126,4 @@ def test_a_demonstration_runs_twice_in_one_place(tmp_path, tiny_processor):
     for count in (14, 12):
         run_demo(tmp_path / "out", build_model(), tiny_processor, count=count)
         results = json.loads((tmp_path / "out" / "demo.json").read_text())
-        assert (
-            results["gallery"]["scenes"]
-            == count
-            == len((tmp_path / "out" / "gallery" / "metadata.jsonl").read_text().splitlines())
-        )
+        assert results["gallery"]["scenes"] == count == len(read_rows(tmp_path / "out" / "gallery"))

@@ -13,7 +13,7 @@ from mmgem.late_interaction import similarity
 from mmgem.training.encoding import embed_fused, embed_images, embed_regions
 from mmgem.training.tools import demo_reading
 from mmgem.training.tools.demo_gallery import Gallery
-from mmgem.training.tools.demo_page import budget_curve
+from mmgem.training.tools.demo_page import FIGURES, budget_curve
 from mmgem.training.tools.demo_reading import ask_index, follow_instructions, search_edits
 from mmgem.training.tools.index_building import build_index
 from mmgem.training.tools.search_index import SearchIndex
@@ -47,6 +47,8 @@ def test_the_page_shows_every_result(demonstration):
     page = Page((out / "index.html").read_text())
     text = " ".join(page.text.split())
     assert all(page.all("section", id=name) for name in READING)
+    for name in results["figures"]:
+        assert FIGURES[name][0] in text
     for search in results["edit_searches"]:
         assert search["instruction"] in text and len(search["hits"]) == 5
     for item in results["instructed"]:
