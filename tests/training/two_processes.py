@@ -16,6 +16,22 @@ from mmgem.training.evaluation import evaluate_model
 
 TEXTS = [{"text": "a sentence about nothing in particular"}, {"text": "another"}]
 WRONG = {"hard_negatives": ["a blue star", "no star at all"]}
+ASKED = {"qa": [{"question": "what is it?", "answer": "a heart"}]}
+
+
+def edited() -> dict:
+    """Columns of a row whose image, once edited, is another picture."""
+    return {"edit": {"instruction": "add a moon", "file_name": "edited.png"}, "edited_image": rows()[0]["image"]}
+
+
+# Beside what is drawn by default: fused queries, documents that are images, and what is written from memory.
+DRAWN = {
+    "hard_negatives_per_image": 2,
+    "edits_per_image": 1,
+    "memory_captions_per_image": 1,
+    "memory_questions_per_image": 1,
+    "match_captions_per_image": 1,
+}
 PARTS = {  # what each of the two processes gets
     "alike": lambda: [rows()[:2], rows()[2:]],
     "boxes on one": lambda: [rows()[2:], rows()[:2]],
@@ -23,6 +39,7 @@ PARTS = {  # what each of the two processes gets
     "texts on one": lambda: [rows(), TEXTS],
     "texts and images on one": lambda: [TEXTS[:1] + rows()[:1] + TEXTS[1:], rows()[1:]],
     "distractors on one": lambda: [rows()[:2], [rows()[2], {"image": rows()[3]["image"]}]],
+    "an edit and a question on one": lambda: [rows()[:2], [rows()[2] | ASKED | edited(), rows()[3]]],
     "hard negatives on one": lambda: [rows()[:2], [rows()[2] | WRONG, rows()[3]]],
 }
 # Every parameter has a part in every step of every process, or else DDP complains, or waits.
@@ -49,7 +66,7 @@ def cases() -> dict[str, tuple]:
 
 def gradient(processor, folder, items: list[list[dict]], items_per_batch: int, **arguments):
     """Of a step on items that are lists of rows."""
-    collator = MMGEMCollator(processor, hard_negatives_per_image=2)
+    collator = MMGEMCollator(processor, **DRAWN)
     return gradient_of_one_step(
         processor,
         str(folder),
