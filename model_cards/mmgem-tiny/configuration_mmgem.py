@@ -38,9 +38,18 @@ class MMGEMConfig(PreTrainedConfig):
         num_visual_tokens (`int`): visual tokens n of an image or a box; a square, n = g * g.
         num_embedding_tokens (`int`, >= 1): learned [EMB] vectors k that the model appends to read a text.
             k = 1 is MM-GEM; k > 1 with `embedding_pooling="mean"` is CoMa (https://arxiv.org/abs/2511.08480).
-        embedding_pooling (`"last"`, `"mean"` or `"multi_vector"`): how k read-outs become an embedding.
-        text_attention (`"causal"` or `"bidirectional"`): attention while a text is embedded; generation is
-            always causal.
+        embedding_pooling (`"last"`, `"mean"` or `"multi_vector"`): how k read-outs become an embedding; kept apart,
+            they are k vectors of it (MetaEmbed, https://arxiv.org/abs/2509.18095).
+        text_attention (`"causal"` or `"bidirectional"`): attention among the tokens of a text, or of an image with
+            text, while it is embedded (MoCa, https://arxiv.org/abs/2506.23115); generation is always causal.
+        prompts (`dict[str, str]`, optional): instructions by name, put before what is embedded by those who ask for
+            them; sentence-transformers' prompts.
+        embedding_prompt_ids (`list[int]`, optional): tokens, such as those of "Summary of the above in one word:",
+            that stand in the place of the [EMB] vectors. The embedding is then the state of the last of them, as it
+            is, (H,) wide, for images as well, so that an untrained composition embeds (E5-V,
+            https://arxiv.org/abs/2407.12580).
+        calibrated_modalities (`list[str]`, optional): of `"image"`, `"text"` and `"fused"` those whose embeddings a
+            `ModalityCalibrator` was fitted for.
         image_token_id (`int`, >= 0): id of the `<image>` placeholder.
         logit_scale_init_value (`float`): logarithm of the initial inverse temperature, as in CLIP; at most ln 100.
         logit_bias_init_value (`float`, optional): initial bias of the logits, such as SigLIP's -10 for its sigmoid
@@ -63,6 +72,9 @@ class MMGEMConfig(PreTrainedConfig):
     num_embedding_tokens: int = 1
     embedding_pooling: Literal["last", "mean", "multi_vector"] = "last"
     text_attention: Literal["causal", "bidirectional"] = "causal"
+    prompts: dict[str, str] | None = None
+    embedding_prompt_ids: list[int] | None = None
+    calibrated_modalities: list[str] | None = None
     image_token_id: int = 0
     logit_scale_init_value: float = math.log(1 / 0.07)
     logit_bias_init_value: float | None = None
@@ -85,6 +97,12 @@ class MMGEMConfig(PreTrainedConfig):
         for name in ("projection_dim", "num_embedding_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number of at least 1.")
+        if self.embedding_pooling == "multi_vector" and self.calibrated_modalities is not None:
+            raise ValueError(
+                "`calibrated_modalities` and `embedding_pooling` 'multi_vector' exclude each other: a modality has "
+                "one mean vector. Expected 'last' or 'mean'."
+            )
+        self._check_embedding_prompt()
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; expected a token id, 0 or more.")
         if not self.logit_scale_init_value <= math.log(100):
@@ -95,6 +113,24 @@ class MMGEMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`vision_config` is of type `{self.vision_config.model_type}`, which has no patch grid; "
                 "expected a vision encoder with `patch_size` and `hidden_size` (CLIP, SigLIP, ViT, DINOv2, ...)."
+            )
+
+    def _check_embedding_prompt(self):
+        if self.embedding_prompt_ids is None:
+            return
+        vocabulary_size = self.text_config.vocab_size
+        if not self.embedding_prompt_ids or not all(
+            0 <= token < vocabulary_size for token in self.embedding_prompt_ids
+        ):
+            raise ValueError(
+                f"`embedding_prompt_ids` is {self.embedding_prompt_ids}; expected token ids from 0 to "
+                f"{vocabulary_size - 1}, at least one."
+            )
+        if self.embedding_pooling != "last" or self.num_embedding_tokens != 1:
+            raise ValueError(
+                f"`embedding_prompt_ids` excludes `embedding_pooling` {self.embedding_pooling!r} with "
+                f"`num_embedding_tokens` {self.num_embedding_tokens}: the last state of the prompt is the embedding. "
+                "Expected 'last' and 1."
             )
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .contrastive_batch import IMAGE, REGION_BITS, ContrastiveBatch
+from .contrastive_batch import DOCUMENT, IMAGE, REGION_BITS, ContrastiveBatch
+from .late_interaction import similarity
 
 SCORES_AT_ONCE = 2**20  # similarities in memory: above, the loss goes block by block, and once more for the gradients
 
@@ -19,7 +20,7 @@ class Ranking:
     Args:
         scores: (A, C) similarities, from the hook `score`.
         describes: (A, C) bool, whether text and target belong together by their ids.
-        other_modality: (A, C) bool, whether one is of an image and the other of a region.
+        other_modality: (A, C) bool, whether one is of an image and the other of a region, or of a document.
         same_image: (A, C) bool, whether the image is the same, if only in part; True for hard negatives, which stand
             against nothing but targets of their own modality.
         positive: (A,) long, the candidate that makes a pair with the anchor.
@@ -68,7 +69,7 @@ class Pairs:
     ):
         self.objective, self.batch, self.teacher = objective, batch, teacher
         self.describing = (batch.target_index >= 0).nonzero()[:, 0]
-        counts = batch.query_modality[self.describing].bincount(minlength=2).clamp(min=1)  # (2,)
+        counts = batch.query_modality[self.describing].bincount(minlength=DOCUMENT + 1).clamp(min=1)  # (3,)
         self.counts = counts[batch.query_modality]
         # Equal texts, and copies of a target, get one number, and a table says which belong together.
         _, self._text = batch.query_ids.unique(return_inverse=True)  # (Q,)
@@ -129,19 +130,24 @@ class ContrastiveObjective:
         loss(q) = -1/2 log( exp(t s(q, p)) / sum over targets p' of exp(t s(q, p')) )
                   -1/2 log( exp(t s(q, p)) / sum over texts q' of exp(t s(q', p)) )
 
-    and the loss is its mean over the texts of images, plus its mean over the texts of regions. A text describes a
+    and the loss is its mean over the texts of images, plus its mean over those of regions and over those of documents.
+    A text describes a
     target if it is one of the captions of a target with that id, or says the same as one of them; what belongs
     together is never a negative: of it, only p and q stand in the sums. Images and regions are never each other's
     negatives (modality-aware masking, UNITE, https://arxiv.org/abs/2505.19650). Hard negatives are candidates for
     images, never anchors (NegCLIP, https://arxiv.org/abs/2210.01936). With one caption per image, and no boxes, this
     is CLIP's loss.
 
-    Subclasses change it by four hooks: `score`, `mask`, `weights` and `targets`.
+    Subclasses change it by five hooks: `views`, `score`, `mask`, `weights` and `targets`.
     """
 
+    def views(self, batch: ContrastiveBatch) -> list[ContrastiveBatch]:
+        """Forms of the gathered batch, such as parts of its embeddings; the loss is the mean of those of each."""
+        return [batch]
+
     def score(self, query_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
-        """(Q, D), (P, D) -> (Q, P) similarities: the cosine."""
-        return query_embeds @ target_embeds.T
+        """(Q, D), (P, D) -> (Q, P) similarities: the cosine; MaxSim of (Q, k, D) and (P, m, D)."""
+        return similarity(query_embeds, target_embeds)
 
     def mask(self, ranking: Ranking) -> torch.Tensor:
         """(A, C) bool, the candidates left out of the sum; never the anchor's `positive`."""
@@ -179,12 +185,19 @@ class ContrastiveObjective:
             parts = batch.query_embeds, batch.target_embeds, batch.logit_scale, batch.logit_bias
             return sum(part.sum() for part in parts if part is not None) * 0.0
         with torch.autocast(batch.query_embeds.device.type, enabled=False):
-            pairs = Pairs(self, batch, teacher)
-            size = max(1, SCORES_AT_ONCE // max(len(batch.query_ids), len(batch.target_ids)))
-            blocks = self.anchors(pairs).split(size)
-            if len(blocks) == 1:
-                return self.loss(pairs, blocks[0])
-            return sum(checkpoint(self.loss, pairs, block, use_reentrant=False) for block in blocks)
+            losses = [self._loss_of_view(view, teacher) for view in self.views(batch)]
+            return torch.stack(losses).mean()
+
+    def _loss_of_view(self, batch: ContrastiveBatch, teacher: ContrastiveBatch | None) -> torch.Tensor:
+        pairs = Pairs(self, batch, teacher)
+        vectors = (
+            1 if batch.target_embeds.ndim == 2 else max(batch.query_embeds.shape[1], batch.target_embeds.shape[1])
+        )
+        size = max(1, SCORES_AT_ONCE // (vectors * max(len(batch.query_ids), len(batch.target_ids))))
+        blocks = self.anchors(pairs).split(size)
+        if len(blocks) == 1:
+            return self.loss(pairs, blocks[0])
+        return sum(checkpoint(self.loss, pairs, block, use_reentrant=False) for block in blocks)
 
     def anchors(self, pairs: Pairs) -> torch.Tensor:
         """(A,) long, the texts whose losses make up that of the batch."""

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import ModelOutput
 
-IMAGE, REGION = 0, 1  # modalities: what a text was written for
+IMAGE, REGION, DOCUMENT = 0, 1, 2  # modalities: what a text was written for; a document is another text
 REGION_BITS = 20  # of a target id: the number of the box in its image
 
 
@@ -59,6 +59,24 @@ def token_row_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torc
     return ((input_ids + 1) * power * attention_mask).sum(-1)
 
 
+def ids_of_rows(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, fused_index: torch.Tensor, image_ids: torch.Tensor
+) -> torch.Tensor:
+    """
+    As [`token_row_ids`], of texts that go with images: equal if both are.
+
+    Args:
+        input_ids, attention_mask: (T, L).
+        fused_index: (T,) the image of each text, -1 for none.
+        image_ids: (I,).
+    """
+    multiplier = 2862933555777941757  # odd, of another generator, so that the sum of both tells them apart
+    ids = token_row_ids(input_ids, attention_mask)  # (T,)
+    is_fused = fused_index >= 0
+    ids[is_fused] += (image_ids[fused_index[is_fused]] + 1) * multiplier
+    return ids
+
+
 def default_image_ids(num_images: int, device: torch.device) -> torch.Tensor:
     """(I,) ids that no image shares with another, on any process."""
     first = dist.get_rank() << 32 if is_distributed() else 0
@@ -73,17 +91,18 @@ def ids_of_regions(image_ids: torch.Tensor, num_boxes: int) -> torch.Tensor:
 @dataclass
 class ContrastiveBatch(ModelOutput):
     """
-    The texts (queries) and the images and regions (targets) of one process, or after `gather` of all of them.
+    The texts (queries) and the images, regions and documents (targets) of one process, or after `gather` of all of
+    them. Both may be fused: a text with an image.
 
     Args:
-        query_embeds: (Q, D) unit vectors.
-        target_embeds: (P, D) unit vectors.
+        query_embeds: (Q, D) unit vectors, or (Q, k, D).
+        target_embeds: (P, D) unit vectors, or (P, k, D).
         target_index: (Q,) long, row of `target_embeds` that each query was written for; -1 for a hard negative, a text
             that describes nothing.
         query_ids: (Q,) long, equal for equal texts.
         target_ids: (P,) long, equal for copies of one image; for regions [`ids_of_regions`].
-        query_modality: (Q,) long, `IMAGE` or `REGION`: the kind of target that a text was written for.
-        target_modality: (P,) long, `IMAGE` or `REGION`.
+        query_modality: (Q,) long, `IMAGE`, `REGION` or `DOCUMENT`: the kind of target that a text was written for.
+        target_modality: (P,) long, likewise.
         logit_scale: scalar, the inverse temperature.
         logit_bias: scalar or None; the sigmoid form needs it, to InfoNCE it makes no difference.
     """
@@ -140,8 +159,8 @@ class ContrastiveBatch(ModelOutput):
             "target": ("target_ids", "target_modality"),
         }.items():
             embeds = getattr(self, f"{side}_embeds")
-            if embeds.ndim < 2:
-                raise ValueError(f"`{side}_embeds` has shape {tuple(embeds.shape)}; expected (N, D).")
+            if embeds.ndim not in (2, 3):
+                raise ValueError(f"`{side}_embeds` has shape {tuple(embeds.shape)}; expected (N, D) or (N, k, D).")
             for name in names:
                 if getattr(self, name).shape != embeds.shape[:1]:
                     raise ValueError(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
@@ -23,23 +22,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mmgem import MMGEMConfig
-from .contrastive import ContrastiveObjective
-from .contrastive_batch import (
-    IMAGE,
-    REGION,
-    ContrastiveBatch,
-    default_image_ids,
-    ids_of_regions,
-    token_row_ids,
-)
-from .packing import PackedLayout
+from .contrastive_batch import ContrastiveBatch, default_image_ids
+from .image_vectors import ImageVectors
+from .joint_step import JointStep
+from .late_interaction import similarity
+from .modality_calibrator import ModalityCalibrator
+from .model_inputs import TextRows, check_boxes, checked_mask, first_token_id, is_box, is_first_token, pair
 from .pool_aggregator import PoolAggregator
 
-IGNORED_LABEL = -100
 MAX_LOGIT_SCALE = math.log(100)
 DEFAULT_MAX_NEW_TOKENS = 128
-LOGITS_AT_ONCE = 2**24  # vocabulary logits in memory; a caption loss with more goes chunk by chunk
-LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma 2
 
 
 @dataclass
@@ -54,10 +46,10 @@ class MMGEMOutput(ModelOutput):
         contrastive_batch: what a contrastive loss is computed from, of this process; with `return_loss`.
         image_norm, text_norm: scalars, mean length of the embeddings before they are normalised; with `return_loss`.
         logits: (B, L, vocabulary) next-token scores.
-        logits_per_image: (B, T) scaled cosine similarity of every image with every text.
+        logits_per_image: (B, T) scaled similarity of every image with every text: the cosine, or MaxSim.
         logits_per_text: (T, B), its transpose.
-        image_embeds: (B, D) unit vectors.
-        text_embeds: (T, D) unit vectors.
+        image_embeds: (B, D) unit vectors, or (B, k, D).
+        text_embeds: (T, D) unit vectors, or (T, k, D); with `return_loss` those of the contrastive queries.
         past_key_values: cache of the language model.
         hidden_states, attentions: of the language model, per layer, on request.
     """
@@ -78,18 +70,19 @@ class MMGEMOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class MMGEMModel(PreTrainedModel, GenerationMixin):
+class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     """
     One class that embeds and generates; see [`MMGEMConfig`] for its parts and [`MMGEMModel.from_towers`] for composing
     it from pretrained ones.
 
     - `get_image_features`: images, or boxes in them, to embeddings. No layer of the language model runs.
     - `get_text_features`, `get_multimodal_features`: texts, or images with texts, to embeddings. No vocabulary head.
-    - `generate`: captions and answers, from `input_ids` with `<image>` placeholders and `pixel_values`.
+    - `generate`: captions and answers, from `input_ids` with `<image>` placeholders and `pixel_values`, or from
+      `embedding_tokens`, the memory of an image.
     - `forward`: CLIP's meaning for images and texts, LLaVA's for prompts; see there.
 
-    Raises:
-        NotImplementedError: for `embedding_pooling="multi_vector"`.
+    An embedding is (D,) wide, or (k, D) with `embedding_pooling="multi_vector"`; `late_interaction.similarity`
+    compares either kind. With `embedding_prompt_ids` it is (H,) wide, and images go through the language model.
     """
 
     config_class = MMGEMConfig
@@ -107,10 +100,6 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MMGEMConfig):
         super().__init__(config)
-        if config.embedding_pooling == "multi_vector":
-            raise NotImplementedError(
-                "`embedding_pooling` is 'multi_vector', which is not there yet; expected 'last' or 'mean'."
-            )
         vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
@@ -125,6 +114,10 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             nn.LayerNorm(vision_size), nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size)
         )
         self.embedding_tokens = nn.Parameter(torch.empty(config.num_embedding_tokens, text_size))
+        self.image_vectors = self._make_image_vectors()
+        self.calibrator = None
+        if config.calibrated_modalities is not None:
+            self.calibrator = ModalityCalibrator(self.embedding_dim, config.calibrated_modalities)
         self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init_value]))
         has_bias = config.logit_bias_init_value is not None
         self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias_init_value])) if has_bias else None
@@ -139,9 +132,15 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         # Not by `isinstance(module, PoolAggregator)`: modules without parameters of their own are passed over.
-        if module is self.pool_aggregator.output:
+        of_image_vectors = None if self.image_vectors is None else self.image_vectors.output
+        if module is self.pool_aggregator.output or module is of_image_vectors:
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, ImageVectors):
+            init.normal_(module.queries, std=0.02)
+        elif isinstance(module, ModalityCalibrator):
+            for mean in module.buffers():
+                init.constant_(mean, math.nan)  # not fitted
         elif isinstance(module, MMGEMModel):
             init.normal_(module.embedding_tokens, std=0.02)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
@@ -203,9 +202,69 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             model.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
         model.eval()
         with torch.no_grad():
-            height, width = _pair(config.vision_config.image_size)
+            height, width = pair(config.vision_config.image_size)
             model._patch_grid(torch.zeros(1, config.vision_config.num_channels, height, width, dtype=model.dtype))
         return model
+
+    def _make_image_vectors(self) -> ImageVectors | None:
+        if self.config.embedding_pooling != "multi_vector":
+            return None
+        vision_config = self.config.vision_config
+        return ImageVectors(
+            vision_config.hidden_size, vision_config.num_attention_heads, self.config.num_embedding_tokens
+        )
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the embeddings: D, or H of the language model where a prompt reads them."""
+        config = self.config
+        return config.projection_dim if config.embedding_prompt_ids is None else config.text_config.hidden_size
+
+    @torch.no_grad()
+    def set_embedding_tokens(self, num_embedding_tokens: int, embedding_pooling: str):
+        """
+        Read embeddings with another number of [EMB] vectors, or pool them otherwise, from now on. They are no longer
+        calibrated.
+
+        Args:
+            num_embedding_tokens: k. The first vectors stay; further ones begin near the last of them, so that a text
+                is at first embedded about as before.
+            embedding_pooling: see [`MMGEMConfig`]. Where an image had one vector, its k vectors begin as k of that.
+
+        Raises:
+            ValueError: as [`MMGEMConfig`]; the model is then as it was.
+        """
+        self._change_read_out(num_embedding_tokens=num_embedding_tokens, embedding_pooling=embedding_pooling)
+        self.embedding_tokens = nn.Parameter(_resized(self.embedding_tokens, num_embedding_tokens))  # (k, H)
+        if embedding_pooling != "multi_vector":
+            self.image_vectors = None
+        elif self.image_vectors is not None:
+            self.image_vectors.queries = nn.Parameter(_resized(self.image_vectors.queries, num_embedding_tokens))
+        else:
+            self.image_vectors = self._make_image_vectors().to(self.device, self.embedding_tokens.dtype)
+            for module in (*self.image_vectors.children(), self.image_vectors):
+                self._init_weights(module)
+
+    def set_embedding_prompt(self, prompt_ids: list[int] | None):
+        """
+        Read embeddings, of images too, as the last state of a prompt, from now on, without any training (E5-V,
+        https://arxiv.org/abs/2407.12580). They are no longer calibrated.
+
+        Args:
+            prompt_ids: of the prompt, without special tokens, such as "Summary of the above in one word:"; None to
+                read the [EMB] vector again.
+
+        Raises:
+            ValueError: for what is no token of the language model, and if there are several [EMB] vectors.
+        """
+        self._change_read_out(embedding_prompt_ids=prompt_ids)
+
+    def _change_read_out(self, **changes):
+        changes["calibrated_modalities"] = None  # for embeddings that there are no more
+        type(self.config)(**{**self.config.to_dict(), **changes})  # refuses what does not go together
+        for name, value in changes.items():
+            setattr(self.config, name, value)
+        self.calibrator = None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -224,7 +283,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     def _patch_grid(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) pixels -> (B, C, H / patch, W / patch) features of the vision tower."""
         vision_config = self.config.vision_config
-        patch_height, patch_width = _pair(vision_config.patch_size)
+        patch_height, patch_width = pair(vision_config.patch_size)
         if pixel_values.ndim != 4 or len(pixel_values) == 0 or pixel_values.shape[1] != vision_config.num_channels:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (B, {vision_config.num_channels}, H, "
@@ -249,7 +308,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
                 spatial_shapes=torch.tensor([[rows, columns]] * batch, device=patches.device),
             ).last_hidden_state
         else:
-            is_native_size = (height, width) == _pair(vision_config.image_size)
+            is_native_size = (height, width) == pair(vision_config.image_size)
             resizable = not is_native_size and "interpolate_pos_encoding" in accepted
             hidden_states = self.vision_tower(
                 pixel_values, **({"interpolate_pos_encoding": True} if resizable else {})
@@ -266,35 +325,44 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     def _visual_tokens(self, pixel_values: torch.Tensor, boxes: torch.Tensor | None) -> torch.Tensor:
         """-> (B, n, C), or (B, R, n, C) with boxes."""
         grid = self._patch_grid(pixel_values)  # (B, C, rows, columns)
-        _check_boxes(boxes, len(grid))
+        check_boxes(boxes, len(grid))
         return self.pool_aggregator(grid, boxes)
 
     def _embed_visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(..., n, C) -> (..., D)"""
+        """(..., n, C) -> (..., D), or (..., k, D)"""
+        if self.config.embedding_prompt_ids is not None:
+            visual_embeds = self.token_projection(tokens).flatten(0, -3)  # (N, n, H)
+            outputs = self._embed_sequences(visual_embeds, visual_embeds.new_ones(visual_embeds.shape[:2]))
+            return outputs.pooler_output.unflatten(0, tokens.shape[:-2])
+        if self.image_vectors is not None:
+            return self.image_projection(self.image_vectors(tokens))
         return self.image_projection(tokens.mean(dim=-2))
+
+    def _calibrated(self, embeds: torch.Tensor, modality: str) -> torch.Tensor:
+        return embeds if self.calibrator is None else self.calibrator(embeds, modality)
 
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, boxes: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """
-        Embed images, or boxes in them. The language model is not run.
+        Embed images, or boxes in them. The language model is not run, unless there are `embedding_prompt_ids`.
 
         Args:
             pixel_values: (B, 3, H, W) as the processor gives them.
             boxes: (B, R, 4) xyxy in [0, 1] of the model's view; rows of zeros are padding.
 
         Returns:
-            `pooler_output` (B, D), or (B, R, D) with boxes, unnormalised, zero for padding boxes;
-            `last_hidden_state` (B, n, C) or (B, R, n, C), the visual tokens that it is the mean of.
+            `pooler_output` (B, D), or (B, R, D) with boxes, unnormalised, zero for padding boxes; with several vectors
+            (B, k, D) or (B, R, k, D). `last_hidden_state` (B, n, C) or (B, R, n, C), the visual tokens it comes from.
 
         Raises:
             ValueError: for shapes that do not fit.
         """
         tokens = self._visual_tokens(pixel_values, boxes)
-        embeds = self._embed_visual_tokens(tokens)
+        embeds = self._calibrated(self._embed_visual_tokens(tokens), "image")
         if boxes is not None:
-            embeds = embeds * _is_box(boxes)[..., None]  # (B, R, D)
+            embeds = embeds * is_box(boxes).view(*boxes.shape[:2], *[1] * (embeds.ndim - 2))  # (B, R, ...)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=embeds)
 
     # Text
@@ -342,25 +410,41 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             )
 
     def _read_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(T, k, H) states of the [EMB] vectors -> (T, D)"""
-        pooled = hidden_states[:, -1] if self.config.embedding_pooling == "last" else hidden_states.mean(dim=1)
-        return self.text_projection(pooled)
+        """(T, k, H) states of the [EMB] vectors -> (T, D), or (T, k, D); of a prompt's tokens -> (T, H)"""
+        if self.config.embedding_prompt_ids is not None:
+            return hidden_states[:, -1]
+        if self.config.embedding_pooling == "last":
+            hidden_states = hidden_states[:, -1]
+        elif self.config.embedding_pooling == "mean":
+            hidden_states = hidden_states.mean(dim=1)
+        return self.text_projection(hidden_states)
+
+    def _read_out_embeds(self) -> torch.Tensor:
+        """(k, H) what is appended to be read: the [EMB] vectors, or a prompt."""
+        if self.config.embedding_prompt_ids is None:
+            return self.embedding_tokens
+        prompt_ids = torch.tensor(self.config.embedding_prompt_ids, device=self.embedding_tokens.device)
+        return self.get_input_embeddings()(prompt_ids)
 
     def _embed_sequences(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor
     ) -> BaseModelOutputWithPooling:
         """(B, L, H) padded on either side -> read-out of the [EMB] vectors appended to each row."""
-        batch, k = len(inputs_embeds), self.config.num_embedding_tokens
-        embedding_tokens = self.embedding_tokens.to(inputs_embeds.dtype).expand(batch, -1, -1)  # (B, k, H)
+        embedding_tokens = self._read_out_embeds().to(inputs_embeds.dtype).expand(len(inputs_embeds), -1, -1)
+        batch, k, _ = embedding_tokens.shape
         inputs_embeds = torch.cat([inputs_embeds, embedding_tokens], dim=1)  # (B, L + k, H)
         self._check_length(inputs_embeds.shape[1])
         attention_mask = torch.cat([attention_mask.long(), attention_mask.new_ones(batch, k).long()], dim=1)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, L + k)
-        bidirectional = None if self.config.text_attention == "causal" else attention_mask - 1  # 0, or -1 for padding
+        bidirectional = None
+        if self.config.text_attention == "bidirectional":
+            # [EMB] vectors are causal, so that the first of them are what fewer would be: -1, as for padding, else 0.
+            bidirectional = attention_mask - 1
+            bidirectional[:, -k:] = -1
         hidden_states = self._run_decoder(inputs_embeds, position_ids, attention_mask, bidirectional)[:, -k:]
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self._read_out(hidden_states)
-        )  # (B, k, H), (B, D)
+        )  # (B, k, H), (B, D) or (B, k, D)
 
     @can_return_tuple
     def get_text_features(
@@ -375,13 +459,16 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             attention_mask: (B, L), 1 for text; by default all of it.
 
         Returns:
-            `pooler_output` (B, D), unnormalised; `last_hidden_state` (B, k, H), the states of the [EMB] vectors.
+            `pooler_output` (B, D) or (B, k, D), unnormalised; `last_hidden_state` (B, k, H), the states of the [EMB]
+            vectors.
 
         Raises:
             ValueError: for an empty batch, shapes that do not fit, or more tokens than the model takes.
         """
-        attention_mask = _checked_mask(input_ids, attention_mask)
-        return self._embed_sequences(self.get_input_embeddings()(input_ids), attention_mask)
+        attention_mask = checked_mask(input_ids, attention_mask)
+        outputs = self._embed_sequences(self.get_input_embeddings()(input_ids), attention_mask)
+        outputs.pooler_output = self._calibrated(outputs.pooler_output, "text")
+        return outputs
 
     @can_return_tuple
     def get_multimodal_features(
@@ -390,26 +477,67 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         boxes: torch.Tensor | None = None,
+        max_rationale_tokens: int = 0,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        Embed texts that contain images.
+        Embed texts that contain images. Of an image, `last_hidden_state` is the memory from which [`generate`] writes
+        about it.
 
         Args:
             input_ids: (B, L) with n placeholders for each image, or for each box if there are boxes.
             attention_mask: (B, L).
             pixel_values: (I, 3, H, W), the images in the order of their placeholders.
             boxes: (I, R, 4) xyxy in [0, 1]; then the boxes take the place of the whole images.
+            max_rationale_tokens: how many tokens the model may write about its input, which are then read with it,
+                before the embedding is (RGE, reasoning before embedding, https://arxiv.org/abs/2511.16150).
 
         Returns:
-            `pooler_output` (B, D), unnormalised; `last_hidden_state` (B, k, H).
+            `pooler_output` (B, D) or (B, k, D), unnormalised; `last_hidden_state` (B, k, H).
 
         Raises:
-            ValueError: if images and placeholders do not match, and as [`get_text_features`].
+            ValueError: if images and placeholders do not match, if a rationale is to follow texts that are padded on
+                the right, and as [`get_text_features`].
         """
-        attention_mask = _checked_mask(input_ids, attention_mask)
+        attention_mask = checked_mask(input_ids, attention_mask)
+        if max_rationale_tokens:
+            input_ids, attention_mask = self._with_rationale(
+                input_ids, attention_mask, pixel_values, boxes, max_rationale_tokens
+            )
         inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes)  # (B, L, H)
-        return self._embed_sequences(inputs_embeds, attention_mask)
+        outputs = self._embed_sequences(inputs_embeds, attention_mask)
+        modality = "text" if pixel_values is None else "fused"
+        outputs.pooler_output = self._calibrated(outputs.pooler_output, modality)
+        return outputs
+
+    @torch.no_grad()
+    def _with_rationale(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        max_rationale_tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L) -> (B, L + m) ids and mask, with what the model writes after the text, up to its end token."""
+        if max_rationale_tokens < 0:
+            raise ValueError(f"`max_rationale_tokens` is {max_rationale_tokens}; expected 0 or more.")
+        if not attention_mask[:, -1:].all():
+            raise ValueError("`attention_mask` pads on the right, where a rationale is to follow; pad on the left.")
+        written = self.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            boxes=boxes,
+            max_new_tokens=max_rationale_tokens,
+            do_sample=False,
+            suppress_tokens=[self.config.image_token_id],
+        )[:, input_ids.shape[1] :]  # (B, m)
+        end_ids = self.generation_config.eos_token_id
+        end_ids = [end_ids] if isinstance(end_ids, int) else end_ids or []
+        is_end = torch.isin(written, written.new_tensor(end_ids))  # (B, m)
+        is_rationale = is_end.cumsum(-1) == 0
+        return torch.cat([input_ids, written], dim=1), torch.cat([attention_mask, is_rationale.to(attention_mask)], 1)
 
     def _embed_prompt(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, boxes: torch.Tensor | None
@@ -419,7 +547,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         if pixel_values is None:
             return inputs_embeds
         tokens = self._visual_tokens(pixel_values, boxes)
-        tokens = tokens.flatten(0, 1) if boxes is None else tokens[_is_box(boxes)].flatten(0, 1)  # (units * n, C)
+        tokens = tokens.flatten(0, 1) if boxes is None else tokens[is_box(boxes)].flatten(0, 1)  # (units * n, C)
         placeholders = input_ids == self.config.image_token_id  # (B, L)
         if placeholders.sum() != len(tokens):
             n = self.config.num_visual_tokens
@@ -449,6 +577,9 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         image_ids: torch.LongTensor | None = None,
         contrastive_mask: torch.BoolTensor | None = None,
         hard_negative_mask: torch.BoolTensor | None = None,
+        fused_index: torch.LongTensor | None = None,
+        target_row: torch.LongTensor | None = None,
+        memory_row: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_contrastive_batch: bool = False,
         **kwargs,
@@ -481,6 +612,12 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             contrastive_mask: (T,) False for texts that are only generated, such as answers to a question.
             hard_negative_mask: (T,) True for texts that describe no image: candidates that every image has to tell
                 from its own texts.
+            fused_index: (T,) which image stands before each text where it is embedded; -1 (the default) for none.
+            target_row: (T,) which text, with its image if it has one, a text is to find instead of an image or a box;
+                -1 (the default) for none.
+            memory_row: (T,) which text, with its image, a generated text is about: it is written from the states of
+                the [EMB] vectors there alone (the compression stage of CoMa, https://arxiv.org/abs/2511.08480); -1
+                for none. In a sharded run it is given on all processes or on none.
             num_items_in_batch: tokens to divide the caption loss by, over all processes and accumulation steps.
             return_contrastive_batch: leave the contrastive loss to the caller, who finds its ingredients, of this
                 process and with gradients, in `contrastive_batch`; `loss` is the caption loss then.
@@ -520,21 +657,33 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
                 attentions=outputs.attentions,
             )
 
-        attention_mask = _checked_mask(input_ids, attention_mask, allow_empty=return_loss)
+        attention_mask = checked_mask(input_ids, attention_mask, allow_empty=return_loss)
         if return_loss:
-            return self._joint_forward(
+            if self.config.embedding_prompt_ids is not None or self.calibrator is not None:
+                raise ValueError(
+                    "`return_loss` is given, but the embeddings are read by a prompt or calibrated, which comes after "
+                    "training; expected a model without `embedding_prompt_ids` and `calibrated_modalities`."
+                )
+            num_images = 0 if pixel_values is None else len(pixel_values)
+            check_boxes(boxes, num_images)
+            rows = TextRows.complete(
                 input_ids,
-                pixel_values,
                 attention_mask,
-                boxes,
-                labels,
-                image_index,
-                box_index,
-                image_ids,
-                contrastive_mask,
-                hard_negative_mask,
-                num_items_in_batch,
-                return_contrastive_batch,
+                num_images,
+                has_boxes=boxes is not None,
+                labels=labels,
+                image_index=image_index,
+                box_index=box_index,
+                contrastive_mask=contrastive_mask,
+                hard_negative_mask=hard_negative_mask,
+                fused_index=fused_index,
+                target_row=target_row,
+                memory_row=memory_row,
+            )
+            if image_ids is None:
+                image_ids = default_image_ids(num_images, input_ids.device)
+            return self._joint_forward(
+                rows, pixel_values, boxes, image_ids, num_items_in_batch, return_contrastive_batch
             )
         if labels is not None or boxes is not None:
             raise ValueError(
@@ -551,7 +700,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().squeeze()
 
     def _pair_output(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, **fields) -> MMGEMOutput:
-        logits_per_image = self._temperature() * image_embeds @ text_embeds.T  # (I, T)
+        logits_per_image = self._temperature() * similarity(text_embeds, image_embeds).T  # (I, T)
         if self.logit_bias is not None:
             logits_per_image = logits_per_image + self.logit_bias
         return MMGEMOutput(
@@ -562,253 +711,63 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             text_embeds=text_embeds,
         )
 
-    def _joint_forward(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        attention_mask: torch.Tensor,
-        boxes: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        image_index: torch.Tensor | None,
-        box_index: torch.Tensor | None,
-        image_ids: torch.Tensor | None,
-        contrastive_mask: torch.Tensor | None,
-        hard_negative_mask: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
-        return_contrastive_batch: bool,
-    ) -> MMGEMOutput:
-        """Meaning 4 of [`forward`]: one pass of each tower, both losses."""
-        num_texts, device = len(input_ids), input_ids.device
-        num_images = 0 if pixel_values is None else len(pixel_values)
-        if image_index is None:
-            if num_images != num_texts:
-                raise ValueError(
-                    f"`pixel_values` holds {num_images} images and `input_ids` {num_texts} texts; expected pairs, or "
-                    "`image_index` to say which image each text describes."
-                )
-            image_index = torch.arange(num_texts, device=device)
-        if box_index is None:
-            box_index = torch.full((num_texts,), -1, device=device)
-        if image_ids is None:
-            image_ids = default_image_ids(num_images, device)
-        if contrastive_mask is None:
-            contrastive_mask = image_index >= 0
-        if hard_negative_mask is None:
-            hard_negative_mask = torch.zeros(num_texts, dtype=torch.bool, device=device)
-        if labels is None:
-            labels = input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL)
-        _check_boxes(boxes, num_images)
-        if boxes is None and (box_index >= 0).any():
-            raise ValueError(
-                f"`box_index` is {box_index.tolist()}, but `boxes` is None; expected the boxes it points to."
-            )
-        if (contrastive_mask & (image_index < 0)).any():
-            raise ValueError(
-                "`contrastive_mask` is True for a text whose `image_index` is -1; expected an image for it."
-            )
+    # Generation and saving
 
-        # Vision: the tower once; whole images and boxes through the same aggregator. Without an image a blank one
-        # runs, so that in a distributed run every process takes part with every parameter.
-        if pixel_values is None:
-            size = _pair(self.config.vision_config.image_size)
-            pixel_values = torch.zeros(1, self.config.vision_config.num_channels, *size, device=device)
-        grid = self._patch_grid(pixel_values)  # (I, C, rows, columns)
-        image_tokens = self.pool_aggregator(grid)  # (I, n, C)
-        described_tokens = image_tokens[image_index.clamp(min=0)]  # (T, n, C)
-        box_tokens = None
-        if boxes is not None:
-            box_tokens = self.pool_aggregator(grid, boxes)  # (I, R, n, C)
-            of_box = box_tokens[image_index.clamp(min=0), box_index.clamp(min=0)]  # (T, n, C)
-            described_tokens = torch.where((box_index >= 0)[:, None, None], of_box, described_tokens)
-
-        # Language: captions behind their visual tokens, and bare texts before [EMB], packed into the same rows.
-        generated = (labels != IGNORED_LABEL).any(-1)  # (T,)
-        has_image = image_index[generated] >= 0
-        caption_ids, caption_labels, is_visual, caption_lengths = self._caption_sequences(
-            input_ids[generated], attention_mask[generated], labels[generated], has_image
-        )  # (N_c,), (N_c,), (N_c,), (S_c,)
-        text_ids, is_read_out, text_lengths = self._text_sequences(
-            input_ids[contrastive_mask], attention_mask[contrastive_mask]
-        )  # (N_t,), (N_t,), (S_t,)
-        visual_embeds = self.token_projection(described_tokens[generated])[has_image].flatten(0, 1)
-        # All words in one lookup: the gradient of each is as large as the vocabulary.
-        caption_embeds, text_embeds = self.get_input_embeddings()(torch.cat([caption_ids, text_ids])).split(
-            [len(caption_ids), len(text_ids)]
-        )  # (N_c, H), (N_t, H)
-        caption_embeds = _put(caption_embeds, is_visual, visual_embeds)
-        text_embeds = _put(text_embeds, is_read_out, self.embedding_tokens.repeat(len(text_lengths), 1))
-        sequences, lengths = [caption_embeds, text_embeds], torch.cat([caption_lengths, text_lengths]).tolist()
-        if not lengths:  # as above: some text always runs
-            sequences, lengths = [*sequences, self.embedding_tokens], [len(self.embedding_tokens)]
-        hidden_states = self._run_packed(torch.cat(sequences), lengths, len(caption_lengths))
-        caption_states = hidden_states[: len(caption_embeds)]  # (N_c, H)
-        text_states = hidden_states[len(caption_embeds) :][: len(text_embeds)]  # (N_t, H)
-
-        caption_loss = self._caption_loss(caption_states, caption_labels, num_items_in_batch)
-        if not (len(caption_lengths) and num_images):
-            caption_loss = caption_loss + 0.0 * (hidden_states.sum() + image_tokens.sum())
-
-        k, hidden_size = self.embedding_tokens.shape
-        read_outs = text_states[is_read_out].view(len(text_lengths), k, hidden_size)
-        text_features = self._read_out(read_outs).float()  # (S_t, D)
-        image_features = self._embed_visual_tokens(image_tokens[:num_images]).float()  # (I, D)
-        image_embeds = F.normalize(image_features, dim=-1)  # (I, D)
-        text_embeds = F.normalize(text_features, dim=-1)  # (S_t, D)
-        region_embeds, region_ids, row_of_box = image_embeds[:0], image_ids[:0], None
-        if boxes is not None:
-            region_embeds, region_ids, row_of_box = self._regions(box_tokens, boxes, image_ids)
-        image_index, box_index = image_index[contrastive_mask], box_index[contrastive_mask]  # (S_t,)
-        of_region = box_index >= 0
-        target_index = image_index
-        if row_of_box is not None:
-            region_index = num_images + row_of_box[image_index, box_index.clamp(min=0)]  # (S_t,)
-            target_index = torch.where(of_region, region_index, image_index)
-        batch = ContrastiveBatch(
-            query_embeds=text_embeds,
-            target_embeds=torch.cat([image_embeds, region_embeds]),  # (I + boxes, D)
-            target_index=target_index.masked_fill(hard_negative_mask[contrastive_mask], -1),
-            query_ids=token_row_ids(input_ids, attention_mask)[contrastive_mask],
-            target_ids=torch.cat([image_ids, region_ids]),
-            query_modality=torch.where(of_region, REGION, IMAGE),
-            target_modality=torch.cat([torch.full_like(image_ids, IMAGE), torch.full_like(region_ids, REGION)]),
-            logit_scale=self._temperature(),
-            logit_bias=None if self.logit_bias is None else self.logit_bias.squeeze(),
-        )
-        contrastive = None if return_contrastive_batch else ContrastiveObjective()(batch)
-        return self._pair_output(
-            image_embeds,
-            text_embeds,
-            loss=caption_loss if contrastive is None else caption_loss + contrastive,
-            caption_loss=caption_loss,
-            contrastive_loss=contrastive,
-            contrastive_batch=batch,
-            image_norm=image_features.detach().norm(dim=-1).mean(),
-            text_norm=text_features.detach().norm(dim=-1).mean(),
-        )
-
-    def _regions(
-        self, box_tokens: torch.Tensor, boxes: torch.Tensor, image_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(I, R, n, C) -> unit vectors (N, D) and ids (N,) of the boxes that are no padding; row in them (I, R)."""
-        is_box = _is_box(boxes)  # (I, R)
-        region_embeds = F.normalize(self._embed_visual_tokens(box_tokens[is_box]).float(), dim=-1)  # (N, D)
-        region_ids = ids_of_regions(image_ids, boxes.shape[1])  # (I, R)
-        row_of_box = is_box.flatten().cumsum(0).view_as(is_box) - 1  # (I, R)
-        return region_embeds, region_ids[is_box], row_of_box
-
-    def _caption_sequences(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, has_image: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    @torch.no_grad()
+    def generate(
+        self, inputs: torch.Tensor | None = None, *args, embedding_tokens: torch.Tensor | None = None, **kwargs
+    ):
         """
-        [BOS] visual tokens, text, [EOS], without padding.
+        Write captions and answers; `GenerationMixin.generate`, which see, and beside it from memory:
 
         Args:
-            input_ids, attention_mask, labels: (S, L).
-            has_image: (S,), False for a text that goes without visual tokens.
+            inputs: (B, L) token ids, also called `input_ids`.
+            embedding_tokens: (B, j, H), j from 1 to k: the `last_hidden_state` of [`get_multimodal_features`] for
+                images, or the first j states of it. They stand where the image would; neither an image nor the vision
+                tower is needed. `input_ids` then holds the question, padded on the left, and may be left out for a
+                caption, if the tokenizer adds no [BOS].
 
         Returns:
-            Flat ids (N,), flat labels (N,), whether a visual token comes there (N,), lengths (S,).
+            Token ids; with `embedding_tokens` only the new ones.
+
+        Raises:
+            ValueError: if `embedding_tokens` are not those of this model, or come with images.
         """
-        if len(input_ids) == 0:
-            return input_ids.flatten(), labels.flatten(), attention_mask.flatten().bool(), attention_mask.sum(-1)
-        text_config = self.config.text_config
-        input_ids, attention_mask, labels = _without_empty_columns(attention_mask, input_ids, attention_mask, labels)
-        is_token = attention_mask.bool()  # (S, L)
-        position = is_token.long().cumsum(-1) - 1  # (S, L)
-        is_first = is_token & (position == 0)
-        is_last = is_token & (position == position.max(-1, keepdim=True).values)
-        is_bos = is_first & (input_ids == first_token_id(text_config.bos_token_id))  # the image comes after it
-        eos_token_id = first_token_id(text_config.eos_token_id)
-        ends = (is_last & (input_ids == eos_token_id)).any(-1, keepdim=True)  # (S, 1)
-        is_generated = (is_last & (labels != IGNORED_LABEL)).any(-1, keepdim=True)
-        appends_eos = ~ends & (eos_token_id >= 0)  # (S, 1)
-        bos = torch.full_like(ends, max(first_token_id(text_config.bos_token_id), 0), dtype=torch.long)
-        eos = torch.full_like(bos, max(eos_token_id, 0))
+        if embedding_tokens is None:
+            return super().generate(inputs, *args, **kwargs)
+        input_ids = kwargs.pop("input_ids", inputs)
+        if kwargs.get("pixel_values") is not None or kwargs.get("boxes") is not None:
+            raise ValueError("`embedding_tokens` and `pixel_values` are both given; expected one of them.")
+        embeds, mask = self._embed_recall(embedding_tokens, input_ids, kwargs.pop("attention_mask", None))
+        return super().generate(inputs_embeds=embeds, attention_mask=mask, *args, **kwargs)  # noqa: B026
 
-        visual = bos.new_zeros(len(bos), self.config.num_visual_tokens)  # (S, n), any id
-        ids = torch.cat([bos, visual, input_ids, eos], dim=1)  # (S, 1 + n + L + 1)
-        shows_image = has_image[:, None].expand_as(visual)
-        keep = torch.cat([is_bos.any(-1, keepdim=True), shows_image, is_token & ~is_bos, appends_eos], dim=1)
-        is_visual = torch.zeros_like(keep)
-        is_visual[:, 1 : 1 + visual.shape[1]] = True
-        # The first token of all has nothing to be predicted from.
-        labels = labels.masked_fill(is_first & ~has_image[:, None], IGNORED_LABEL)
-        prefix_labels = labels.new_full((len(labels), 1 + visual.shape[1]), IGNORED_LABEL)
-        eos_labels = eos.masked_fill(~is_generated, IGNORED_LABEL)
-        labels = torch.cat([prefix_labels, labels, eos_labels], dim=1)
-        return ids[keep], labels[keep], is_visual[keep], keep.sum(-1)
-
-    def _text_sequences(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(S, L) -> text and [EMB] without padding: flat ids (N,), whether [EMB] (N,), lengths (S,)."""
-        input_ids, attention_mask = _without_empty_columns(attention_mask, input_ids, attention_mask)
-        k = len(self.embedding_tokens)
-        keep = F.pad(attention_mask.bool(), (0, k), value=True)  # (S, L + k)
-        is_embedding = F.pad(torch.zeros_like(attention_mask).bool(), (0, k), value=True)  # (S, L + k)
-        return F.pad(input_ids, (0, k))[keep], is_embedding[keep], keep.sum(-1)
-
-    def _run_packed(self, inputs_embeds: torch.Tensor, lengths: list[int], num_causal: int) -> torch.Tensor:
-        """(N, H) flat sequences, the first `num_causal` of them always causal -> (N, H) hidden states."""
-        self._check_length(max(lengths))
-        layout = PackedLayout(lengths, inputs_embeds.device)
-        bidirectional = None
-        if self.config.text_attention == "bidirectional":
-            bidirectional = layout.segment_ids.masked_fill(layout.segment_ids < num_causal, -1)
-        packed = layout.pack(inputs_embeds)  # (rows, row_length, H)
-        hidden_states = self._run_decoder(packed, layout.position_ids, None, bidirectional)
-        return layout.unpack(hidden_states)  # (N, H)
-
-    def _caption_loss(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        """(N, H) flat states and (N,) labels -> scalar; vocabulary logits only where a label is."""
-        # Every sequence starts with an unlabelled token, so shifting never crosses a border.
-        labelled = labels[1:] != IGNORED_LABEL
-        hidden_states, labels = hidden_states[:-1][labelled], labels[1:][labelled]  # (M, H), (M,)
-        chunk_size = max(1, LOGITS_AT_ONCE // self.config.text_config.vocab_size)
-        if len(labels) <= chunk_size:
-            total = self._cross_entropy(hidden_states, labels)
-        else:
-            total = self._chunked_cross_entropy(hidden_states, labels, chunk_size)
-        if num_items_in_batch is None:
-            num_items_in_batch = max(len(labels), 1)
-        return total / num_items_in_batch
-
-    def _cross_entropy(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """(M, H) states and (M,) labels -> sum of the losses."""
-        logits = self._vocabulary_logits(hidden_states)  # (M, vocabulary)
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
-
-    def _chunked_cross_entropy(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, chunk_size: int
-    ) -> torch.Tensor:
-        """The same, with the logits of `chunk_size` states in memory at a time."""
-        head, device = self.get_output_embeddings(), hidden_states.device.type
-        changes_logits = any(getattr(self.config.text_config, name, None) is not None for name in LOGIT_CHANGES)
-        is_matrix = type(head) is nn.Linear and head.bias is None and head.weight.ndim == 2 and not changes_logits
-        if is_matrix and head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(device):
-            # Takes the gradient along with the loss. In half precision it would round the loss and be slower.
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
-            return F.linear_cross_entropy(hidden_states, head.weight, labels, reduction="sum", options=options)
-        chunks = zip(hidden_states.split(chunk_size), labels.split(chunk_size), strict=True)
-        losses = [checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.stack(losses).sum()
-
-    def _vocabulary_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The language model's head on single states, with the scalings some families put behind it."""
-        text_config = self.config.text_config
-        logits = self.get_output_embeddings()(hidden_states)
-        if getattr(text_config, "logits_scaling", None) is not None:  # Granite
-            logits = logits / text_config.logits_scaling
-        if getattr(text_config, "logit_scale", None) is not None:  # Cohere
-            logits = logits * text_config.logit_scale
-        if getattr(text_config, "final_logit_softcapping", None) is not None:  # Gemma 2
-            cap = text_config.final_logit_softcapping
-            logits = torch.tanh(logits / cap) * cap
-        return logits
-
-    # Generation and saving
+    def _embed_recall(
+        self, embedding_tokens: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[BOS], memory (B, j, H), text (B, L) -> (B, 1 + j + L, H) with the mask, (B, 1 + j + L)."""
+        shape, (k, hidden_size) = tuple(embedding_tokens.shape), self.embedding_tokens.shape
+        if len(shape) != 3 or not 1 <= shape[1] <= k or shape[2] != hidden_size:
+            raise ValueError(f"`embedding_tokens` has shape {shape}; expected (B, 1 to {k}, {hidden_size}).")
+        if input_ids is None:
+            input_ids = torch.zeros(shape[0], 0, dtype=torch.long, device=embedding_tokens.device)
+        attention_mask = checked_mask(input_ids, attention_mask)
+        if len(input_ids) != shape[0]:
+            raise ValueError(
+                f"`embedding_tokens` holds {shape[0]} memories for {len(input_ids)} texts; expected as many."
+            )
+        if (input_ids == self.config.image_token_id).any():
+            raise ValueError("`input_ids` holds image placeholders beside `embedding_tokens`; expected none.")
+        bos_token_id = self.config.text_config.bos_token_id
+        is_bos = is_first_token(input_ids, attention_mask, bos_token_id)  # (B, L)
+        has_bos = is_bos.sum(-1, keepdim=True) > 0  # (B, 1)
+        bos = torch.full_like(has_bos, max(first_token_id(bos_token_id), 0), dtype=torch.long)
+        words = self.get_input_embeddings()(torch.cat([bos, input_ids], dim=1))  # (B, 1 + L, H)
+        embeds = torch.cat([words[:, :1], embedding_tokens.to(words.dtype), words[:, 1:]], dim=1)
+        is_memory = torch.ones_like(embedding_tokens[..., 0], dtype=torch.bool)  # (B, j)
+        mask = torch.cat([has_bos, is_memory, attention_mask.bool() & ~is_bos], dim=1).long()  # (B, 1 + j + L)
+        # What is masked goes to the left: generation reads the next token at the last place.
+        order = mask.argsort(dim=1, stable=True)
+        return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder=False, input_ids=None, **kwargs):
         pixel_values = kwargs.get("pixel_values")
@@ -826,51 +785,10 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         return super().save_pretrained(*args, **kwargs)
 
 
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def first_token_id(token_id: int | list[int] | None) -> int:
-    """Some language models list several end tokens; some have none, and -1 equals no token."""
-    if isinstance(token_id, list | tuple):
-        return token_id[0]
-    return -1 if token_id is None else token_id
-
-
-def _put(embeds: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """(N, H) embeddings, with `values` (M, H) in the M rows where `places` (N,) is True."""
-    return embeds.masked_scatter(places[:, None], values.to(embeds.dtype))
-
-
-def _without_empty_columns(attention_mask: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Drops the columns of (S, L) tensors in which no row has a token: longer rows may have been left out."""
-    used = attention_mask.bool().any(0)  # (L,)
-    return [tensor[:, used] for tensor in tensors]
-
-
-def _is_box(boxes: torch.Tensor) -> torch.Tensor:
-    """(B, R, 4) -> (B, R), False for the rows of zeros that pad a batch."""
-    return (boxes != 0).any(-1)
-
-
-def _check_boxes(boxes: torch.Tensor | None, num_images: int):
-    if boxes is not None and (boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[2] != 4):
-        raise ValueError(f"`boxes` has shape {tuple(boxes.shape)}; expected ({num_images}, R, 4).")
-
-
-def _checked_mask(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, allow_empty: bool = False
-) -> torch.Tensor:
-    if input_ids.ndim != 2 or (len(input_ids) == 0 and not allow_empty):
-        raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; expected (B, L) with B at least 1.")
-    if attention_mask is None:
-        return torch.ones_like(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; expected that of `input_ids`, "
-            f"{tuple(input_ids.shape)}."
-        )
-    return attention_mask
+def _resized(vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """(k, C) -> (count, C), the first of them, and further ones near the last."""
+    kept = vectors[:count]
+    return torch.cat([kept, kept[-1] + 0.02 * torch.randn(count - len(kept), vectors.shape[1]).to(vectors)])
 
 
 MMGEMModel.register_for_auto_class("AutoModel")

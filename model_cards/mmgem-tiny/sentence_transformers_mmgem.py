@@ -1,27 +1,46 @@
-"""The model as the first module of a `SentenceTransformer`, which takes texts, images and both in one list."""
+"""The model in sentence-transformers: texts, images, regions and all of them together, in one list.
 
-import os
+`SentenceTransformer` and `MultiVectorEncoder` load the same folder:
+
+    MMGEMTransformer -> NestedVectors -+-> Pooling (the first vector) -> Normalize     SentenceTransformer
+                                       +-> MultiVectorMask -> Normalize                MultiVectorEncoder
+
+The folder lists the first way; `MultiVectorEncoder` drops the pooling and what follows, and adds its own modules.
+"""
+
+import json
 from collections import defaultdict
+from pathlib import Path
 
 import torch
-from sentence_transformers.base.modality import infer_modality, is_message_dict
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modality import infer_modality
+from sentence_transformers.base.modules import Dense, Transformer
+
+from .sentence_transformers_inputs import read_input
 
 MIXED = "message"  # what sentence-transformers calls a batch of more than one kind
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "boxes")
 
 
 class MMGEMTransformer(Transformer):
-    """Embeds texts, images and images with texts, each by the method of the model that is made for it.
+    """Embeds texts, images, regions and images with texts, each by the method of the model that is made for it.
 
     sentence-transformers' own module sends a list that mixes them through the chat template, and so all of it through
-    the language model. Here a batch is taken apart by kind, texts go to `get_text_features`, images to
+    the language model. Here a batch is taken apart by kind, texts go to `get_text_features`, images and regions to
     `get_image_features` (no layer of the language model runs), images with texts to `get_multimodal_features`, and the
     embeddings are put back in order.
 
     An input is a text; an image (PIL, an array or tensor of 3 dimensions, bytes, a `pathlib.Path`, or a string that
     is the path or URL of an image file, as sentence-transformers decides); `{"image": ..., "text": ...}` with one
-    image or a list of them; or a conversation in the format of chat templates. A prompt is put before the text.
+    image or a list of them; one of these dictionaries with `"boxes"`, `[[x0, y0, x1, y1], ...]` in pixels, for several
+    images a list of such lists, which are then seen instead of the whole images; `{"image": ..., "boxes": ...}` with
+    one box, a region; or a conversation in the format of chat templates.
+
+    A prompt is put before the text and behind the images that it begins with. An image without a text has no place for
+    one: `{"image": ..., "text": ""}` does.
     """
+
+    forward_kwargs = {"max_rationale_tokens"}
 
     @property
     def modalities(self) -> list:
@@ -31,6 +50,10 @@ class MMGEMTransformer(Transformer):
     @staticmethod
     def _configure_use_cache(config, config_kwargs, use_cache=False):
         """Leaves the config alone: the parent turns the cache off in it, and saving would keep it off for captions."""
+
+    def get_embedding_dimension(self) -> int:
+        """Width of the vectors."""
+        return self.model.embedding_dim
 
     def preprocess(self, inputs, prompt: str | None = None, processing_kwargs=None, **kwargs) -> dict:
         """Prepares a batch.
@@ -42,80 +65,167 @@ class MMGEMTransformer(Transformer):
 
         Returns:
             For inputs of one kind the model's inputs. For mixed ones those of the first kind, those of further kinds
-            under keys with the prefixes `1.` and `2.`, the kinds as `parts`, and `order`, the place of each input's
-            embedding in the concatenation of the parts.
+            under keys with the prefixes `1.` and `2.`, the modalities of the kinds as `parts`, and `order`, the place
+            of each input's embedding in the concatenation of the parts.
 
         Raises:
             ValueError, TypeError: for an input of another kind, or as the processor raises.
         """
-        kwargs["processing_kwargs"] = processing_kwargs
-        items = [self._routable(item, prompt or "") for item in inputs]
         groups, rows = defaultdict(list), defaultdict(list)
-        for row, item in enumerate(items):
-            modality = infer_modality(item, supported_modalities=self.modalities)
-            groups[modality].append(item)
-            rows[modality].append(row)
-        if len(groups) <= 1:
-            return super().preprocess(items, **kwargs)
+        for row, item in enumerate(inputs):
+            item, boxes = read_input(item, prompt or "", self.processor, self.modalities)
+            kind = infer_modality(item, supported_modalities=self.modalities), boxes is not None
+            groups[kind].append((item, boxes))
+            rows[kind].append(row)
+        parts = [self._preprocess_alike(group, processing_kwargs, **kwargs) for group in groups.values()]
+        if len(parts) <= 1:
+            return parts[0] if parts else {}
 
-        features: dict = {"modality": MIXED, "parts": list(groups)}
+        features: dict = {"modality": MIXED, "parts": [part.pop("modality") for part in parts]}
         features["order"] = torch.tensor([row for group in rows.values() for row in group]).argsort()
-        for i, group in enumerate(groups.values()):
-            part = super().preprocess(group, **kwargs)
-            del part["modality"]
+        for i, part in enumerate(parts):
             # The trainer finds the columns of a dataset by known keys, so that one part keeps them as they are.
             features.update({f"{i}.{key}" if i else key: value for key, value in part.items()})
         return features
 
-    def _routable(self, item, prompt: str):
-        """One input in a form that tells its modality, with its prompt and its image placeholders."""
-        if isinstance(item, (bytes, os.PathLike)):
-            return {"image": item}
-        if is_message_dict(item) or isinstance(item, list) and item and is_message_dict(item[0]):
-            item = self._from_conversation(item)
-        modality = infer_modality(item, supported_modalities=self.modalities)
-        image_token = self.processor.image_token
-        parts = item if isinstance(item, dict) else {modality: item}
-        text, images = parts.get("text", ""), parts.get("image")
-        if not isinstance(text, str):
-            raise ValueError(f"`inputs` has a text of type {type(text).__name__}; expected a string.")
-        if modality == "text":
-            # Without an image there is nothing a placeholder could stand for: it is a word that happens to be there.
-            return {"text": prompt + text.replace(image_token, image_token.strip("<>"))}
-        if modality == ("image", "text"):
-            images = images if isinstance(images, (list, tuple)) else [images]
-            placeholders = "" if image_token in text else image_token * len(images)
-            return {"image": images, "text": placeholders + prompt + text}
-        if isinstance(images, (list, tuple)):
-            raise ValueError(f"`inputs` has a list of {len(images)} images without a text; expected one image.")
-        return item
+    def _preprocess_alike(self, group: list[tuple], processing_kwargs, **kwargs) -> dict:
+        """Inputs of one kind, as `read_input` returns them."""
+        items, boxes = zip(*group)
+        if boxes[0] is not None:
+            processing_kwargs = dict(processing_kwargs or {})
+            per_image = [row for of_input in boxes for row in of_input]
+            processing_kwargs["image"] = {**processing_kwargs.get("image", {}), "boxes": per_image}
+        return super().preprocess(list(items), processing_kwargs=processing_kwargs, **kwargs)
 
-    def _from_conversation(self, conversation):
-        """A conversation as its text, with its images where it has any."""
-        messages = [conversation] if is_message_dict(conversation) else conversation
-        parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-        sources = ("image", "url", "path", "base64")
-        images = [part[key] for part in parts if part["type"] == "image" for key in sources if key in part]
-        text = self.processor.apply_chat_template(messages)
-        return {"image": images, "text": text} if images else {"text": text}
+    def forward(self, features: dict, max_rationale_tokens: int = 0, **kwargs) -> dict:
+        """Embeds a batch.
 
-    def forward(self, features: dict, **kwargs) -> dict:
-        """Adds the embeddings of a batch, `(B, D)`, in the order of its inputs.
+        Args:
+            features: what `preprocess` returns.
+            max_rationale_tokens: how many tokens the model may write about each text, and image with text, and read
+                with it before it is embedded. An image without a text is embedded as ever.
+
+        Returns:
+            `token_embeddings` (B, k, D), not normalised, in the order of the inputs; k is 1 unless the model keeps
+            several vectors. `attention_mask` (B, k): all of them count.
 
         Raises:
-            ValueError: a mixed batch was cut into pieces, as losses with a gradient cache do.
+            ValueError: a mixed batch was cut into pieces, as losses with a gradient cache do; and as the model.
         """
-        if features.get("modality") != MIXED:
-            return super().forward(features, **kwargs)
-        parts = []
-        for i, modality in enumerate(features["parts"]):
-            prefix = f"{i}." if i else ""
-            part = {key[len(prefix) :]: value for key, value in features.items() if key.startswith(prefix)}
-            parts.append(super().forward({**part, "modality": modality}, **kwargs)[self.module_output_name])
-        embeddings, order = torch.cat(parts), features["order"]
-        if len(embeddings) != len(order):
-            raise ValueError(
-                f"`features` has {len(embeddings)} inputs in its parts for a batch of {len(order)}; expected a mixed "
-                "batch as `preprocess` returned it. Losses with a gradient cache need columns of one kind each."
-            )
-        return {"modality": MIXED, self.module_output_name: embeddings[order]}
+        modality = features.get("modality", "text")
+        if modality != MIXED:
+            vectors = self._vectors(features, modality, max_rationale_tokens)
+        else:
+            parts = []
+            for i, modality_of_part in enumerate(features["parts"]):
+                prefix = f"{i}." if i else ""
+                part = {key[len(prefix) :]: value for key, value in features.items() if key.startswith(prefix)}
+                parts.append(self._vectors(part, modality_of_part, max_rationale_tokens))
+            vectors, order = torch.cat(parts), features["order"]
+            if len(vectors) != len(order):
+                raise ValueError(
+                    f"`features` has {len(vectors)} inputs in its parts for a batch of {len(order)}; expected a mixed "
+                    "batch as `preprocess` returned it. Losses with a gradient cache need columns of one kind each."
+                )
+            vectors = vectors[order]
+        mask = torch.ones(vectors.shape[:2], dtype=torch.long, device=vectors.device)
+        return {"modality": modality, self.module_output_name: vectors, "attention_mask": mask}
+
+    def _vectors(self, features: dict, modality, max_rationale_tokens: int) -> torch.Tensor:
+        """The embeddings of inputs of one kind, (B, k, D)."""
+        inputs = {name: features[name] for name in MODEL_INPUTS if name in features}
+        method = getattr(self.model, self.modality_config[modality]["method"])
+        if max_rationale_tokens and modality != "image":
+            method = self.model.get_multimodal_features
+            inputs["max_rationale_tokens"] = max_rationale_tokens
+        vectors = method(**inputs, return_dict=True).pooler_output
+        if modality == "image" and "boxes" in inputs:
+            vectors = vectors.squeeze(1)  # (B, 1, ...), a region each
+        several = self.model.config.embedding_pooling == "multi_vector"
+        return vectors if several else vectors.unsqueeze(1)
+
+    def save(self, output_path: str, *args, **kwargs) -> None:
+        """Saves the model with the prompts of the encoder, which have just been written to the same folder."""
+        settings = Path(output_path, "config_sentence_transformers.json")
+        if settings.is_file():
+            known = self.model.config.prompts or {}
+            prompts = json.loads(settings.read_text(encoding="utf-8"))["prompts"]
+            # Encoders have prompts for queries and documents in any case, if empty ones.
+            self.model.config.prompts = {n: text for n, text in prompts.items() if text or n in known} or None
+        super().save(output_path, *args, **kwargs)
+
+
+class NestedVectors(Dense):
+    """Keeps the first of the k vectors of an embedding.
+
+    A model that was trained over nested groups of vectors (MetaEmbed, https://arxiv.org/abs/2509.18095) is as good as
+    a number of them allows, and the first r are what it would have given with r. Ask for them by
+    `encode(..., num_vectors=r)`, with another r for documents than for queries, or for all of what is encoded by
+    `config_kwargs={"num_vectors": r}` when the encoder is loaded.
+
+    To `MultiVectorEncoder` it is the projection of the vectors, which has happened in the model: where it finds no
+    `Dense`, it adds a random one.
+
+    Args:
+        embedding_dimension: width D of the vectors.
+        num_vectors: how many to keep; by default all.
+
+    Raises:
+        ValueError: if `num_vectors` is not a whole number of at least 1.
+    """
+
+    config_keys = ["embedding_dimension", "num_vectors"]
+    forward_kwargs = {"num_vectors"}
+
+    def __init__(self, embedding_dimension: int, num_vectors: int | None = None):
+        super(Dense, self).__init__()  # without the weights of a `Dense`
+        _check_num_vectors(num_vectors)
+        self.embedding_dimension = embedding_dimension
+        self.num_vectors = num_vectors
+        self.module_input_name = self.module_output_name = "token_embeddings"
+
+    def forward(self, features: dict, num_vectors: int | None = None) -> dict:
+        """Cuts `token_embeddings` (B, k, D) and `attention_mask` (B, k) to (B, r, D) and (B, r).
+
+        Args:
+            features: with both.
+            num_vectors: r, by default that of the module, or k.
+
+        Raises:
+            ValueError: if r is not a whole number from 1 to k.
+        """
+        num_vectors = self.num_vectors if num_vectors is None else num_vectors
+        _check_num_vectors(num_vectors, features[self.module_input_name].shape[1])
+        cut = {name: features[name][:, :num_vectors] for name in (self.module_input_name, "attention_mask")}
+        return {**features, **cut}
+
+    def get_embedding_dimension(self) -> int:
+        """Width of the vectors."""
+        return self.embedding_dimension
+
+    def get_config_dict(self) -> dict:
+        """What makes the module again."""
+        return super(Dense, self).get_config_dict()
+
+    def save(self, output_path: str, *args, **kwargs) -> None:
+        """Saves the config; there are no weights."""
+        self.save_config(output_path)
+
+    @classmethod
+    def load(cls, model_name_or_path: str, *args, config_kwargs: dict | None = None, **kwargs) -> "NestedVectors":
+        """Loads the module, with the `num_vectors` of `config_kwargs` if it is there."""
+        places = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
+        where = {name: kwargs[name] for name in places if name in kwargs}
+        config = cls.load_config(model_name_or_path, *args, **where)
+        if config_kwargs and "num_vectors" in config_kwargs:
+            config["num_vectors"] = config_kwargs["num_vectors"]
+        return cls(**config)
+
+
+def _check_num_vectors(num_vectors: int | None, available: int | None = None):
+    if num_vectors is None:
+        return
+    is_whole = isinstance(num_vectors, int) and not isinstance(num_vectors, bool)
+    if not is_whole or num_vectors < 1 or (available is not None and num_vectors > available):
+        most = "" if available is None else f" to {available}, which the model has"
+        raise ValueError(f"`num_vectors` is {num_vectors!r}; expected a whole number from 1{most}.")

@@ -1,0 +1,260 @@
+"""The joint step: every loss of a batch from one pass of the vision tower and one, packed, of the language model."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .contrastive import ContrastiveObjective
+from .contrastive_batch import DOCUMENT, IMAGE, REGION, ContrastiveBatch, ids_of_regions, ids_of_rows
+from .model_inputs import IGNORED_LABEL, TextRows, is_box, pair
+from .packing import PackedLayout
+from .text_sequences import embedded_sequences, written_sequences
+
+LOGITS_AT_ONCE = 2**24  # vocabulary logits in memory; a caption loss with more goes chunk by chunk
+LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma 2
+
+
+class JointStep:
+    """Meaning 4 of `MMGEMModel.forward`, as a part of that class, which brings along what is named here."""
+
+    config: Any
+    embedding_tokens: torch.Tensor  # (k, H)
+    logit_bias: torch.Tensor | None
+    pool_aggregator: Any
+    token_projection: Any
+    get_input_embeddings: Any
+    get_output_embeddings: Any
+    _patch_grid: Any
+    _embed_visual_tokens: Any
+    _read_out: Any
+    _run_decoder: Any
+    _check_length: Any
+    _temperature: Any
+    _pair_output: Any
+
+    def _joint_forward(
+        self,
+        rows: TextRows,
+        pixel_values: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        image_ids: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+        return_contrastive_batch: bool,
+    ):
+        num_images, device = 0 if pixel_values is None else len(pixel_values), rows.input_ids.device
+        # Vision: the tower once; whole images and boxes through the same aggregator. Without an image a blank one
+        # runs, so that in a distributed run every process takes part with every parameter.
+        if pixel_values is None:
+            size = pair(self.config.vision_config.image_size)
+            pixel_values = torch.zeros(1, self.config.vision_config.num_channels, *size, device=device)
+        grid = self._patch_grid(pixel_values)  # (I, C, rows, columns)
+        image_tokens = self.pool_aggregator(grid)  # (I, n, C)
+        box_tokens = None if boxes is None else self.pool_aggregator(grid, boxes)  # (I, R, n, C)
+
+        # Language: captions behind their visual tokens, and what is embedded before [EMB], packed into the same rows.
+        text_config, embedding_tokens = self.config.text_config, self.embedding_tokens  # (k, H)
+        k = len(embedding_tokens)
+        from_memory = rows.is_generated & (rows.memory_row >= 0)  # (T,)
+        from_image = rows.is_generated & ~from_memory
+        has_image = rows.image_index[from_image] >= 0  # (S_c,)
+        captions = written_sequences(rows, from_image, has_image, self.config.num_visual_tokens, text_config)
+        texts = embedded_sequences(rows, self.config.num_visual_tokens, k, text_config)
+        recalled = written_sequences(rows, from_memory, from_memory[from_memory], k, text_config)
+        # All words in one lookup: the gradient of each is as large as the vocabulary.
+        parts = captions, texts, recalled
+        caption_embeds, text_embeds, recalled_embeds = self.get_input_embeddings()(
+            torch.cat([part.token_ids for part in parts])
+        ).split([len(part.token_ids) for part in parts])  # (N_c, H), (N_t, H), (N_m, H)
+        described = self._described_tokens(rows, from_image, image_tokens, box_tokens)[has_image]  # (., n, C)
+        fused = image_tokens[rows.fused_index[rows.is_embedded & (rows.fused_index >= 0)]]  # (., n, C)
+        described_embeds, fused_embeds = self.token_projection(torch.cat([described, fused])).split(
+            [len(described), len(fused)]
+        )
+        caption_embeds = _put(caption_embeds, captions.is_prefix, described_embeds.flatten(0, 1))
+        text_embeds = _put(text_embeds, texts.is_prefix, fused_embeds.flatten(0, 1))
+        text_embeds = _put(text_embeds, texts.is_suffix, embedding_tokens.repeat(len(texts.lengths), 1))
+        # [EMB] vectors are causal among themselves, so that the first of them are what fewer would be.
+        bidirectional = torch.cat([torch.zeros_like(captions.is_prefix), ~texts.is_suffix])  # (N_c + N_t,)
+        lengths = torch.cat([captions.lengths, texts.lengths])
+        hidden_states = self._run_packed(torch.cat([caption_embeds, text_embeds]), lengths, bidirectional)
+        caption_states, text_states = hidden_states.split(
+            [len(caption_embeds), len(text_embeds)]
+        )  # (N_c, H), (N_t, H)
+        read_outs = text_states[texts.is_suffix].view(len(texts.lengths), *embedding_tokens.shape)  # (S_t, k, H)
+        row_of_text = rows.is_embedded.cumsum(0) - 1  # (T,), row in `read_outs`
+
+        # What is written from a memory stands behind states that were just read out, and sees no image.
+        labels, unused = captions.labels, hidden_states.sum() + image_tokens.sum()
+        if rows.reads_memory:
+            memory = read_outs[row_of_text[rows.memory_row[from_memory]]]  # (S_m, k, H)
+            recalled_embeds = _put(recalled_embeds, recalled.is_prefix, memory.flatten(0, 1))
+            is_causal = torch.zeros_like(recalled.is_prefix)
+            recalled_states = self._run_packed(recalled_embeds, recalled.lengths, is_causal)  # (N_m, H)
+            caption_states, labels = torch.cat([caption_states, recalled_states]), torch.cat([labels, recalled.labels])
+        caption_loss = self._caption_loss(caption_states, labels, num_items_in_batch) + 0.0 * unused
+
+        text_features = self._read_out(read_outs).float()  # (S_t, D) or (S_t, k, D)
+        image_features = self._embed_visual_tokens(image_tokens[:num_images]).float()  # (I, D) or (I, k, D)
+        image_embeds, text_embeds = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+        region_embeds, region_ids, row_of_box = self._regions(image_embeds, box_tokens, boxes, image_ids)
+
+        query_embeds = text_embeds[row_of_text[rows.contrastive_mask]]  # (Q, ...)
+        document_embeds = text_embeds[row_of_text[rows.is_document]]  # (N, ...)
+        target_index, query_modality = _targets(rows, num_images, len(region_embeds), row_of_box)
+        row_ids = ids_of_rows(rows.input_ids, rows.attention_mask, rows.fused_index, image_ids)  # (T,)
+        modalities = (IMAGE, len(image_embeds)), (REGION, len(region_embeds)), (DOCUMENT, len(document_embeds))
+        batch = ContrastiveBatch(
+            query_embeds=query_embeds,
+            target_embeds=torch.cat([image_embeds, region_embeds, document_embeds]),  # (P, ...)
+            target_index=target_index,
+            query_ids=row_ids[rows.contrastive_mask],
+            target_ids=torch.cat([image_ids, region_ids, row_ids[rows.is_document]]),
+            query_modality=query_modality,
+            target_modality=torch.cat([image_ids.new_full((count,), modality) for modality, count in modalities]),
+            logit_scale=self._temperature(),
+            logit_bias=None if self.logit_bias is None else self.logit_bias.squeeze(),
+        )
+        contrastive = None if return_contrastive_batch else ContrastiveObjective()(batch)
+        return self._pair_output(
+            image_embeds,
+            query_embeds,
+            loss=caption_loss if contrastive is None else caption_loss + contrastive,
+            caption_loss=caption_loss,
+            contrastive_loss=contrastive,
+            contrastive_batch=batch,
+            image_norm=image_features.detach().norm(dim=-1).mean(),
+            text_norm=text_features.detach().norm(dim=-1).mean(),
+        )
+
+    def _regions(
+        self,
+        image_embeds: torch.Tensor,
+        box_tokens: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        image_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(I, R, n, C) -> unit vectors (N, ...) and ids (N,) of the boxes that are no padding; row in them (I, R)."""
+        if box_tokens is None or boxes is None:
+            return image_embeds[:0], image_ids[:0], None
+        real = is_box(boxes)  # (I, R)
+        region_embeds = F.normalize(self._embed_visual_tokens(box_tokens[real]).float(), dim=-1)  # (N, ...)
+        region_ids = ids_of_regions(image_ids, boxes.shape[1])  # (I, R)
+        row_of_box = real.flatten().cumsum(0).view_as(real) - 1  # (I, R)
+        return region_embeds, region_ids[real], row_of_box
+
+    @staticmethod
+    def _described_tokens(
+        rows: TextRows, chosen: torch.Tensor, image_tokens: torch.Tensor, box_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(S, n, C) visual tokens of the image or box that each of the texts `chosen`, (T,) bool, describes."""
+        image_index, box_index = rows.image_index[chosen].clamp(min=0), rows.box_index[chosen]  # (S,)
+        tokens = image_tokens[image_index]  # (S, n, C)
+        if box_tokens is None:
+            return tokens
+        return torch.where((box_index >= 0)[:, None, None], box_tokens[image_index, box_index.clamp(min=0)], tokens)
+
+    def _run_packed(
+        self, inputs_embeds: torch.Tensor, lengths: torch.Tensor, bidirectional: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            inputs_embeds: (N, H), sequence after sequence.
+            lengths: (S,); without any sequence the [EMB] vectors run, so that every process takes part.
+            bidirectional: (N,) bool, which tokens see each other both ways if that is how texts are read.
+
+        Returns:
+            (N, H) hidden states.
+        """
+        size = len(inputs_embeds)
+        if not size:
+            # Behind the empty rest, which other parameters have a part in.
+            inputs_embeds = torch.cat([inputs_embeds, self.embedding_tokens.to(inputs_embeds.dtype)])
+            lengths = lengths.new_tensor([len(inputs_embeds)])
+            bidirectional = bidirectional.new_zeros(len(inputs_embeds))
+        self._check_length(int(lengths.max()))
+        layout = PackedLayout(lengths.tolist(), inputs_embeds.device)
+        blocks = None
+        if self.config.text_attention == "bidirectional":
+            blocks = layout.segment_ids.masked_fill(~layout.pack(bidirectional), -1)  # (rows, row_length)
+        packed = layout.pack(inputs_embeds)  # (rows, row_length, H)
+        hidden_states = layout.unpack(self._run_decoder(packed, layout.position_ids, None, blocks))  # (N, H)
+        return hidden_states if size else hidden_states[:0] + 0.0 * hidden_states.sum()
+
+    def _caption_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """(N, H) flat states and (N,) labels -> scalar; vocabulary logits only where a label is."""
+        # Every sequence starts with an unlabelled token, so shifting never crosses a border.
+        labelled = labels[1:] != IGNORED_LABEL
+        hidden_states, labels = hidden_states[:-1][labelled], labels[1:][labelled]  # (M, H), (M,)
+        chunk_size = max(1, LOGITS_AT_ONCE // self.config.text_config.vocab_size)
+        if len(labels) <= chunk_size:
+            total = self._cross_entropy(hidden_states, labels)
+        else:
+            total = self._chunked_cross_entropy(hidden_states, labels, chunk_size)
+        if num_items_in_batch is None:
+            num_items_in_batch = max(len(labels), 1)
+        return total / num_items_in_batch
+
+    def _cross_entropy(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(M, H) states and (M,) labels -> sum of the losses."""
+        logits = self._vocabulary_logits(hidden_states)  # (M, vocabulary)
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    def _chunked_cross_entropy(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, chunk_size: int
+    ) -> torch.Tensor:
+        """The same, with the logits of `chunk_size` states in memory at a time."""
+        head, device = self.get_output_embeddings(), hidden_states.device.type
+        changes_logits = any(getattr(self.config.text_config, name, None) is not None for name in LOGIT_CHANGES)
+        is_matrix = type(head) is nn.Linear and head.bias is None and head.weight.ndim == 2 and not changes_logits
+        if is_matrix and head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(device):
+            # Takes the gradient along with the loss. In half precision it would round the loss and be slower.
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
+            return F.linear_cross_entropy(hidden_states, head.weight, labels, reduction="sum", options=options)
+        chunks = zip(hidden_states.split(chunk_size), labels.split(chunk_size), strict=True)
+        losses = [checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum()
+
+    def _vocabulary_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The language model's head on single states, with the scalings some families put behind it."""
+        text_config = self.config.text_config
+        logits = self.get_output_embeddings()(hidden_states)
+        if getattr(text_config, "logits_scaling", None) is not None:  # Granite
+            logits = logits / text_config.logits_scaling
+        if getattr(text_config, "logit_scale", None) is not None:  # Cohere
+            logits = logits * text_config.logit_scale
+        if getattr(text_config, "final_logit_softcapping", None) is not None:  # Gemma 2
+            cap = text_config.final_logit_softcapping
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+def _put(embeds: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(N, H) embeddings, with `values` (M, H) in the M rows where `places` (N,) is True."""
+    return embeds.masked_scatter(places[:, None], values.to(embeds.dtype))
+
+
+def _targets(
+    rows: TextRows, num_images: int, num_regions: int, row_of_box: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Where the target of each query stands among images, regions and documents, in this order, and which it is of them.
+
+    Returns:
+        (Q,) long, -1 for hard negatives, and (Q,) long, a modality.
+    """
+    queries = rows.contrastive_mask
+    index, box_index, target_row = rows.image_index[queries], rows.box_index[queries], rows.target_row[queries]  # (Q,)
+    modality = torch.where(box_index >= 0, REGION, IMAGE)
+    if row_of_box is not None:
+        region_index = num_images + row_of_box[index.clamp(min=0), box_index.clamp(min=0)]  # (Q,)
+        index = torch.where(modality == REGION, region_index, index)
+    row_of_document = num_images + num_regions + rows.is_document.cumsum(0) - 1  # (T,)
+    has_row = target_row >= 0
+    index = torch.where(has_row, row_of_document[target_row], index)
+    modality = modality.masked_fill(has_row, DOCUMENT)
+    return index.masked_fill(rows.hard_negative_mask[queries], -1), modality

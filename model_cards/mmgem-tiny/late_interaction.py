@@ -1,0 +1,48 @@
+"""Scores of embeddings: the dot product of single vectors, MaxSim of several."""
+
+import torch
+
+
+def maxsim(query_embeds: torch.Tensor, document_embeds: torch.Tensor) -> torch.Tensor:
+    """
+    Mean over the vectors of a query of their largest dot product with a vector of the document (ColBERT,
+    https://arxiv.org/abs/2004.12832, which has the sum). One after the other, so that memory holds k times less than
+    all products.
+
+    Args:
+        query_embeds: (Q, k, D) unit vectors.
+        document_embeds: (P, m, D) unit vectors.
+
+    Returns:
+        (Q, P), from -1 to 1.
+    """
+    scores = 0.0
+    for vectors in query_embeds.unbind(1):
+        products = vectors @ document_embeds.flatten(0, 1).T  # (Q, P * m)
+        scores = scores + products.unflatten(1, document_embeds.shape[:2]).amax(-1)  # (Q, P)
+    return scores / query_embeds.shape[1]
+
+
+def similarity(query_embeds: torch.Tensor, document_embeds: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        query_embeds: (Q, D) or (Q, k, D) unit vectors.
+        document_embeds: (P, D) or (P, m, D), likewise.
+
+    Returns:
+        (Q, P), from -1 to 1: the cosine, or `maxsim`.
+
+    Raises:
+        ValueError: if one side has single vectors and the other several, or widths differ.
+    """
+    if query_embeds.ndim != document_embeds.ndim or query_embeds.ndim not in (2, 3):
+        raise ValueError(
+            f"`query_embeds` has shape {tuple(query_embeds.shape)} and `document_embeds` "
+            f"{tuple(document_embeds.shape)}; expected (Q, D) and (P, D), or (Q, k, D) and (P, m, D)."
+        )
+    if query_embeds.shape[-1] != document_embeds.shape[-1]:
+        raise ValueError(
+            f"`query_embeds` has {query_embeds.shape[-1]} dimensions, but `document_embeds` has "
+            f"{document_embeds.shape[-1]}; expected the same number."
+        )
+    return query_embeds @ document_embeds.T if query_embeds.ndim == 2 else maxsim(query_embeds, document_embeds)

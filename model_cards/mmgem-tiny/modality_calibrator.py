@@ -1,0 +1,119 @@
+"""ModalityCalibrator: the gap between the embeddings of images, texts and both, closed after training."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MODALITIES = ("image", "text", "fused")
+
+
+class ModalityCalibrator(nn.Module):
+    """
+    Takes from every embedding the mean of its modality (GR-CLIP, https://arxiv.org/abs/2507.19054).
+
+    Contrastive training leaves each modality in a cone of its own (https://arxiv.org/abs/2203.02053). A text may then
+    be nearer to the texts of others than to its own image, and in a corpus of both, texts come first. With m the mean
+    of the unit vectors of a modality in a sample, an embedding e becomes
+
+        e / |e| - m, divided by its length.
+
+    That takes no training, only a sample of what will be searched. A box counts as an image.
+
+    Args:
+        dim: width D of the embeddings.
+        modalities: at least two of `"image"`, `"text"` and `"fused"`, each once.
+
+    Raises:
+        ValueError: for other modalities, or a width below 1.
+    """
+
+    def __init__(self, dim: int, modalities: list[str]):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"`dim` is {dim}; expected a width of at least 1.")
+        if len(modalities) < 2 or len(set(modalities)) < len(modalities) or not set(modalities) <= set(MODALITIES):
+            raise ValueError(
+                f"`modalities` is {list(modalities)}; expected at least two different ones of {list(MODALITIES)}: of "
+                "one alone there is no gap."
+            )
+        self.dim = dim
+        self.modalities = tuple(modalities)
+        for modality in self.modalities:
+            self.register_buffer(f"{modality}_mean", torch.full((dim,), math.nan))  # NaN: not fitted
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {list(self.modalities)}"
+
+    def mean(self, modality: str) -> torch.Tensor:
+        """
+        (D,) mean of the unit vectors of a modality; its length is from 0 (no gap) to 1 (all embeddings are equal).
+
+        Raises:
+            ValueError: for a modality that this calibrator is not for, or that it was not fitted on.
+        """
+        if modality not in self.modalities:
+            raise ValueError(
+                f"`modality` is {modality!r}; expected one of those that are calibrated, {list(self.modalities)}."
+            )
+        mean = self.get_buffer(f"{modality}_mean")
+        if not torch.compiler.is_compiling() and mean.isnan().any():
+            raise ValueError(f"`modality` is {modality!r}, whose mean is not known; call `fit` first.")
+        return mean
+
+    @torch.no_grad()
+    def fit(self, embeds_by_modality: dict[str, torch.Tensor]):
+        """
+        Learn the means from a sample. The calibrator stays as it was if the sample is refused.
+
+        Args:
+            embeds_by_modality: for each modality, and no other, (N, D) embeddings that are not calibrated, of any
+                length other than 0; N at least 2, and its own for each modality.
+
+        Raises:
+            ValueError: for other modalities, shapes that do not fit, embeddings that are not finite or zero, and
+                embeddings that are all alike, of which nothing would be left.
+        """
+        if set(embeds_by_modality) != set(self.modalities):
+            raise ValueError(
+                f"`embeds_by_modality` holds {list(embeds_by_modality)}; expected embeddings of each of "
+                f"{list(self.modalities)}."
+            )
+        means = {modality: self._mean_of(modality, embeds) for modality, embeds in embeds_by_modality.items()}
+        for modality, mean in means.items():
+            self.get_buffer(f"{modality}_mean").copy_(mean)
+
+    def _mean_of(self, modality: str, embeds: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (D,)"""
+        name = f"`embeds_by_modality[{modality!r}]`"
+        if embeds.ndim != 2 or len(embeds) < 2 or embeds.shape[1] != self.dim:
+            raise ValueError(f"{name} has shape {tuple(embeds.shape)}; expected (2 or more, {self.dim}).")
+        if not embeds.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite; expected finite embeddings.")
+        if (embeds == 0).all(-1).any():
+            raise ValueError(f"{name} has rows of zeros; expected embeddings, which have a direction.")
+        units = F.normalize(embeds.double(), dim=-1)  # (N, D)
+        mean = units.mean(dim=0)
+        if torch.allclose(units, mean.expand_as(units), rtol=0, atol=1e-6):
+            raise ValueError(f"{name} has {len(embeds)} rows that are all alike; expected different embeddings.")
+        return mean
+
+    def forward(self, embeds: torch.Tensor, modality: str) -> torch.Tensor:
+        """
+        Args:
+            embeds: (..., D) embeddings of one modality, of any length.
+            modality: of all of them.
+
+        Returns:
+            (..., D) unit vectors, in the precision of `embeds`.
+
+        Raises:
+            ValueError: for a modality as [`mean`] says, or embeddings of another width.
+        """
+        mean = self.mean(modality)
+        if embeds.shape[-1] != self.dim:
+            raise ValueError(f"`embeds` has shape {tuple(embeds.shape)}; expected (..., {self.dim}).")
+        # In float32: near the mean, most digits of half precision cancel.
+        centered = F.normalize(embeds.float(), dim=-1) - mean.float()
+        return F.normalize(centered, dim=-1).to(embeds.dtype)

@@ -1,0 +1,162 @@
+"""What comes into the model, checked and completed where it enters."""
+
+from dataclasses import dataclass
+
+import torch
+
+IGNORED_LABEL = -100
+
+
+def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """A side or (height, width) as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def first_token_id(token_id: int | list[int] | None) -> int:
+    """Some language models list several end tokens; some have none, and -1 equals no token."""
+    if isinstance(token_id, list | tuple):
+        return token_id[0]
+    return -1 if token_id is None else token_id
+
+
+def is_first_token(input_ids: torch.Tensor, attention_mask: torch.Tensor, token_id: int | list[int] | None):
+    """(B, L) -> (B, L), True for a token that its row, wherever it is padded, begins with, and that is `token_id`."""
+    is_token = attention_mask.bool()
+    return is_token & (is_token.cumsum(-1) == 1) & (input_ids == first_token_id(token_id))
+
+
+def is_box(boxes: torch.Tensor) -> torch.Tensor:
+    """(B, R, 4) -> (B, R), False for the rows of zeros that pad a batch."""
+    return (boxes != 0).any(-1)
+
+
+def check_boxes(boxes: torch.Tensor | None, num_images: int):
+    if boxes is not None and (boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[2] != 4):
+        raise ValueError(f"`boxes` has shape {tuple(boxes.shape)}; expected ({num_images}, R, 4).")
+
+
+def checked_mask(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, allow_empty: bool = False
+) -> torch.Tensor:
+    if input_ids.ndim != 2 or (len(input_ids) == 0 and not allow_empty):
+        raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; expected (B, L) with B at least 1.")
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; expected that of `input_ids`, "
+            f"{tuple(input_ids.shape)}."
+        )
+    return attention_mask
+
+
+@dataclass
+class TextRows:
+    """
+    The T texts of a joint step, and what each of them is for; see `MMGEMModel.forward`.
+
+    Args:
+        input_ids, attention_mask, labels: (T, L).
+        image_index, box_index, fused_index, target_row, memory_row: (T,) long, -1 for none.
+        contrastive_mask, hard_negative_mask: (T,) bool.
+        reads_memory: whether any text of any process may be generated from a memory.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    image_index: torch.Tensor
+    box_index: torch.Tensor
+    fused_index: torch.Tensor
+    target_row: torch.Tensor
+    memory_row: torch.Tensor
+    contrastive_mask: torch.Tensor
+    hard_negative_mask: torch.Tensor
+    reads_memory: bool
+
+    @classmethod
+    def complete(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_images: int,
+        has_boxes: bool,
+        labels: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        contrastive_mask: torch.Tensor | None = None,
+        hard_negative_mask: torch.Tensor | None = None,
+        memory_row: torch.Tensor | None = None,
+        **indices: torch.Tensor | None,
+    ) -> "TextRows":
+        """With the defaults of what was not given; `indices` are `box_index`, `fused_index` and `target_row`.
+
+        Raises:
+            ValueError: if numbers or indices do not fit together.
+        """
+        num_texts, device = len(input_ids), input_ids.device
+        none = torch.full((num_texts,), -1, device=device)
+        if image_index is None:
+            if num_images != num_texts:
+                raise ValueError(
+                    f"`pixel_values` holds {num_images} images and `input_ids` {num_texts} texts; expected pairs, or "
+                    "`image_index` to say which image each text describes."
+                )
+            image_index = torch.arange(num_texts, device=device)
+        rows = cls(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL) if labels is None else labels,
+            image_index=image_index,
+            contrastive_mask=image_index >= 0 if contrastive_mask is None else contrastive_mask,
+            hard_negative_mask=torch.zeros_like(none, dtype=torch.bool)
+            if hard_negative_mask is None
+            else hard_negative_mask,
+            memory_row=none if memory_row is None else memory_row,
+            reads_memory=memory_row is not None,
+            **{name: none if index is None else index for name, index in indices.items()},
+        )
+        rows._check(num_images, has_boxes)
+        return rows
+
+    def _check(self, num_images: int, has_boxes: bool):
+        num_texts = len(self.input_ids)
+        limits = {
+            "image_index": num_images,
+            "fused_index": num_images,
+            "target_row": num_texts,
+            "memory_row": num_texts,
+        }
+        for name, limit in limits.items():
+            index = getattr(self, name)
+            if index.shape != (num_texts,) or (index >= limit).any():
+                raise ValueError(
+                    f"`{name}` is {index.tolist()}; expected {num_texts} numbers below {limit}, or -1 for none."
+                )
+        if not has_boxes and (self.box_index >= 0).any():
+            raise ValueError(
+                f"`box_index` is {self.box_index.tolist()}, but `boxes` is None; expected the boxes it points to."
+            )
+        without_target = (self.image_index < 0) & (self.target_row < 0)
+        if (self.contrastive_mask & without_target).any():
+            raise ValueError(
+                "`contrastive_mask` is True for a text whose `image_index` is -1; expected an image, or a "
+                "`target_row`, for it."
+            )
+
+    @property
+    def is_generated(self) -> torch.Tensor:
+        """(T,) bool"""
+        return (self.labels != IGNORED_LABEL).any(-1)
+
+    @property
+    def is_document(self) -> torch.Tensor:
+        """(T,) bool, the texts that queries were written for."""
+        return self._pointed_to(self.target_row[self.contrastive_mask])
+
+    @property
+    def is_embedded(self) -> torch.Tensor:
+        """(T,) bool"""
+        return self.contrastive_mask | self.is_document | self._pointed_to(self.memory_row[self.is_generated])
+
+    def _pointed_to(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(self.contrastive_mask).index_fill(0, rows[rows >= 0], True)
