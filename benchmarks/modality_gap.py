@@ -43,7 +43,7 @@ def compare(model, processor, sample_sizes: Sequence[int], corpora: Corpora) -> 
     The table of the benchmark, as markdown. The model keeps the last calibrator.
 
     Args:
-        model, processor: an `MMGEMModel` with one vector per embedding, and its processor.
+        model, processor: an `MMGEMModel` and its processor.
         sample_sizes: scenes to fit a calibrator on, in the order of the rows.
         corpora: at least two, for an interval.
     """

@@ -19,20 +19,24 @@ class ModalityCalibrator(nn.Module):
 
         e / |e| - m, divided by its length.
 
-    That takes no training, only a sample of what will be searched. A box counts as an image.
+    That takes no training, only a sample of what will be searched. A box counts as an image. Of an embedding of k
+    vectors, each has a mean of its own, so that the first of them are calibrated as they would be without the rest.
 
     Args:
         dim: width D of the embeddings.
         modalities: at least two of `"image"`, `"text"` and `"fused"`, each once.
+        num_vectors: k, for embeddings (k, D); by default an embedding is one vector, (D,).
 
     Raises:
-        ValueError: for other modalities, or a width below 1.
+        ValueError: for other modalities, or a width or a number of vectors below 1.
     """
 
-    def __init__(self, dim: int, modalities: list[str]):
+    def __init__(self, dim: int, modalities: list[str], num_vectors: int | None = None):
         super().__init__()
         if dim < 1:
             raise ValueError(f"`dim` is {dim}; expected a width of at least 1.")
+        if num_vectors is not None and num_vectors < 1:
+            raise ValueError(f"`num_vectors` is {num_vectors}; expected at least 1, or None for one vector.")
         if len(modalities) < 2 or len(set(modalities)) < len(modalities) or not set(modalities) <= set(MODALITIES):
             raise ValueError(
                 f"`modalities` is {list(modalities)}; expected at least two different ones of {list(MODALITIES)}: of "
@@ -40,15 +44,22 @@ class ModalityCalibrator(nn.Module):
             )
         self.dim = dim
         self.modalities = tuple(modalities)
+        self.num_vectors = num_vectors
         for modality in self.modalities:
-            self.register_buffer(f"{modality}_mean", torch.full((dim,), math.nan))  # NaN: not fitted
+            self.register_buffer(f"{modality}_mean", torch.full(self.embedding_shape, math.nan))  # NaN: not fitted
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, {list(self.modalities)}"
+        return f"{self.dim}, {list(self.modalities)}, num_vectors={self.num_vectors}"
+
+    @property
+    def embedding_shape(self) -> tuple[int, ...]:
+        """(D,), or (k, D)."""
+        return (self.dim,) if self.num_vectors is None else (self.num_vectors, self.dim)
 
     def mean(self, modality: str) -> torch.Tensor:
         """
-        (D,) mean of the unit vectors of a modality; its length is from 0 (no gap) to 1 (all embeddings are equal).
+        (D,) mean of the unit vectors of a modality, or (k, D) one for each of k vectors; lengths are from 0 (no gap)
+        to 1 (all embeddings are equal).
 
         Raises:
             ValueError: for a modality that this calibrator is not for, or that it was not fitted on.
@@ -68,12 +79,12 @@ class ModalityCalibrator(nn.Module):
         Learn the means from a sample. The calibrator stays as it was if the sample is refused.
 
         Args:
-            embeds_by_modality: for each modality, and no other, (N, D) embeddings that are not calibrated, of any
-                length other than 0; N at least 2, and its own for each modality.
+            embeds_by_modality: for each modality, and no other, (N, D) or (N, k, D) embeddings that are not
+                calibrated, of any length other than 0; N at least 2, and its own for each modality.
 
         Raises:
-            ValueError: for other modalities, shapes that do not fit, embeddings that are not finite or zero, and
-                embeddings that are all alike, of which nothing would be left.
+            ValueError: for other modalities, shapes that do not fit, vectors that are not finite or zero, and
+                embeddings, or n-th vectors of them, that are all alike, of which nothing would be left.
         """
         if set(embeds_by_modality) != set(self.modalities):
             raise ValueError(
@@ -85,35 +96,39 @@ class ModalityCalibrator(nn.Module):
             self.get_buffer(f"{modality}_mean").copy_(mean)
 
     def _mean_of(self, modality: str, embeds: torch.Tensor) -> torch.Tensor:
-        """(N, D) -> (D,)"""
+        """(N, D) -> (D,), or (N, k, D) -> (k, D)"""
         name = f"`embeds_by_modality[{modality!r}]`"
-        if embeds.ndim != 2 or len(embeds) < 2 or embeds.shape[1] != self.dim:
-            raise ValueError(f"{name} has shape {tuple(embeds.shape)}; expected (2 or more, {self.dim}).")
+        if embeds.shape[1:] != self.embedding_shape or len(embeds) < 2:
+            expected = ", ".join(map(str, self.embedding_shape))
+            raise ValueError(f"{name} has shape {tuple(embeds.shape)}; expected (2 or more, {expected}).")
         if not embeds.isfinite().all():
             raise ValueError(f"{name} has values that are not finite; expected finite embeddings.")
         if (embeds == 0).all(-1).any():
             raise ValueError(f"{name} has rows of zeros; expected embeddings, which have a direction.")
-        units = F.normalize(embeds.double(), dim=-1)  # (N, D)
+        units = F.normalize(embeds.double(), dim=-1)  # (N, D) or (N, k, D)
         mean = units.mean(dim=0)
-        if torch.allclose(units, mean.expand_as(units), rtol=0, atol=1e-6):
-            raise ValueError(f"{name} has {len(embeds)} rows that are all alike; expected different embeddings.")
+        is_alike = ((units - mean).abs() <= 1e-6).all(-1).all(0)  # () or (k,)
+        if is_alike.any():
+            where = "" if is_alike.ndim == 0 else f" in vector {is_alike.nonzero()[0].item()}"
+            raise ValueError(f"{name} has {len(embeds)} rows that are all alike{where}; expected different ones.")
         return mean
 
     def forward(self, embeds: torch.Tensor, modality: str) -> torch.Tensor:
         """
         Args:
-            embeds: (..., D) embeddings of one modality, of any length.
+            embeds: (..., D) or (..., k, D) embeddings of one modality, of any length.
             modality: of all of them.
 
         Returns:
-            (..., D) unit vectors, in the precision of `embeds`.
+            Unit vectors of the same shape, in the precision of `embeds`.
 
         Raises:
-            ValueError: for a modality as [`mean`] says, or embeddings of another width.
+            ValueError: for a modality as [`mean`] says, or embeddings of another width or number of vectors.
         """
         mean = self.mean(modality)
-        if embeds.shape[-1] != self.dim:
-            raise ValueError(f"`embeds` has shape {tuple(embeds.shape)}; expected (..., {self.dim}).")
+        if embeds.shape[-len(self.embedding_shape) :] != self.embedding_shape:
+            expected = ", ".join(map(str, self.embedding_shape))
+            raise ValueError(f"`embeds` has shape {tuple(embeds.shape)}; expected (..., {expected}).")
         # In float32: near the mean, most digits of half precision cancel.
         centered = F.normalize(embeds.float(), dim=-1) - mean.float()
         return F.normalize(centered, dim=-1).to(embeds.dtype)

@@ -117,7 +117,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self.image_vectors = self._make_image_vectors()
         self.calibrator = None
         if config.calibrated_modalities is not None:
-            self.calibrator = ModalityCalibrator(self.embedding_dim, config.calibrated_modalities)
+            num_vectors = config.num_embedding_tokens if config.embedding_pooling == "multi_vector" else None
+            self.calibrator = ModalityCalibrator(self.embedding_dim, config.calibrated_modalities, num_vectors)
         self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init_value]))
         has_bias = config.logit_bias_init_value is not None
         self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias_init_value])) if has_bias else None

@@ -34,23 +34,22 @@ def calibrate(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: i
     calibrating twice is calibrating once. If the sample is refused, the model stays as it was.
 
     Args:
-        model: An `MMGEMModel` with one vector per embedding.
+        model: An `MMGEMModel`. Of k vectors per embedding, each gets a mean of its own.
         processor: Its `MMGEMProcessor`.
         rows: A sample of what will be searched; some hundred rows are enough. Of each row its images, its first
             caption, and where it has both, images and caption together, as the fused modality.
         batch_size: Rows at a time.
 
     Raises:
-        ValueError: If the model has several vectors per embedding; the rows have fewer than two modalities, or less
-            than two different examples of one; or a row cannot be used, see [`mmgem.training.data.rows.check_row`].
+        ValueError: If the rows have fewer than two modalities, or less than two different examples of one; or a row
+            cannot be used, see [`mmgem.training.data.rows.check_row`].
     """
-    if model.config.embedding_pooling == "multi_vector":
-        raise ValueError("model must have one vector per embedding to be calibrated, got 'multi_vector' pooling")
     with uncalibrated(model):
         embeds = embed_modalities(model, processor, rows, batch_size)
     if len(embeds) < 2:
         raise ValueError(f"rows must have images and captions, got {' and '.join(embeds) or 'neither'} only")
-    calibrator = ModalityCalibrator(model.embedding_dim, list(embeds))
+    *num_vectors, dim = next(iter(embeds.values())).shape[1:]  # (k, D) or (D,)
+    calibrator = ModalityCalibrator(dim, list(embeds), *num_vectors)
     calibrator.fit(embeds)
     model.calibrator = calibrator.to(model.device, model.dtype)
     model.config.calibrated_modalities = list(embeds)
@@ -72,10 +71,10 @@ def uncalibrated(model) -> Iterator[None]:
 def embed_modalities(
     model, processor, rows: Iterable[Mapping[str, Any]], batch_size: int = 64
 ) -> dict[str, torch.Tensor]:
-    """Embeddings (N, D) of the images, first captions and fused inputs of rows, see `calibrate`, by modality.
+    """Embeddings of the images, first captions and fused inputs of rows, see `calibrate`, by modality.
 
     Returns:
-        Unit vectors, float32, on the CPU, of those modalities that occur; N is each one's own.
+        (N, D) or (N, k, D) unit vectors, float32, on the CPU, of those modalities that occur; N is each one's own.
     """
     parts: dict[str, list[torch.Tensor]] = {modality: [] for modality in MODALITIES}
     remaining = enumerate(tqdm(rows, desc="sample", unit="row", leave=False))

@@ -97,11 +97,6 @@ class MMGEMConfig(PreTrainedConfig):
         for name in ("projection_dim", "num_embedding_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number of at least 1.")
-        if self.embedding_pooling == "multi_vector" and self.calibrated_modalities is not None:
-            raise ValueError(
-                "`calibrated_modalities` and `embedding_pooling` 'multi_vector' exclude each other: a modality has "
-                "one mean vector. Expected 'last' or 'mean'."
-            )
         self._check_embedding_prompt()
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; expected a token id, 0 or more.")

@@ -3,6 +3,7 @@
 from statistics import mean
 
 import pytest
+from tiny_models import build_model
 
 from benchmarks import modality_gap
 from mmgem.training.calibration import uncalibrated
@@ -10,17 +11,21 @@ from mmgem.training.mixed_corpus import evaluate_mixed_corpus
 
 
 @pytest.mark.slow
-def test_a_row_for_each_sample_size_and_what_it_gained(tiny_model, tiny_processor):
+@pytest.mark.parametrize(
+    "config", [{}, {"num_embedding_tokens": 3, "embedding_pooling": "multi_vector"}], ids=["one", "several"]
+)
+def test_a_row_for_each_sample_size_and_what_it_gained(tiny_processor, config):
+    model = build_model(**config)
     corpora = modality_gap.build_corpora(2, 12)
-    lines = modality_gap.compare(tiny_model, tiny_processor, (4, 8), corpora).splitlines()
+    lines = modality_gap.compare(model, tiny_processor, (4, 8), corpora).splitlines()
     before, smaller, larger = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
     titles = ["not calibrated", "calibrated on 4 scenes", "calibrated on 8 scenes"]
     assert [row[0] for row in (before, smaller, larger)] == titles
     assert before[2] == ""
 
-    after = [evaluate_mixed_corpus(tiny_model, tiny_processor, corpus) for corpus in corpora]
-    with uncalibrated(tiny_model):
-        plain = [evaluate_mixed_corpus(tiny_model, tiny_processor, corpus) for corpus in corpora]
+    after = [evaluate_mixed_corpus(model, tiny_processor, corpus) for corpus in corpora]
+    with uncalibrated(model):
+        plain = [evaluate_mixed_corpus(model, tiny_processor, corpus) for corpus in corpora]
     columns = dict(zip(modality_gap.HEADER, zip(before, larger, strict=True), strict=True))
     for title, figure in (("nDCG@10", "ndcg@10"), ("gap", "modality_gap"), ("finds the image", "image_recall@10")):
         for cell, results in zip(columns[title], (plain, after), strict=True):

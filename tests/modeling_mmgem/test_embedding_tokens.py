@@ -243,7 +243,6 @@ def test_a_model_read_by_a_prompt_is_not_trained():
         {"embedding_prompt_ids": [-1]},
         {"embedding_prompt_ids": [3], "num_embedding_tokens": 2},
         {"embedding_prompt_ids": [3], "embedding_pooling": "multi_vector"},
-        {"calibrated_modalities": ["image", "text"], "embedding_pooling": "multi_vector"},
         {"num_embedding_tokens": 0},
     ],
 )

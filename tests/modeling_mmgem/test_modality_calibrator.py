@@ -87,6 +87,80 @@ def test_a_gap_hides_the_right_image_and_calibration_shows_it():
     assert found(texts[0], calibrator(embeds["image"], "image"), texts[1]) > 0.95
 
 
+def several_embeds() -> dict[str, torch.Tensor]:
+    """(N, 3, D) embeddings of any length, each modality and each vector in a cone of its own, N by modality."""
+    generator = torch.Generator().manual_seed(5)
+    embeds = {}
+    for number, modality in enumerate(MODALITIES):
+        vectors = torch.randn(30 + number, 3, DIM, generator=generator)
+        vectors += 3 * torch.eye(DIM)[number : number + 3]
+        embeds[modality] = vectors * (torch.rand(30 + number, 3, 1, generator=generator) + 0.1)
+    return embeds
+
+
+def test_each_of_several_vectors_is_calibrated_as_if_it_were_the_only_one():
+    embeds = several_embeds()
+    several = ModalityCalibrator(DIM, MODALITIES, num_vectors=3)
+    several.fit(embeds)
+    for number in range(3):
+        single = ModalityCalibrator(DIM, MODALITIES)
+        single.fit({modality: vectors[:, number] for modality, vectors in embeds.items()})
+        for modality, vectors in embeds.items():
+            torch.testing.assert_close(several.mean(modality)[number], single.mean(modality))
+            calibrated = several(vectors, modality)
+            torch.testing.assert_close(calibrated[:, number], single(vectors[:, number], modality))
+            assert calibrated[:, number].mean(0).norm() < 0.1
+    # One mean of all vectors would leave each its own offset.
+    assert torch.dist(several.mean("image")[0], several.mean("image")[1]) > 0.5
+
+
+def test_batch_dimensions_do_not_matter_to_several_vectors():
+    embeds = several_embeds()
+    calibrator = ModalityCalibrator(DIM, MODALITIES, num_vectors=3)
+    calibrator.fit(embeds)
+    calibrated = calibrator(embeds["image"], "image")
+    assert torch.equal(calibrator(embeds["image"].view(5, 6, 3, DIM), "image"), calibrated.view(5, 6, 3, DIM))
+    assert torch.equal(calibrator(embeds["image"][4], "image"), calibrated[4])
+    loaded = ModalityCalibrator(DIM, MODALITIES, num_vectors=3)
+    loaded.load_state_dict(calibrator.state_dict())
+    assert torch.equal(loaded(embeds["image"], "image"), calibrated)
+    compiled = torch.compile(calibrator, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(embeds["image"], "image"), calibrated)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda vectors: vectors[:1], r"\['text'\]` has shape \(1, 3, 8\); expected \(2 or more, 3, 8\)"),
+        (lambda vectors: vectors[:, :2], r"\['text'\]` has shape \(31, 2, 8\); expected \(2 or more, 3, 8\)"),
+        (lambda vectors: vectors[:, 0], r"\['text'\]` has shape \(31, 8\); expected \(2 or more, 3, 8\)"),
+        (lambda vectors: vectors * torch.tensor([1, 0, 1])[:, None], r"\['text'\]` has rows of zeros"),
+        (
+            lambda vectors: torch.cat([vectors[:, :2], vectors[:1, 2:].expand(31, -1, -1)], dim=1),
+            r"\['text'\]` has 31 rows that are all alike in vector 2",
+        ),
+    ],
+)
+def test_bad_samples_of_several_vectors_are_refused(change, message):
+    embeds = several_embeds()
+    with pytest.raises(ValueError, match=message):
+        ModalityCalibrator(DIM, MODALITIES, num_vectors=3).fit({**embeds, "text": change(embeds["text"])})
+
+
+def test_another_number_of_vectors_is_refused(fitted):
+    embeds = several_embeds()
+    several = ModalityCalibrator(DIM, MODALITIES, num_vectors=3)
+    several.fit(embeds)
+    # Means of the others would be taken from them by broadcasting.
+    for wrong in (embeds["image"][:, :1], embeds["image"][:, 0], embeds["image"][0, 0]):
+        with pytest.raises(ValueError, match=r"expected \(..., 3, 8\)"):
+            several(wrong, "image")
+    with pytest.raises(ValueError, match=r"shape \(30, 3, 8\); expected \(2 or more, 8\)"):
+        fitted.fit(embeds)
+    with pytest.raises(ValueError, match="`num_vectors` is 0; expected at least 1"):
+        ModalityCalibrator(DIM, MODALITIES, num_vectors=0)
+
+
 def test_gradients_reach_the_embeddings_and_stay_across_them(fitted, embeds):
     rows = embeds["image"].clone().requires_grad_()
     fitted(rows, "image").sum(-1).square().sum().backward()
@@ -175,12 +249,21 @@ def test_what_is_not_known_is_refused(fitted, embeds):
 # ------------------------------------------------------------------------------------------------------- in the model
 
 
-@pytest.fixture
-def calibrated_model() -> MMGEMModel:
-    model = build_model(calibrated_modalities=MODALITIES)
+@pytest.fixture(params=["one vector", "two vectors"])
+def calibrated_model(request) -> MMGEMModel:
+    several = {"num_embedding_tokens": 2, "embedding_pooling": "multi_vector"}
+    model = build_model(calibrated_modalities=MODALITIES, **several if request.param == "two vectors" else {})
+    shape = (5, *model.calibrator.embedding_shape)
     generator = torch.Generator().manual_seed(3)
-    model.calibrator.fit({name: torch.randn(5, 16, generator=generator) + 1 for name in MODALITIES})
+    model.calibrator.fit({name: torch.randn(shape, generator=generator) + 1 for name in MODALITIES})
     return model
+
+
+def test_several_vectors_have_several_means_only_where_they_are_kept_apart():
+    several = build_model(calibrated_modalities=MODALITIES, num_embedding_tokens=2, embedding_pooling="multi_vector")
+    assert several.calibrator.embedding_shape == (2, 16)
+    pooled = build_model(calibrated_modalities=MODALITIES, num_embedding_tokens=2, embedding_pooling="mean")
+    assert pooled.calibrator.embedding_shape == (16,)
 
 
 def features(model, pixel_values, text_batch):

@@ -158,10 +158,27 @@ def test_a_refused_sample_leaves_the_model_as_it_was(tiny_model, tiny_processor,
     assert tiny_model.config.calibrated_modalities == ["image", "text", "fused"]
 
 
-def test_several_vectors_are_refused(tiny_processor, rows):
-    model = build_model(num_embedding_tokens=2, embedding_pooling="multi_vector")
-    with pytest.raises(ValueError, match="one vector per embedding to be calibrated, got 'multi_vector'"):
-        calibrate(model, tiny_processor, rows)
+def test_each_of_several_vectors_has_its_own_mean(tiny_processor, rows, tmp_path):
+    model = build_model(num_embedding_tokens=3, embedding_pooling="multi_vector")
+    plain = embed_modalities(model, tiny_processor, rows)
+    report = calibrate(model, tiny_processor, rows, batch_size=3)
+    assert report.counts == {"image": COUNT, "text": COUNT, "fused": COUNT}
+    assert report.gap_before == pytest.approx(modality_gap(plain), abs=1e-5)
+    assert report.gap_after < report.gap_before / 2
+    calibrated = embed_modalities(model, tiny_processor, rows)
+    for modality, embeds in plain.items():
+        assert embeds.shape == (COUNT, 3, 16)
+        torch.testing.assert_close(model.calibrator.mean(modality), embeds.mean(0), rtol=0, atol=1e-5)
+        expected = normalize(embeds - embeds.mean(0), dim=-1)
+        torch.testing.assert_close(calibrated[modality], expected, rtol=0, atol=1e-3)
+    images, boxes = [row["image"] for row in rows], [row["boxes"] for row in rows]
+    regions = embed_regions(model, tiny_processor, images, boxes)
+    with uncalibrated(model):
+        bare = embed_regions(model, tiny_processor, images, boxes)
+    torch.testing.assert_close(regions, normalize(bare - plain["image"].mean(0), dim=-1), rtol=0, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = embed_modalities(MMGEMModel.from_pretrained(tmp_path), tiny_processor, rows)
+    assert all(torch.equal(loaded[modality], embeds) for modality, embeds in calibrated.items())
 
 
 def test_gap_by_hand():

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import build_model
 from torch.nn.functional import normalize, one_hot
 
 from mmgem.training.calibration import calibrate, modality_gap, uncalibrated
@@ -96,16 +97,18 @@ def test_corpus_is_made_of_the_rows(tiny_model, tiny_processor, rows):
     assert evaluate_mixed_corpus(tiny_model, tiny_processor, without)["ndcg@10"] > expected["ndcg@10"]
 
 
-def test_a_calibrated_model_is_measured_as_it_is(tiny_model, tiny_processor, rows):
-    before, plain = (
-        measure(tiny_model, tiny_processor, rows) for measure in (evaluate_mixed_corpus, embed_mixed_corpus)
-    )
-    calibrate(tiny_model, tiny_processor, SceneDataset(6, 20, columns=["image", "captions"]))
-    after = evaluate_mixed_corpus(tiny_model, tiny_processor, rows)
+@pytest.mark.parametrize(
+    "config", [{}, {"num_embedding_tokens": 3, "embedding_pooling": "multi_vector"}], ids=["one", "several"]
+)
+def test_a_calibrated_model_is_measured_as_it_is(tiny_processor, rows, config):
+    model = build_model(**config)
+    before, plain = (measure(model, tiny_processor, rows) for measure in (evaluate_mixed_corpus, embed_mixed_corpus))
+    calibrate(model, tiny_processor, SceneDataset(6, 20, columns=["image", "captions"]))
+    after = evaluate_mixed_corpus(model, tiny_processor, rows)
     assert after["modality_gap"] < before["modality_gap"] / 2
-    assert mixed_corpus_figures(plain.calibrated(tiny_model.calibrator)) == pytest.approx(after, abs=1e-5)
-    with uncalibrated(tiny_model):
-        assert evaluate_mixed_corpus(tiny_model, tiny_processor, rows) == before
+    assert mixed_corpus_figures(plain.calibrated(model.calibrator)) == pytest.approx(after, abs=1e-5)
+    with uncalibrated(model):
+        assert evaluate_mixed_corpus(model, tiny_processor, rows) == before
 
 
 @pytest.mark.parametrize(
