@@ -18,8 +18,9 @@ import typer
 
 from benchmarks.experiment_report import interval
 from benchmarks.measure import machine_facts, markdown_table
-from mmgem.training.calibration import calibrate, uncalibrated
+from mmgem.training.calibration import calibrate
 from mmgem.training.data.scene_dataset import SceneDataset
+from mmgem.training.encoding import uncalibrated
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.mixed_corpus import embed_mixed_corpus, mixed_corpus_figures
 

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids
-from .image_vectors import ImageVectors
+from .image_vectors import QUERY_STD, ImageVectors
 from .joint_step import JointStep
 from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
@@ -133,12 +133,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         # Not by `isinstance(module, PoolAggregator)`: modules without parameters of their own are passed over.
-        of_image_vectors = None if self.image_vectors is None else self.image_vectors.output
-        if module is self.pool_aggregator.output or module is of_image_vectors:
+        if module is self.pool_aggregator.output:
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, ImageVectors):
-            init.normal_(module.queries, std=0.02)
+            init.normal_(module.queries, std=QUERY_STD)
+            init.xavier_uniform_(module.key.weight)
         elif isinstance(module, ModalityCalibrator):
             for mean in module.buffers():
                 init.constant_(mean, math.nan)  # not fitted
@@ -210,10 +210,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def _make_image_vectors(self) -> ImageVectors | None:
         if self.config.embedding_pooling != "multi_vector":
             return None
-        vision_config = self.config.vision_config
-        return ImageVectors(
-            vision_config.hidden_size, vision_config.num_attention_heads, self.config.num_embedding_tokens
-        )
+        return ImageVectors(self.config.vision_config.hidden_size, self.config.num_embedding_tokens)
 
     @property
     def embedding_dim(self) -> int:
@@ -228,23 +225,27 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         calibrated.
 
         Args:
-            num_embedding_tokens: k. The first vectors stay; further ones begin near the last of them, so that a text
-                is at first embedded about as before.
-            embedding_pooling: see [`MMGEMConfig`]. Where an image had one vector, its k vectors begin as k of that.
+            num_embedding_tokens: k. The first vectors stay. Further ones begin near the last of them, so that a text
+                is at first embedded about as before; kept apart, they begin at random, and as different.
+            embedding_pooling: see [`MMGEMConfig`]. Where an image had one vector, it stays the first.
 
         Raises:
             ValueError: as [`MMGEMConfig`]; the model is then as it was.
         """
         self._change_read_out(num_embedding_tokens=num_embedding_tokens, embedding_pooling=embedding_pooling)
-        self.embedding_tokens = nn.Parameter(_resized(self.embedding_tokens, num_embedding_tokens))  # (k, H)
-        if embedding_pooling != "multi_vector":
-            self.image_vectors = None
-        elif self.image_vectors is not None:
-            self.image_vectors.queries = nn.Parameter(_resized(self.image_vectors.queries, num_embedding_tokens))
-        else:
-            self.image_vectors = self._make_image_vectors().to(self.device, self.embedding_tokens.dtype)
+        before, kept_apart = self.embedding_tokens, embedding_pooling == "multi_vector"
+        further = torch.randn(max(0, num_embedding_tokens - len(before)), before.shape[1]).to(before)  # (., H)
+        further = self.get_input_embeddings().weight.std() * further if kept_apart else before[-1] + 0.02 * further
+        self.embedding_tokens = nn.Parameter(torch.cat([before[:num_embedding_tokens], further]))  # (k, H)
+        trained, self.image_vectors = self.image_vectors, self._make_image_vectors()
+        if self.image_vectors is not None:
+            self.image_vectors.to(before)
             for module in (*self.image_vectors.children(), self.image_vectors):
                 self._init_weights(module)
+            if trained is not None:
+                queries = trained.queries[: num_embedding_tokens - 1]  # (., C)
+                trained.queries = nn.Parameter(torch.cat([queries, self.image_vectors.queries[len(queries) :]]))
+                self.image_vectors = trained
 
     def set_embedding_prompt(self, prompt_ids: list[int] | None):
         """
@@ -784,12 +785,6 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         from .pipeline_mmgem import MMGEMImageToTextPipeline  # noqa: F401
 
         return super().save_pretrained(*args, **kwargs)
-
-
-def _resized(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """(k, C) -> (count, C), the first of them, and further ones near the last."""
-    kept = vectors[:count]
-    return torch.cat([kept, kept[-1] + 0.02 * torch.randn(count - len(kept), vectors.shape[1]).to(vectors)])
 
 
 MMGEMModel.register_for_auto_class("AutoModel")

@@ -1,7 +1,6 @@
 """Folders of small pictures of noise, and models that embed them in several vectors."""
 
 import numpy as np
-import torch
 from PIL import Image
 from tiny_models import build_model
 
@@ -22,8 +21,4 @@ def write_folder(folder):
 
 
 def build_multi_vector_model(num_embedding_tokens=4, **config_kwargs):
-    """A model whose k vectors of an image differ, as those of a trained one do."""
-    model = build_model(num_embedding_tokens=num_embedding_tokens, embedding_pooling="multi_vector", **config_kwargs)
-    torch.nn.init.normal_(model.image_vectors.queries)
-    torch.nn.init.normal_(model.image_vectors.output.weight)
-    return model
+    return build_model(num_embedding_tokens=num_embedding_tokens, embedding_pooling="multi_vector", **config_kwargs)

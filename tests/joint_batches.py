@@ -24,10 +24,7 @@ BOXES = torch.tensor([[[0, 0, 0.5, 0.5], [0, 0, 0, 0]], [[0, 0, 1, 1], [0.2, 0.3
 
 def joint_model(**config):
     config = {"num_visual_tokens": N, "num_embedding_tokens": K, "image_token_id": IMAGE_TOKEN, **config}
-    model = build_model(**config).eval()
-    if model.image_vectors is not None:
-        torch.nn.init.normal_(model.image_vectors.output.weight, std=0.3)
-    return model
+    return build_model(**config).eval()
 
 
 def joint_batch(side="right", **changes):

@@ -36,6 +36,12 @@ def test_its_code_is_the_code_of_the_package():
         assert copy.read_text() == original.read_text(), f"{copy.name} differs: run `make hub-code`"
 
 
+def test_it_loads_without_a_warning():
+    program = f"from mmgem.training.loading import load_checkpoint; load_checkpoint({str(TINY)!r})"
+    result = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    assert "[transformers]" not in result.stderr
+
+
 def test_its_weights_are_small():
     assert (TINY / "model.safetensors").stat().st_size <= 16e6
 

@@ -1,8 +1,12 @@
 """What can be said about a training run, beyond what transformers' `TrainingArguments` say."""
 
+import logging
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,3 +66,6 @@ class MMGEMTrainingArguments(TrainingArguments):
                 "`per_device_train_batch_size` is 1 on one process; in-batch negatives expect at least 2 images, or "
                 "`contrastive_loss_weight` 0."
             )
+        instructions = [is_there for name, is_there in torch.cpu.get_capabilities().items() if "bf16" in name]
+        if self.bf16 and self.device.type == "cpu" and instructions and not any(instructions):
+            logger.warning("`bf16` is True, for which this processor has no instructions; it is faster without.")

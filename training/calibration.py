@@ -1,7 +1,6 @@
 """Closing the gap between the modalities of a trained model, from a sample of its data and without training."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import combinations, islice
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from tqdm.auto import tqdm
 
 from mmgem.modality_calibrator import MODALITIES, ModalityCalibrator
 from mmgem.training.data.rows import captions_of, check_row, images_of, row_name
-from mmgem.training.encoding import embed_fused, embed_images, embed_texts
+from mmgem.training.encoding import embed_fused, embed_images, embed_texts, uncalibrated
 
 
 class CalibrationReport(NamedTuple):
@@ -56,16 +55,6 @@ def calibrate(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: i
     calibrated = {modality: calibrator(part.to(model.device), modality).cpu() for modality, part in embeds.items()}
     counts = {modality: len(part) for modality, part in embeds.items()}
     return CalibrationReport(counts, modality_gap(embeds), modality_gap(calibrated))
-
-
-@contextmanager
-def uncalibrated(model) -> Iterator[None]:
-    """Within, the model's embeddings are those it has without its calibrator, if it has one."""
-    calibrator, model.calibrator = model.calibrator, None
-    try:
-        yield
-    finally:
-        model.calibrator = calibrator
 
 
 def embed_modalities(

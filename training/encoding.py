@@ -32,6 +32,16 @@ def inference(model) -> Iterator[None]:
             reshard(model)
 
 
+@contextmanager
+def uncalibrated(model) -> Iterator[None]:
+    """Within, the model's embeddings are those it has without its calibrator, if it has one."""
+    calibrator, model.calibrator = model.calibrator, None
+    try:
+        yield
+    finally:
+        model.calibrator = calibrator
+
+
 def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     """Embeddings of one batch of images.
 
@@ -109,12 +119,14 @@ def embed_fused(
 def remember(model, processor, images: Sequence[Any]) -> torch.Tensor:
     """The memories of one batch of images: the states of the model's k [EMB] vectors behind each image.
 
-    They are enough to caption the image and to answer questions about it, see [`answer_from_memory`].
+    They are enough to caption the image and to answer questions about it, see [`answer_from_memory`]. A calibrator,
+    which is about embeddings, has no part in them.
 
     Returns:
         (B, k, H), float32, on the CPU; H is the width of the language model.
     """
-    return embed_and_remember(model, processor, images)[1]
+    with uncalibrated(model):
+        return embed_and_remember(model, processor, images)[1]
 
 
 def embed_and_remember(model, processor, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import torch
 
-from mmgem.configuration_mmgem import MMGEMConfig
-from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor  # from the package itself, which registers them
 
 
 def load_checkpoint(name: str | Path, device: str | torch.device | None = None) -> tuple[MMGEMModel, MMGEMProcessor]:

@@ -45,40 +45,56 @@ def test_embeddings_of_different_kinds_are_refused(shapes):
         similarity(vectors(*shapes[0]), vectors(*shapes[1]))
 
 
-def test_untrained_image_vectors_are_the_mean_of_the_tokens():
-    model = build_model(num_embedding_tokens=4, embedding_pooling="multi_vector")
-    fresh = ImageVectors(32, 4, 4)
-    torch.nn.init.zeros_(fresh.output.weight)
-    torch.nn.init.zeros_(fresh.output.bias)
-    torch.nn.init.normal_(fresh.queries)
-    tokens = torch.randn(2, 9, 32)
-    torch.testing.assert_close(fresh(tokens), tokens.mean(1, keepdim=True).expand(-1, 4, -1))
-    # as those of a new model are
-    assert not model.image_vectors.output.weight.any() and model.image_vectors.queries.any()
-
-
-def attending(num_vectors: int) -> ImageVectors:
+def build_image_vectors(num_vectors: int) -> ImageVectors:
     torch.manual_seed(0)
-    module = ImageVectors(32, 4, num_vectors)
-    torch.nn.init.normal_(module.queries)
+    module = ImageVectors(32, num_vectors)
+    torch.nn.init.normal_(module.queries, std=3.0)
     return module
 
 
+def test_the_first_image_vector_is_the_mean_of_the_tokens_and_all_lie_among_them():
+    tokens = torch.randn(2, 3, 9, 32)
+    found = build_image_vectors(4)(tokens)
+    assert found.shape == (2, 3, 4, 32)
+    torch.testing.assert_close(found[:, :, 0], tokens.mean(2))
+    alike = tokens[:, :, :1].expand(-1, -1, 9, -1)
+    torch.testing.assert_close(build_image_vectors(4)(alike), alike[:, :, :4])
+
+
 def test_the_first_image_vectors_do_not_know_of_the_others():
-    many, few = attending(4), attending(4)
-    few.queries = torch.nn.Parameter(few.queries[:2].detach())
+    many, few = build_image_vectors(4), build_image_vectors(4)
+    few.queries = torch.nn.Parameter(few.queries[:1].detach())
     tokens = torch.randn(2, 3, 9, 32)
     torch.testing.assert_close(many(tokens)[:, :, :2], few(tokens))
-    assert many(tokens).shape == (2, 3, 4, 32)
 
 
-def test_image_vectors_are_plain_attention_of_each_head():
-    module, tokens = attending(3), torch.randn(2, 9, 32)
-    key, value = module.key_value(module.norm(tokens)).chunk(2, dim=-1)
-    found = []
-    for head in range(4):
-        part = slice(8 * head, 8 * head + 8)
-        weights = (module.queries[:, part] @ key[..., part].transpose(1, 2) / 8**0.5).softmax(-1)
-        found.append(weights @ value[..., part])
-    expected = tokens.mean(1, keepdim=True) + module.output(torch.cat(found, dim=-1))
-    torch.testing.assert_close(module(tokens), expected)
+def test_each_query_takes_its_share_of_what_those_before_it_left():
+    module, tokens = build_image_vectors(4), torch.randn(9, 32)
+    keys, left, expected = module.key(module.norm(tokens)), torch.ones(9), [tokens.mean(0)]
+    for query in module.queries:
+        taken = left * (keys @ query / 32**0.5).sigmoid()
+        expected.append((taken / taken.sum()) @ tokens)
+        left = left - taken
+    torch.testing.assert_close(module(tokens), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_equal_queries_look_at_different_places():
+    module, tokens = build_image_vectors(3), torch.eye(9, 32)
+    module.queries.data[:] = 10 * module.key(module.norm(tokens))[4].detach()  # all ask for the fifth token most
+    _, first, second = module(tokens)[:, :9]  # the weights, as these tokens are unit vectors
+    assert first.argmax() == 4 and second.argmin() == 4
+
+
+@pytest.mark.parametrize("make", ["config", "set_embedding_tokens"])
+def test_vectors_of_a_new_model_differ(make):
+    torch.manual_seed(0)
+    several = {"num_embedding_tokens": 4, "embedding_pooling": "multi_vector"}
+    model = build_model(num_visual_tokens=9, **several if make == "config" else {})
+    if make == "set_embedding_tokens":
+        model.set_embedding_tokens(**several)
+    tokens = F.normalize(torch.randn(64, 9, 32), dim=-1)
+    found = F.normalize(model.image_vectors(tokens), dim=-1)  # (64, 4, 32)
+    alike = (found @ found.mT).mean(0)  # (4, 4)
+    assert alike.fill_diagonal_(0).max() < 0.8
+    embedding_tokens = F.normalize(model.embedding_tokens, dim=-1)
+    assert (embedding_tokens @ embedding_tokens.T).fill_diagonal_(0).max() < 0.7

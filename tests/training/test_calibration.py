@@ -7,9 +7,9 @@ from tiny_models import build_model
 from torch.nn.functional import normalize
 
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.training.calibration import calibrate, embed_modalities, modality_gap, uncalibrated
+from mmgem.training.calibration import calibrate, embed_modalities, modality_gap
 from mmgem.training.data.scene_dataset import SceneDataset
-from mmgem.training.encoding import embed_fused, embed_images, embed_regions, embed_texts
+from mmgem.training.encoding import embed_fused, embed_images, embed_regions, embed_texts, remember, uncalibrated
 
 COUNT = 7
 LOADER = """
@@ -123,6 +123,16 @@ def test_saved_model_embeds_as_before_where_the_package_is_not(tiny_model, tiny_
     image, text = torch.load(tmp_path / "outputs.pt")
     torch.testing.assert_close(image, embed_images(tiny_model, tiny_processor, images), rtol=0, atol=1e-5)
     torch.testing.assert_close(text, embed_texts(tiny_model, tiny_processor, captions), rtol=0, atol=1e-5)
+
+
+def test_images_apart_from_texts_calibrate_no_fused_embeddings_but_leave_memories(tiny_model, tiny_processor, rows):
+    images = [row["image"] for row in rows]
+    before = remember(tiny_model, tiny_processor, images)
+    apart = [{"image": image} for image in images] + [{"captions": row["captions"]} for row in rows]
+    assert calibrate(tiny_model, tiny_processor, apart).counts == {"image": COUNT, "text": COUNT}
+    assert torch.equal(remember(tiny_model, tiny_processor, images), before)
+    with pytest.raises(ValueError, match=r"`modality` is 'fused'; expected one of .*\['image', 'text'\]"):
+        embed_fused(tiny_model, tiny_processor, images, ["a star"] * COUNT)
 
 
 def test_a_prompt_that_reads_is_calibrated_at_its_own_width(tiny_processor, rows):

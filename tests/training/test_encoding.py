@@ -46,8 +46,6 @@ def kind(request):
 def model(kind):
     model = build_model(**KINDS[kind])
     with torch.no_grad():
-        if kind == "several":  # as trained: no two vectors of an image are the same
-            torch.nn.init.normal_(model.image_vectors.output.weight, std=0.3)
         model.embedding_tokens.normal_(std=0.5)
     return model.train()
 

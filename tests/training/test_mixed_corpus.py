@@ -5,9 +5,9 @@ import torch
 from tiny_models import build_model
 from torch.nn.functional import normalize, one_hot
 
-from mmgem.training.calibration import calibrate, modality_gap, uncalibrated
+from mmgem.training.calibration import calibrate, modality_gap
 from mmgem.training.data.scene_dataset import SceneDataset
-from mmgem.training.encoding import embed_fused, embed_images, embed_texts
+from mmgem.training.encoding import embed_fused, embed_images, embed_texts, uncalibrated
 from mmgem.training.mixed_corpus import MixedCorpus, embed_mixed_corpus, evaluate_mixed_corpus, mixed_corpus_figures
 
 MODALITIES = ("image", "text", "fused")

@@ -154,6 +154,17 @@ def test_negative_loss_weight_is_refused(tmp_path):
         arguments_in(tmp_path, caption_loss_weight=-1.0)
 
 
+@pytest.mark.parametrize(
+    ("instructions", "bf16", "is_slow"),
+    [({"amx_bf16": False, "avx512_bf16": True}, True, False), ({"avx512_bf16": False}, True, True)]
+    + [({"avx512_bf16": False}, False, False), ({"sve": True}, True, False)],
+)
+def test_a_processor_that_only_imitates_bf16_is_told(tmp_path, monkeypatch, caplog, instructions, bf16, is_slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True} | instructions)
+    MMGEMTrainingArguments(str(tmp_path), bf16=bf16, use_cpu=True, report_to="none")
+    assert ("`bf16` is True, for which this processor has no instructions" in caplog.text) == is_slow
+
+
 def test_a_batch_of_one_has_nothing_to_tell_apart(tmp_path):
     with pytest.raises(ValueError, match="per_device_train_batch_size.*at least 2"):
         arguments_in(tmp_path, per_device_train_batch_size=1)

@@ -23,7 +23,7 @@ from mmgem.training.reconstruction.trainer import freeze_read_out
 from mmgem.training.trainable import parameter_groups, set_trainable
 
 TOKENIZER_TRAINING_ROWS = 4000
-_TEXT_COLUMNS = (*CAPTION_COLUMNS, "long_caption", "region_captions", "label", "qa", "hard_negatives")
+_TEXT_COLUMNS = (*CAPTION_COLUMNS, "long_caption", "region_captions", "label", "qa", "hard_negatives", "instructions")
 
 
 def build_model(recipe: Mapping[str, Any], rows: Mixture | None = None) -> tuple[MMGEMModel, MMGEMProcessor]:
@@ -174,6 +174,7 @@ def _texts(rows) -> Iterator[str]:
     for row in rows:
         for column in _TEXT_COLUMNS:
             yield from _strings(row.get(column))
+        yield from _strings((row.get("edit") or {}).get("instruction"))
 
 
 def _strings(value) -> Iterator[str]:

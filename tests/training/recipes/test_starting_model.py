@@ -189,6 +189,31 @@ def test_a_stage_sets_prompts_and_embedding_tokens_and_leaves_room_for_them(tiny
     assert model.get_text_features(**inputs).pooler_output.shape == (1, 16, 16)
 
 
+def test_the_tokenizer_learns_every_text_that_a_row_may_bring():
+    rows = [
+        {
+            "captions": ["aaaa"],
+            "long_caption": "bbbb",
+            "region_captions": ["cccc"],
+            "qa": [{"question": "dddd", "answer": "eeee"}],
+            "hard_negatives": ["ffff"],
+            "instructions": [{"text": "gggg", "box": 0}],
+            "edit": {"instruction": "hhhh", "file_name": "zzzz"},
+            "label": "iiii",
+        },
+        {"captions": ["aaaa"], "edit": None},
+    ]
+
+    class Rows(list):
+        texts = list.__getitem__
+
+    recipe = recipe_with() | {"tokenizer": {"vocab_size": 400, "model_max_length": 16}}
+    _, processor = build_model(recipe, Rows(rows))
+    words = processor.tokenizer.get_vocab()
+    assert all(f"Ġ{letter * 4}" in words for letter in "abcdefghi")
+    assert not any("zz" in word for word in words)
+
+
 def test_a_recipe_changes_the_image_processor_of_a_checkpoint(checkpoint):
     recipe = {"model": {"pretrained": checkpoint}, "image_processor": {"image_mean": [0.1, 0.2, 0.3]}}
     model, processor = build_model(recipe)

@@ -67,12 +67,6 @@ def test_fewer_vectors_are_what_a_model_with_fewer_embedding_tokens_makes(folder
     model = build_multi_vector_model(4)
     build_index(folder, model, tiny_processor, out, vectors=2, memory=2)
     model.set_embedding_tokens(2, "multi_vector")
-    for name in ("queries", "key_value", "norm", "output"):  # what is trained anew stays what it was
-        part = getattr(build_multi_vector_model(4).image_vectors, name)
-        if name == "queries":
-            model.image_vectors.queries.data = part.data[:2]
-        else:
-            getattr(model.image_vectors, name).load_state_dict(part.state_dict())
     build_index(folder, model, tiny_processor, out.with_name("fewer"), memory=True)
     np.testing.assert_allclose(vectors_of(out), vectors_of(out.with_name("fewer")), atol=1e-5)
     memory, fewer = (ArrayColumn(read(place), "memory")[:] for place in (out, out.with_name("fewer")))
