@@ -6,8 +6,8 @@ generated scenes.
 
 An image is embedded through the language model, by k [EMB] vectors behind its visual tokens. The match stage teaches
 that with pairs of a caption and an image; the compress stage, before it, with captions and answers that are written
-from the states of the [EMB] vectors alone, and with no pair at all. Every run starts from `mmgem-tiny` as it is before
-the last stage of its recipe (`make retrain` leaves it where `--checkpoint` expects it): its text embeddings are
+from the states of the [EMB] vectors alone, and with no pair at all. Every run starts from `mmgem-tiny` as it is after
+the second stage of its recipe (`make retrain` leaves it where `--checkpoint` expects it): its text embeddings are
 trained, and its language model reads visual tokens to write captions, but has never embedded an image. The vision
 tower is frozen; everything else is trained.
 
