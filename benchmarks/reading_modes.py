@@ -66,6 +66,8 @@ def compare_rationales(model, processor, rows: Rows, numbers: Sequence[int] = RA
 def _finds_regions(model, processor, rows: Rows, number: int) -> list[bool]:
     """For each instruction about one of several boxes, whether its box is the nearest of its image."""
     rows = [row for row in rows if len(row["boxes"]) > 1]
+    if not rows:
+        return []
     counts = [len(row["boxes"]) for row in rows]
     regions = embed_regions(model, processor, [row["image"] for row in rows], [row["boxes"] for row in rows])
     asked = [(row, instruction) for row in rows for instruction in row["instructions"]]

@@ -10,15 +10,14 @@ Time is that of one query at a time, the best ten answers. What each mode finds 
 """
 
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
 from tqdm.auto import tqdm
 
-from benchmarks.measure import machine_facts, markdown_table
+from benchmarks.measure import machine_facts, markdown_table, median_ratio, time_alternately
 from mmgem.training.tools.index_settings import Precision
 from mmgem.training.tools.vector_codec import VectorCodec
 from mmgem.training.tools.vector_search import VectorSearch
@@ -53,10 +52,13 @@ def halves(number: int, count: int) -> list[int]:
     return [number >> power for power in range(count) if number >> power]
 
 
-def measure(mode: Mode, images: int, queries: int, generator: np.random.Generator) -> tuple[int, list[float]]:
+def build_search(
+    mode: Mode, images: int, queries: int, generator: np.random.Generator
+) -> tuple[int, Callable[[], object]]:
     """
     Returns:
-        Bytes of all codes, and the seconds of each query, after one that makes the index ready.
+        Bytes of all codes, and a step that searches for the next of the queries. One that makes the index ready has
+        been searched for.
     """
     codec = VectorCodec(mode.precision, mode.dimensions, bound=4 / mode.dimensions**0.5)  # of four deviations
     codes = np.empty((images, mode.vectors, codec.width), codec.dtype)
@@ -65,12 +67,14 @@ def measure(mode: Mode, images: int, queries: int, generator: np.random.Generato
         codes[filled : filled + len(part)] = codec.encode(part)
         filled += len(part)
     search = VectorSearch(codes[:, 0] if mode.vectors == 1 else codes, codec)
-    seconds = []
-    for query in np.concatenate(list(_random_vectors(queries + 1, mode, generator))):
-        start = time.perf_counter()
-        search.search(query[0] if mode.vectors == 1 else query, TOP)
-        seconds.append(time.perf_counter() - start)
-    return codes.nbytes, seconds[1:]
+    vectors = iter(np.concatenate(list(_random_vectors(queries + 1, mode, generator))))  # (R, D) each
+
+    def step():
+        query = next(vectors)
+        return search.search(query[0] if mode.vectors == 1 else query, TOP)
+
+    step()
+    return codes.nbytes, step
 
 
 def _random_vectors(count: int, mode: Mode, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -85,13 +89,14 @@ def _random_vectors(count: int, mode: Mode, generator: np.random.Generator) -> I
 def compare(to_measure: Sequence[Mode], images: int, queries: int) -> str:
     """The table of the benchmark, as markdown; the first mode is what the others are compared with."""
     generator = np.random.default_rng(0)
-    rows, reference = [], None
-    for mode in tqdm(to_measure, desc="modes", unit="mode"):
-        size, seconds = measure(mode, images, queries, generator)
-        median = statistics.median(seconds)
-        reference = reference or median
-        figures = f"{size // images}", f"{size / 1e6:.1f}", f"{1e3 * median:.2f}", f"{median / reference:.2f}"
-        rows.append((*mode, *figures))
+    progress = tqdm(to_measure, desc="indexes", unit="index")
+    built = {mode: build_search(mode, images, queries, generator) for mode in progress}
+    seconds = time_alternately({mode: step for mode, (_, step) in built.items()}, queries)
+    rows = []
+    for mode, (size, _) in built.items():
+        ratio = median_ratio(seconds[mode], seconds[to_measure[0]])
+        figures = f"{size // images}", f"{size / 1e6:.1f}", f"{1e3 * statistics.median(seconds[mode]):.2f}"
+        rows.append((*mode, *figures, f"{ratio:.2f}"))
     return "\n\n".join([f"{images:,} images; {queries} queries, one at a time.", markdown_table(HEADER, rows)])
 
 

@@ -114,7 +114,7 @@ def ask(
         list[str] | None, typer.Option(help="Image to ask about, by its name in the index; may be given again.")
     ] = None,
     search: Annotated[str | None, typer.Option(help="Ask about the images that this text finds.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many images --search finds.")] = 1,
+    top: Annotated[int | None, typer.Option(min=1, help="How many images --search finds, by default one.")] = None,
     prompt: PromptName = None,
     model: MovedModel = None,
     as_json: AsJson = False,
@@ -122,12 +122,14 @@ def ask(
     """Answer about images of an index that was made --with-memory; their files are not needed."""
     if (not image) == (search is None):
         raise typer.BadParameter("give --image or --search, one of them")
+    if image and top is not None:
+        raise typer.BadParameter("--top is how many images --search finds; with --image it has nothing to say")
     with work():
         from mmgem.training.tools.asking import ask as ask_index
         from mmgem.training.tools.search_index import SearchIndex
 
         loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
-        answers = ask_index(loaded, question, image or None, search, top, prompt)
+        answers = ask_index(loaded, question, image or None, search, top or 1, prompt)
     rows = [
         {"path": str(path), "answer": text, "score": None if score is None else round(score, 4)}
         for path, text, score in answers

@@ -65,7 +65,8 @@ def evaluate_model(
     and "edit", where it has them.
 
     A model that reads a prompt in the place of [EMB] vectors has no memory, and sends all images through the language
-    model: `fused_` and `memory_` figures are left out.
+    model: `fused_` and `memory_` figures are left out. For one that is calibrated for images and texts alone, `fused_`
+    figures are, and those of instructions and edits. Boxes that the image processor crops away are left out.
 
     In a distributed run all processes call this with the same rows; each embeds and captions its share of them, and
     all return the metrics of the whole (see [`mmgem.training.sharing.Share`]).
@@ -83,8 +84,9 @@ def evaluate_model(
         Metric name to value.
 
     Raises:
-        ValueError: If there are fewer than two rows, so that there is nothing to choose from, a row has not as many
-            `boxes` as `region_captions`, or an instruction names a box that is not there.
+        ValueError: If there are fewer than two rows, so that there is nothing to choose from, a row has not one image,
+            not as many `boxes` as `region_captions`, a question without its answer, or an instruction for a box that
+            is not there.
     """
     share = Share.for_model(model)
     reader = RowReader(model, processor, batch_size, max_new_tokens)

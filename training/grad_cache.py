@@ -144,11 +144,12 @@ class RandomState:
     def replayed(self):
         """Draws within are those that followed the moment; the state after is as it was before."""
         before = RandomState(self.device)
-        self._restore()
+        self.restore()
         yield
-        before._restore()
+        before.restore()
 
-    def _restore(self):
+    def restore(self):
+        """Draw again what was drawn since."""
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
@@ -180,8 +181,8 @@ class GradCache:
             if self._draws is None:
                 self._draws = state.has_moved()
                 if self._draws:
-                    with state.replayed():
-                        batch = self._embed_chunk(model, chunk)
+                    state.restore()
+                    batch = self._embed_chunk(model, chunk)
             batches.append(batch)
             states.append(state)
         return batches, states

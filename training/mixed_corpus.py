@@ -1,6 +1,6 @@
 """Search in a corpus of images, texts and both: what the gap between modalities costs there."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from mmgem.late_interaction import similarity
 from mmgem.modality_calibrator import MODALITIES, ModalityCalibrator
 from mmgem.training.calibration import modality_gap
+from mmgem.training.data.grammar import parse_caption
 from mmgem.training.data.rows import captions_of, check_row, images_of, row_name
 from mmgem.training.encoding import embed_fused, embed_images, embed_texts
 from mmgem.training.metrics import recall_at, retrieval_ranks
@@ -46,8 +47,8 @@ def evaluate_mixed_corpus(
 
     Every row is in the corpus three times: as its image, as its second caption, and as its image with its third
     caption. Its first caption is the query, for which these three are right and all others are wrong. Wrong for every
-    query are the rows' `hard_negatives`. A model with a gap between its modalities finds false captions before the
-    right image (MixBench, arXiv:2507.19054).
+    query are the rows' `hard_negatives`, but for those that are true of another row. A model with a gap between its
+    modalities finds false captions before the right image (MixBench, arXiv:2507.19054).
 
     | metric | what it is |
     |---|---|
@@ -78,7 +79,8 @@ def embed_mixed_corpus(model, processor, rows: Iterable[Mapping[str, Any]], batc
     """The queries and documents of `evaluate_mixed_corpus`; arguments and errors are the same."""
     queries: list[torch.Tensor] = []
     documents: dict[str, list[torch.Tensor]] = {modality: [] for modality in MODALITIES}
-    distractors: list[torch.Tensor] = []
+    false: list[str] = []
+    meanings: set[Hashable] = set()
     remaining = enumerate(tqdm(rows, desc="corpus", unit="row", leave=False))
     while batch := list(islice(remaining, batch_size)):
         images, captions = zip(*(_documents_of(row, row_name(row, number)) for number, row in batch), strict=True)
@@ -87,14 +89,15 @@ def embed_mixed_corpus(model, processor, rows: Iterable[Mapping[str, Any]], batc
         documents["image"].append(embed_images(model, processor, images))
         documents["text"].append(embed_texts(model, processor, told))
         documents["fused"].append(embed_fused(model, processor, images, joined))
-        if false := [text for _, row in batch for text in row.get("hard_negatives") or []]:
-            distractors.append(embed_texts(model, processor, false))
+        false += [text for _, row in batch for text in row.get("hard_negatives") or []]
+        meanings |= {_meaning(caption) for caption in asked}
     if not queries:
         raise ValueError(f"rows must be {CUTOFF} or more, got none")
+    false = [text for text in false if _meaning(text) not in meanings]
     return MixedCorpus(
         torch.cat(queries),
         {modality: torch.cat(embeds) for modality, embeds in documents.items()},
-        torch.cat(distractors) if distractors else None,
+        embed_texts(model, processor, false, batch_size) if false else None,
     )
 
 
@@ -122,6 +125,11 @@ def mixed_corpus_figures(corpus: MixedCorpus) -> dict[str, float]:
         figures[f"{modality}_recall@{CUTOFF}"] = recall_at(ranks, CUTOFF)
     ndcg = ndcg_score(is_right.numpy(), similarity(queries, gallery).numpy(), k=CUTOFF)
     return {f"ndcg@{CUTOFF}": float(ndcg)} | figures | {"modality_gap": modality_gap(documents)}
+
+
+def _meaning(caption: str) -> Hashable:
+    """What a caption of a scene says in whatever words; of others the words."""
+    return parse_caption(caption) or caption.lower()
 
 
 def _documents_of(row: Mapping[str, Any], name: str) -> tuple[Any, list[str]]:

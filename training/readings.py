@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from mmgem.processing.boxes import is_in_view, model_views
+from mmgem.processing.image_loading import load_image
 from mmgem.training.data.grammar import parse_caption
-from mmgem.training.data.rows import captions_of, edit_of
+from mmgem.training.data.rows import IMAGE_COLUMNS, captions_of, edit_of, images_of
 from mmgem.training.encoding import (
     ANSWER_TOKENS,
     answer_from_memory,
@@ -20,9 +22,10 @@ from mmgem.training.encoding import (
     embed_regions,
     generate_answers,
     generate_region_captions,
+    remember,
 )
 
-_PICTURES = ("image", "edited_image")
+_PICTURES = (*IMAGE_COLUMNS, "edited_image")
 
 
 @dataclass
@@ -90,6 +93,18 @@ def instructions_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return instructions if count > 1 else []
 
 
+def _checked(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    """Raises a ValueError for a row that cannot be measured."""
+    if len(images_of(row)) != 1:
+        raise ValueError(f"row {number} of dataset has {len(images_of(row))} images, expected one")
+    for turn in row.get("qa") or []:
+        if not isinstance(turn, Mapping) or not {"question", "answer"} <= set(turn):
+            raise ValueError(f"row {number} of dataset has {turn!r:.80} in `qa`, expected a question and an answer")
+    region_texts_of(row)
+    instructions_of(row)
+    return row
+
+
 class RowReader:
     """
     Reads rows: embeds and writes all that their columns allow, in batches.
@@ -109,6 +124,8 @@ class RowReader:
         # Where a prompt is read in the place of [EMB] vectors, there is no memory, and all images go through the
         # language model anyway.
         self.has_memory = model.config.embedding_prompt_ids is None
+        calibrated = model.config.calibrated_modalities
+        self.can_fuse = calibrated is None or "fused" in calibrated
 
     def read(self, rows: Iterable[Mapping[str, Any]]) -> list[Reading]:
         """
@@ -120,8 +137,9 @@ class RowReader:
             of it.
         """
         readings: list[Reading] = []
-        for batch in _batches(rows, self.batch_size):
-            images = [row["image"] for row in batch]
+        for unchecked in _batches(rows, self.batch_size):
+            batch = [self._visible(_checked(row, len(readings) + number)) for number, row in enumerate(unchecked)]
+            images = [images_of(row)[0] for row in batch]
             columns = [{name: value for name, value in row.items() if name not in _PICTURES} for row in batch]
             embeds = _rows_of(embed_images(self.model, self.processor, images))
             new = [Reading(*pair) for pair in zip(columns, embeds, strict=True)]
@@ -131,6 +149,26 @@ class RowReader:
             self._read_edits(new, images, [edit_of(row) for row in batch])
             readings += new
         return readings
+
+    def _visible(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Without the boxes that the image processor crops away, as in training, and without what is said of them."""
+        image_processor = self.processor.image_processor
+        if not row.get("boxes") or not getattr(image_processor, "do_center_crop", False):
+            return row
+        image = load_image(images_of(row)[0])
+        height, width = image_processor([image], return_tensors="pt")["pixel_values"].shape[-2:]
+        [view] = model_views(image_processor, [image.size], [(width, height)])
+        seen = [number for number, box in enumerate(row["boxes"]) if is_in_view(box, view)]
+        instructions = [
+            {**one, "box": seen.index(one["box"])} for one in row.get("instructions") or [] if one["box"] in seen
+        ]
+        captions = row.get("region_captions") or []
+        return {
+            **row,
+            "boxes": [row["boxes"][number] for number in seen],
+            "region_captions": [captions[number] for number in seen] if captions else [],
+            "instructions": instructions,
+        }
 
     def _look(self, readings: Sequence[Reading], images: Sequence[Any]):
         """Captions and answers, from the images."""
@@ -145,11 +183,16 @@ class RowReader:
         if not self.has_memory or not told:
             return
         readings = [readings[number] for number in told]
-        embeds, memories = embed_and_remember(self.model, self.processor, [images[number] for number in told])
+        own_images = [images[number] for number in told]
+        if self.can_fuse:
+            embeds, memories = embed_and_remember(self.model, self.processor, own_images)
+            for reading, embed in zip(readings, _rows_of(embeds), strict=True):
+                reading.fused_embed = embed if captions_of(reading.row) else None
+        else:
+            memories = remember(self.model, self.processor, own_images)
         is_judged = [_is_scene(captions_of(reading.row)) for reading in readings]
         texts = self._write(_answer_from_memories, list(memories), readings, is_judged)
-        for reading, embed, (caption, answers) in zip(readings, _rows_of(embeds), texts, strict=True):
-            reading.fused_embed = embed if captions_of(reading.row) else None
+        for reading, (caption, answers) in zip(readings, texts, strict=True):
             reading.memory_caption, reading.memory_answers = caption, answers
 
     def _write(self, answer: Callable, sources: Sequence, readings: Sequence[Reading], is_told: Sequence[bool]):
@@ -179,6 +222,8 @@ class RowReader:
             for number, own_boxes in zip(captioned, boxes, strict=True):
                 readings[number].region_captions = list(islice(captions, len(own_boxes)))
 
+        if not self.can_fuse:
+            return
         prompt = self.prompts.get("object", "")
         texts = [[prompt + one["text"] for one in instructions_of(reading.row)] for reading in readings]
         for reading, own_embeds in zip(readings, self._each(self._embed, images, texts), strict=True):
@@ -189,7 +234,7 @@ class RowReader:
         edited = [
             (reading, image, *edit) for reading, image, edit in zip(readings, images, edits, strict=True) if edit
         ]
-        if not edited:
+        if not edited or not self.can_fuse:
             return
         edited_readings, own_images, instructions, twins = zip(*edited, strict=True)
         prompt = self.prompts.get("edit", "")

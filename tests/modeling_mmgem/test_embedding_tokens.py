@@ -282,3 +282,20 @@ def test_a_rationale_after_padding_is_refused():
         tiny().get_multimodal_features(ids, mask, images(), max_rationale_tokens=3)
     with pytest.raises(ValueError, match="`max_rationale_tokens` is -1"):
         tiny().get_multimodal_features(ids, mask, images(), max_rationale_tokens=-1)
+
+
+def test_of_an_empty_text_no_rationale_is_written():
+    model = tiny()
+    ids, mask = torch.tensor([[1, 1, 1], [5, 6, 7]]), torch.tensor([[0, 0, 0], [1, 1, 1]])
+    both = model.get_multimodal_features(ids, mask, max_rationale_tokens=3).pooler_output
+    torch.testing.assert_close(both[0], model.get_text_features(ids[:1], mask[:1]).pooler_output[0])
+    expected = model.get_multimodal_features(ids[1:], mask[1:], max_rationale_tokens=3).pooler_output[0]
+    torch.testing.assert_close(both[1], expected, atol=1e-5, rtol=1e-5)
+    empty = model.get_multimodal_features(ids[:1, :0], mask[:1, :0], max_rationale_tokens=3).pooler_output
+    torch.testing.assert_close(empty[0], both[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [-1, 2.5, "3", True])
+def test_another_number_of_rationale_tokens_is_refused(count):
+    with pytest.raises(ValueError, match=f"`max_rationale_tokens` is {count!r}; expected a whole number from 0"):
+        tiny().get_multimodal_features(IDS, MASK, max_rationale_tokens=count)

@@ -217,3 +217,39 @@ def test_a_beginning_token_stays_the_first_and_padding_goes_left(bos, text, side
     expected = torch.cat([words[:1], memory[0], words[1:]] if bos else [memory[0], words])
     assert mask[0].tolist() == [0] * (mask.shape[1] - len(expected)) + [1] * len(expected)
     torch.testing.assert_close(embeds[0, -len(expected) :], expected)
+
+
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0), 5])
+def test_where_nothing_is_written_the_caption_loss_is_zero(count):
+    nothing = torch.full_like(batch()["labels"], IGNORED_LABEL)
+    output = run(tiny(), labels=nothing, num_items_in_batch=count)
+    assert output.caption_loss == 0 and output.contrastive_batch.query_embeds.isfinite().all()
+
+
+def test_a_text_with_a_target_row_is_a_query_by_default():
+    rows = {"image_index": torch.full((9,), -1), "box_index": torch.full((9,), -1), "memory_row": None, "boxes": None}
+    found = run(tiny(), **rows, contrastive_mask=None).contrastive_batch
+    assert found.query_modality.tolist() == [DOCUMENT] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("box_index", torch.tensor([1, -1, -1, -1, -1, -1, -1, -1, -1]), "each of a box .* that is no padding"),
+        ("box_index", torch.tensor([-1, -1, -1, 2, -1, -1, -1, -1, -1]), "each of a box .* that is no padding"),
+        ("box_index", torch.tensor([-1, -1]), "expected 9 numbers"),
+        (
+            "contrastive_mask",
+            torch.tensor([0, 1, 1, 1, 0, 0, 1, 0, 1]),
+            r"torch.int64 of .*expected \(9,\) torch.bool",
+        ),
+        ("contrastive_mask", torch.tensor([True]), r"expected \(9,\) torch.bool"),
+        ("hard_negative_mask", torch.zeros(9), r"torch.float32 of .*expected \(9,\) torch.bool"),
+        ("labels", torch.zeros(9, 2, dtype=torch.long), r"`labels` has shape \(9, 2\); expected that of `input_ids`"),
+        ("image_ids", torch.arange(3), r"`image_ids` has shape \(3,\); expected \(2,\)"),
+        ("boxes", BOXES * 32, r"`boxes` has \[0.0, 0.0, 16.0, 16.0\]; expected .* in \[0, 1\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny(), **{name: value})

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import IMAGE_SIZE, TEXT_CONFIGS, VISION_CONFIGS, build_model, build_towers
 
+from mmgem.modality_calibrator import ModalityCalibrator
 from mmgem.model_inputs import IGNORED_LABEL
 from mmgem.modeling_mmgem import MMGEMModel
 
@@ -158,7 +159,7 @@ def test_bidirectional_attention_looks_ahead_and_causal_does_not(text_attention,
 
 
 def test_regions_are_captioned_from_their_own_tokens(tiny_model, text_batch, pixel_values):
-    boxes = torch.rand(3, 2, 2).sort(-1).values.repeat_interleave(2, -1)[..., [0, 2, 1, 3]]
+    boxes = torch.rand(3, 2, 2, 2).sort(-2).values.flatten(-2)
     outputs = tiny_model(
         **text_batch,
         pixel_values=pixel_values,
@@ -436,3 +437,34 @@ def test_a_tower_without_a_patch_grid_is_refused():
     )
     with pytest.raises(ValueError, match="`swin`.*expected a patch grid of 8 x 8|has no patch grid"):
         MMGEMModel.from_towers(tower, build_towers()[1], num_visual_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[0.0, 0.0, 20.0, 20.0], [0.9, 0.9, 0.1, 0.1], [float("nan"), 0.0, 1.0, 1.0], [-0.1, 0.0, 1.0, 1.0]],
+    ids=str,
+)
+def test_boxes_that_are_no_part_of_the_view_are_refused(tiny_model, pixel_values, box):
+    with pytest.raises(ValueError, match=r"`boxes` has \[.*\]; expected .* in \[0, 1\] of the model's view"):
+        tiny_model.get_image_features(pixel_values[:1], torch.tensor([[box]]))
+
+
+@pytest.mark.parametrize("method", ["get_text_features", "get_multimodal_features", "forward", "generate"])
+def test_placeholders_without_images_are_refused(tiny_model, method):
+    n = tiny_model.config.num_visual_tokens
+    input_ids = torch.tensor([[tiny_model.config.image_token_id] * n + [5, 6]])
+    with pytest.raises(ValueError, match="`input_ids` holds image placeholders, but there are no `pixel_values`"):
+        getattr(tiny_model, method)(input_ids)
+
+
+def test_boxes_without_images_are_refused(tiny_model):
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    with pytest.raises(ValueError, match="`boxes` came without `pixel_values`"):
+        tiny_model.get_multimodal_features(torch.tensor([[5, 6]]), boxes=boxes)
+
+
+def test_a_calibrator_that_would_be_lost_is_not_saved(tmp_path):
+    model = build_model()
+    model.calibrator = ModalityCalibrator(model.config.projection_dim, ["image", "text"])
+    with pytest.raises(ValueError, match="`calibrated_modalities` .* is None, but the model has a calibrator"):
+        model.save_pretrained(tmp_path)

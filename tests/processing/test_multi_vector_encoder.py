@@ -211,3 +211,11 @@ def test_training_on_image_text_pairs(folder, tmp_path):
     trainer.train()
     scores = encoder.similarity(encoder.encode(images), encoder.encode(pairs["text"]))
     assert scores.argmax(dim=1).tolist() == [0, 1, 2, 3]
+
+
+def test_what_a_sentence_transformer_saves_scores_as_before(folder, encoder, tmp_path):
+    SentenceTransformer(str(folder), **LOADING).save(str(tmp_path / "again"))
+    again = MultiVectorEncoder(str(tmp_path / "again"), **LOADING)
+    embeddings = encoder.encode(TEXTS), encoder.encode([PHOTO, FUSED])
+    assert close(again.similarity(*embeddings), torch.as_tensor(encoder.similarity(*embeddings)))
+    assert SentenceTransformer(str(tmp_path / "again"), **LOADING).similarity_fn_name == "cosine"

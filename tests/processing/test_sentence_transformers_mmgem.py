@@ -98,6 +98,16 @@ def test_conversations(encoder, expected, photo):
     assert close(encoder.encode([[{"role": "user", "content": TEXTS[0]}], TEXTS[1], TEXTS[2]]), expected["texts"])
 
 
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image_url", "image_url": {"url": "photo.png"}}, {"type": "image"}, {"type": "video", "video": "a"}],
+)
+def test_parts_of_a_conversation_that_cannot_be_read_are_not_left_out(encoder, part):
+    contents = [part, {"type": "text", "text": "in green"}]
+    with pytest.raises(ValueError, match="conversation with .*; expected parts of type 'text', or of type 'image'"):
+        encoder.encode([[{"role": "user", "content": contents}]])
+
+
 def test_prompts_stand_before_the_text(encoder, expected, photo):
     assert close(encoder.encode([" star"], prompt="a red"), expected["texts"][:1])
     fused, text = encoder.encode([{"image": photo, "text": " green"}, "x"], prompt="in")

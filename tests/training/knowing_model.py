@@ -31,6 +31,7 @@ class KnowingProcessor:
     """Images as their pixels, texts as their bytes; the image token is expanded to one byte of value 1."""
 
     image_token = "<image>"
+    image_processor = None  # nothing is cropped
     pad = 0
 
     @property
@@ -73,7 +74,7 @@ class KnowingModel(torch.nn.Module):
 
     def __init__(self, rows):
         super().__init__()
-        self.config = SimpleNamespace(prompts=PROMPTS, embedding_prompt_ids=None)
+        self.config = SimpleNamespace(prompts=PROMPTS, embedding_prompt_ids=None, calibrated_modalities=None)
         self.row_list = rows
         self.rows = {self._key(np.array(row["image"])): row for row in rows}
         twins = [row for row in rows if row.get("edited_image")]

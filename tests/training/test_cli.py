@@ -140,6 +140,7 @@ def test_an_index_is_asked_when_its_images_are_gone(multi_vector_checkpoint, gal
     hits = json.loads(run("search", index, "star", "--top", 3, "--prompt", "query", "--json").stdout)
     assert [(answer["path"], answer["score"]) for answer in found] == [(hit["path"], hit["score"]) for hit in hits]
     assert str(gallery / names[0]) in run("ask", index, "--image", names[0]).stdout
+    assert "--top is how many" in run("ask", index, "--image", names[0], "--top", 2, exit_code=2).stderr
     assert "is not in the index" in run("ask", index, "--image", "gone.png", exit_code=1).stderr
 
 

@@ -5,9 +5,12 @@ import torch
 from knowing_model import IgnorantModel, KnowingModel, KnowingProcessor, knowable_rows
 from PIL import Image
 from tiny_models import build_model
+from transformers import CLIPImageProcessorPil
 
+from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem.training.calibration import calibrate
 from mmgem.training.evaluation import _edit_figures, _instruction_figures, evaluate_model
-from mmgem.training.readings import Reading
+from mmgem.training.readings import Reading, RowReader
 
 COUNT = 12
 PER_ROW = ("caption_fidelity", "memory_caption_fidelity", "answer_accuracy", "memory_answer_accuracy")
@@ -153,6 +156,48 @@ def test_regions_without_their_boxes_are_refused(rows):
     message = f"has {len(odd[3]['boxes'])} boxes and {len(odd[3]['region_captions'])} region_captions"
     with pytest.raises(ValueError, match=message):
         evaluate_model(KnowingModel(rows), KnowingProcessor(), odd)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"images": [Image.new("RGB", (8, 8))] * 2, "caption": "a"}, "row 3 of dataset has 2 images, expected one"),
+        ({"qa": [{"question": "what?", "answer": "that"}]}, "row 3 of dataset has 0 images, expected one"),
+        (
+            {"image": Image.new("RGB", (8, 8)), "qa": [{"question": "what?"}]},
+            "in `qa`, expected a question and an ans",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_measured_are_refused(rows, row, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(KnowingModel(rows), KnowingProcessor(), [*rows[:3], row])
+
+
+def test_boxes_that_are_cropped_away_are_not_measured(tiny_processor):
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = MMGEMProcessor(image_processor, tiny_processor.tokenizer, num_visual_tokens=4)
+    picture = Image.effect_noise((96, 32), 90).convert("RGB")
+    seen, hidden = [40, 4, 60, 28], [0, 0, 20, 20]
+    row = {
+        "image": picture,
+        "boxes": [hidden, seen, [34, 0, 50, 30]],
+        "region_captions": ["hidden", "seen", "also seen"],
+        "instructions": [{"text": "left", "box": 0}, {"text": "right", "box": 1}],
+    }
+    [reading] = RowReader(build_model(), processor, 4, 4).read([row])
+    assert reading.region_embeds.shape[0] == 2 and len(reading.region_captions) == 2
+    assert reading.row["region_captions"] == ["seen", "also seen"]
+    assert reading.row["instructions"] == [{"text": "right", "box": 0}] and len(reading.instruction_embeds) == 1
+
+
+def test_a_model_that_is_calibrated_for_images_and_texts_is_measured_on_those(tiny_processor, rows):
+    model = build_model()
+    apart = [{"image": row["image"]} for row in rows] + [{"captions": row["captions"]} for row in rows]
+    calibrate(model, tiny_processor, apart)
+    figures = evaluate_model(model, tiny_processor, rows[:5], max_new_tokens=4)
+    assert {"text_to_image_recall@1", "memory_answer_accuracy", "region_recall@1"} <= set(figures)
+    assert not {"fused_text_to_image_recall@1", "composed_recall@1", "instructed_region_accuracy"} & set(figures)
 
 
 # ------------------------------------------------------------------------------------ the language model and its cost

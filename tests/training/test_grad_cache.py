@@ -115,6 +115,20 @@ def test_dropout_is_drawn_again_in_the_second_run(batch):
         assert (other.query_embeds - embedded.query_embeds).abs().max() > 1e-3
 
 
+def test_what_is_drawn_does_not_depend_on_the_steps_before(batch):
+    """A run that is resumed begins with a fresh cache."""
+    model = build_model()
+    for layer in model.language_model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    cache, chunks, states = GradCache(2), split_batch(batch, 2), []
+    for used in (cache, cache, GradCache(2)):
+        torch.manual_seed(3)
+        used.embed(model, chunks)
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
 def test_replaying_leaves_the_generator_where_it_was():
     state = RandomState(torch.device("cpu"))
     drawn = torch.rand(3)

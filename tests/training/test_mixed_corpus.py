@@ -132,3 +132,9 @@ def test_too_few_rows_are_refused(tiny_model, tiny_processor, rows):
     queries, documents, _ = random_corpus()
     with pytest.raises(ValueError, match=r"as many as queries, got \{'text': 11\}"):
         mixed_corpus_figures(MixedCorpus(queries, {**documents, "text": documents["text"][1:]}))
+
+
+def test_hard_negatives_that_are_true_of_another_row_are_no_distractors(tiny_model, tiny_processor, rows):
+    count = len(embed_mixed_corpus(tiny_model, tiny_processor, rows).distractors)
+    other = [*rows[:-1], {**rows[-1], "hard_negatives": [*rows[-1]["hard_negatives"], rows[0]["captions"][1]]}]
+    assert len(embed_mixed_corpus(tiny_model, tiny_processor, other).distractors) == count

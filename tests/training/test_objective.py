@@ -11,7 +11,7 @@ from gathered_objective import LEAVES, loss_and_gradients
 from torchrun import torchrun
 
 from mmgem.contrastive import SCORES_AT_ONCE, ContrastiveObjective
-from mmgem.contrastive_batch import ContrastiveBatch
+from mmgem.contrastive_batch import DOCUMENT, IMAGE, ContrastiveBatch
 from mmgem.training.grad_cache import GradCache
 from mmgem.training.objective import build_objective
 
@@ -426,3 +426,21 @@ def test_a_sigmoid_without_a_bias_says_where_it_comes_from():
 def test_a_teacher_that_does_not_come_is_missed():
     with pytest.raises(ValueError, match="asks a teacher, but was called without one"):
         build_objective(soft_targets=0.4, teacher=MOMENTUM)(mixed_batch())
+
+
+@pytest.mark.parametrize("modality_aware", [True, False])
+def test_an_image_and_its_document_are_never_negatives_of_each_other(modality_aware):
+    """Two images, each also embedded as a document; a caption finds the image, another the document."""
+    known = torch.eye(2)
+    batch = ContrastiveBatch(
+        query_embeds=known.repeat(2, 1),
+        target_embeds=known.repeat(2, 1),
+        target_index=torch.tensor([0, 1, 2, 3]),
+        query_ids=torch.tensor([10, 11, 12, 13]),
+        target_ids=torch.tensor([1, 2, 77, 78]),  # of a document the id is that of its row
+        query_modality=torch.tensor([IMAGE, IMAGE, DOCUMENT, DOCUMENT]),
+        target_modality=torch.tensor([IMAGE, IMAGE, DOCUMENT, DOCUMENT]),
+        logit_scale=torch.tensor(100.0),
+        logit_bias=None,
+    )
+    assert build_objective(modality_aware=modality_aware)(batch) < 1e-6

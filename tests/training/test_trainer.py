@@ -57,6 +57,16 @@ def test_accumulated_contrastive_loss_is_the_mean_over_the_steps(tiny_processor,
     assert_same_gradients(accumulated, expected)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"caption_loss_weight": 0.0}, {"grad_cache_chunk_size": 2}], ids=str)
+def test_pairs_alone_are_trained(tiny_processor, tmp_path, arguments):
+    """The match stage of CoMa: nothing is written."""
+    nothing = {"captions_per_image": 0, "regions_per_image": 0, "questions_per_image": 0}
+    collator = MMGEMCollator(tiny_processor, **nothing, match_captions_per_image=1)
+    gradient = gradient_of_one_step(tiny_processor, str(tmp_path), data_collator=collator, **arguments)
+    assert all(part.isfinite().all() for part in gradient.values())
+    assert gradient["text_projection.weight"].any() and gradient["token_projection.1.weight"].any()
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 def test_cached_step_is_the_step(tiny_processor, tmp_path, chunk_size):
     arguments = {"per_device_train_batch_size": 4, "caption_loss_weight": 2.0, "contrastive_loss_weight": 0.5}

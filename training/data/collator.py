@@ -11,9 +11,9 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from mmgem.model_inputs import IGNORED_LABEL
-from mmgem.processing.boxes import boxes_in_view, check_boxes, model_views
+from mmgem.processing.boxes import boxes_in_view, check_boxes, is_in_view, model_views
 from mmgem.processing.image_loading import load_image
-from mmgem.training.data.rows import ID_COLUMNS, check_row, images_of, row_name
+from mmgem.training.data.rows import ID_COLUMNS, check_row, edited_file_of, images_of, row_name
 from mmgem.training.data.text_rows import NONE, TextDrawing, TextRow
 
 
@@ -39,7 +39,8 @@ class MMGEMCollator(TextDrawing):
 
     Without `draw_seed`, what is drawn at random is drawn with torch's generator, so that runs repeat. Boxes that the
     image processor crops away are not drawn. Several images of one sample share its id, and each text goes to one of
-    them. An edited image follows the image of its row, with an id of its own.
+    them. An edited image follows the image of its row, with an id of its own: where a file name is the id, that of
+    `edit`, which may be another row's image.
 
     Args:
         processor: an `MMGEMProcessor`.
@@ -83,7 +84,7 @@ class MMGEMCollator(TextDrawing):
         row_index: list[int] = []  # of each text
         first = 0  # image of the row
         for number, (row, row_images) in enumerate(zip(rows, images, strict=True)):
-            in_view = [uses_boxes and _is_in_view(box, views[first]) for box in row.get("boxes") or []]
+            in_view = [uses_boxes and is_in_view(box, views[first]) for box in row.get("boxes") or []]
             row_texts, drawn = self.draw_texts(row, in_view, first, len(texts))
             texts += row_texts
             row_index += [number] * len(row_texts)
@@ -167,7 +168,9 @@ class MMGEMCollator(TextDrawing):
             ids = []
             for row, _ in shown:
                 num_own, num_all = len(images_of(row)), len(self.pictures_of(row))
-                ids += [str(row[column])] * num_own + [f"{row[column]}-edited"] * (num_all - num_own)
+                edited = edited_file_of(row) if column == "file_name" else row.get("edited_image_id")
+                edited = f"{row[column]}-edited" if edited is None else str(edited)
+                ids += [str(row[column])] * num_own + [edited] * (num_all - num_own)
             return torch.tensor([_number(name) for name in ids])
         if several := [name for row, name in shown if len(images_of(row)) > 1]:
             raise ValueError(
@@ -196,14 +199,6 @@ class MMGEMCollator(TextDrawing):
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
         }
-
-
-def _is_in_view(box: Sequence[float], view: np.ndarray) -> bool:
-    """Whether the model sees more of a box than rounding leaves."""
-    x0, y0, x1, y1 = (float(edge) for edge in box)
-    margin = 1e-6 * (view[2:] - view[:2]).max()
-    overlap = min(x1, view[2]) - max(x0, view[0]), min(y1, view[3]) - max(y0, view[1])
-    return min(overlap) > margin
 
 
 def _number(name: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from mmgem.training.data.permutation import hash_numbers
-from mmgem.training.data.rows import ID_COLUMNS, images_of
+from mmgem.training.data.rows import ID_COLUMNS, edited_file_of, images_of
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source
 
@@ -98,8 +98,10 @@ class Mixture(Dataset):
                 self.skipped.add(source.name, source.key(index), reason)
                 continue
             if images_of(row):
-                own_id = next((row[column] for column in ID_COLUMNS if row.get(column) is not None), source.key(index))
-                row["image_id"] = f"{source.name}:{own_id}"
+                column = next((column for column in ID_COLUMNS if row.get(column) is not None), None)
+                row["image_id"] = f"{source.name}:{source.key(index) if column is None else row[column]}"
+                if column == "file_name" and (edited_file := edited_file_of(row)) is not None:
+                    row["edited_image_id"] = f"{source.name}:{edited_file}"
             row["row_key"] = f"{source.name}:{source.key(index)}"
             row["draw_seed"] = hash_numbers(self.seed, position)
             return row

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from string import Formatter
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class TextDrawing:
             edits, "object" before those that name a box.
 
     Raises:
-        ValueError: for a number below 0, or a probability above 1.
+        ValueError: for a number below 0, a probability above 1, or a template without `{label}` or with anything else.
     """
 
     captions_per_image: int = 1
@@ -92,6 +93,8 @@ class TextDrawing:
             raise ValueError(
                 f"`long_caption_probability` is {self.long_caption_probability}; expected a number from 0 to 1."
             )
+        if self.label_template is not None and _fields_of(self.label_template) != {"label"}:
+            raise ValueError(f"`label_template` is {self.label_template!r}; expected a text with {{label}} in it.")
 
     @property
     def uses_boxes(self) -> bool:
@@ -142,6 +145,14 @@ class TextDrawing:
             draw.edit()
             draw.from_memory()
         return draw.texts, draw.boxes
+
+
+def _fields_of(template: str) -> set[str | None]:
+    """What stands in braces."""
+    try:
+        return {name for _, name, *_ in Formatter().parse(template)} - {None}
+    except ValueError:  # a single brace
+        return set()
 
 
 class _RowDraw:

@@ -6,6 +6,12 @@ from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+LOSSES = {
+    "caption_loss": "caption loss",
+    "contrastive_loss": "contrastive loss",
+    "text_loss": "loss of masked text",
+    "patch_loss": "loss of masked patches",
+}
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -21,7 +27,6 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
         log_history: what the trainer logged, stage after stage.
     """
     name = folder.resolve().name
-    losses: dict = next((entry for entry in reversed(log_history) if "caption_loss" in entry), {})
     data = f"Measured on `{recipe['eval_data']}`." if metrics else "Not measured: the recipe has no `eval_data`."
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=name,
@@ -34,8 +39,7 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
         data=data,
         results="\n".join(f"| {measure} | {value:.3f} |" for measure, value in metrics.items()),
         steps=" + ".join(str(stage["training"].get("max_steps", "all")) for stage in recipe["stages"]),
-        caption_loss=f"{losses.get('caption_loss', float('nan')):.3f}",
-        contrastive_loss=f"{losses.get('contrastive_loss', float('nan')):.3f}",
+        losses=_describe_losses(log_history),
     )
     card_data = ModelCardData(
         model_name=name,
@@ -56,6 +60,12 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
         or None,
     )
     ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def _describe_losses(log_history: list[dict]) -> str:
+    """Where the losses that were logged last ended; a short run logs none."""
+    last: dict = next((entry for entry in reversed(log_history) if any(name in entry for name in LOSSES)), {})
+    return "".join(f" The {LOSSES[name]} ended at {float(last[name]):.3f}." for name in LOSSES if name in last)
 
 
 def _describe_embedding(config) -> str:

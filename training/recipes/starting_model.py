@@ -146,6 +146,11 @@ def check_stages(recipe: Mapping[str, Any]) -> None:
                 _check_image_size(config, stage["image_size"])
             if "embedding" in stage:
                 model.set_embedding_tokens(**stage["embedding"])  # which `config` remembers for the stages after it
+            if config.calibrated_modalities is not None or config.embedding_prompt_ids is not None:
+                raise ValueError(
+                    "the model's embeddings are calibrated or read by a prompt, which comes after training; expected "
+                    "another checkpoint, or `embedding` in the stage, to read them by [EMB] vectors."
+                )
             objective = build_objective(**stage.get("objective", {}))
             check_embedding_views(objective, config)
             if "text_attention" in stage:

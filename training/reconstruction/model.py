@@ -43,7 +43,7 @@ class MMGEMForReconstruction(MMGEMModel):
     It embeds and generates as its model does. Of that, the parts that read out embeddings play no role here.
 
     Raises:
-        ValueError: if `text_attention` is not `"bidirectional"`.
+        ValueError: if `text_attention` is not `"bidirectional"`, or the model is calibrated.
     """
 
     _auto_class = None  # its code does not travel; what is released is an `MMGEMModel`
@@ -70,6 +70,11 @@ class MMGEMForReconstruction(MMGEMModel):
             raise ValueError(
                 f"`text_attention` is {self.config.text_attention!r}; reconstruction expects 'bidirectional', "
                 "since what is masked is put back from both sides."
+            )
+        if self.calibrator is not None:
+            raise ValueError(
+                f"`calibrated_modalities` is {self.config.calibrated_modalities}, for embeddings that reconstruction "
+                "changes; expected a model that is calibrated afterwards."
             )
         head = ReconstructionHead(self.config).to(self.device, self.dtype)
         for module in head.modules():
@@ -167,7 +172,7 @@ class MMGEMForReconstruction(MMGEMModel):
             input_ids,
             attention_mask,
             num_images,
-            has_boxes=boxes is not None,
+            boxes,
             labels=input_ids.masked_fill(~text_mask, IGNORED_LABEL),
             image_index=image_index,
             contrastive_mask=torch.zeros_like(image_index, dtype=torch.bool),

@@ -2,15 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from mmgem.training.data.image_folder import find_metadata, read_metadata
 from mmgem.training.encoding import generate_captions, generate_region_captions
 from mmgem.training.tools.image_files import ImageFile, Skipped, apply_to_batch, find_images, read_batches
-
-METADATA_FILE = "metadata.jsonl"
 
 
 class CaptionReport(NamedTuple):
@@ -26,25 +25,25 @@ def caption_folder(
 ) -> CaptionReport:
     """Captions every image below a folder into a file of JSON lines `{"file_name": …, "caption": …}`.
 
-    Images that the file has already are not captioned again, so that a killed run goes on where it stopped. Files that
-    cannot be read are left out and reported.
+    Images that the file has already are not captioned again, whichever model did it, so that a killed run goes on
+    where it stopped. Files that cannot be read are left out and reported.
 
     Args:
         folder: Where the images are, at any depth.
         model: An `MMGEMModel`.
         processor: Its `MMGEMProcessor`.
         out: The file; it is appended to.
-        with_boxes: Whether to caption regions too: those that `metadata.jsonl` in `folder` gives as
-            `"boxes": [[x0, y0, x1, y1], …]`, in pixels. Lines then have `boxes` and `region_captions`, one each.
+        with_boxes: Whether to caption regions too: those that the metadata of `folder` (see `read_image_folder`) gives
+            as `"boxes": [[x0, y0, x1, y1], …]`, in pixels. Lines then have `boxes` and `region_captions`, one each.
         batch_size: Images at a time.
 
     Raises:
-        FileNotFoundError: If `folder` is not there, or, with boxes, its `metadata.jsonl`.
-        ValueError: If there are no images, or `metadata.jsonl` or `out` does not hold what is expected.
+        FileNotFoundError: If `folder` is not there, or, with boxes, its metadata.
+        ValueError: If there are no images, or the metadata or `out` does not hold what is expected.
     """
     folder, out = Path(folder), Path(out)
     file_names = find_images(folder)
-    boxes = _read_boxes(folder / METADATA_FILE) if with_boxes else None
+    boxes = _read_boxes(folder) if with_boxes else None
     done = _read_done(out, with_boxes)
     todo = [file_name for file_name in file_names if file_name not in done]
     skipped: list[Skipped] = []
@@ -86,23 +85,19 @@ def _caption(model, processor, files: list[ImageFile], boxes: dict[str, list] | 
     return lines
 
 
-def _read_boxes(metadata: Path) -> dict[str, list]:
-    """File name to boxes, of the lines that have any."""
-    if not metadata.is_file():
-        raise FileNotFoundError(
-            f"folder has no {metadata.name} ({str(metadata)!r}); captions of boxes need one with them"
-        )
-    boxes = {}
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            boxes[row["file_name"]] = row.get("boxes") or []
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{str(metadata)!r}, line {number} is {line[:80]!r}; expected a JSON object with `file_name`"
-            ) from error
+def _read_boxes(folder: Path) -> dict[str, list]:
+    """File name to boxes, of the rows that have any."""
+    metadata = find_metadata(folder)
+    boxes: dict[str, list] = {}
+    for where, fields in read_metadata(metadata):
+        if isinstance(fields, str):
+            raise ValueError(fields)
+        name, own = fields.get("file_name", fields.get("image")), fields.get("boxes") or []
+        if not isinstance(name, str):
+            raise ValueError(f"{where} must have a `file_name`, got {fields!r:.80}")
+        if not isinstance(own, list) or not all(isinstance(box, list) and len(box) == 4 for box in own):
+            raise ValueError(f"{where} must have `boxes`, a list of [x0, y0, x1, y1] in pixels; got {own!r:.80}")
+        boxes[PurePosixPath(name).as_posix()] = own
     if not any(boxes.values()):
         raise ValueError(f"{str(metadata)!r} has no line with `boxes`; expected [[x0, y0, x1, y1], ...] in pixels")
     return boxes

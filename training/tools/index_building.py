@@ -76,6 +76,10 @@ def build_index(
         ValueError: If there is no image below it that can be read, if the model does not give what is asked for, or
             if `out` is something else already, such as an index with other settings.
     """
+    if not str(folder).strip():
+        raise ValueError("folder is empty; expected one with images, '.' for the current one")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
     folder, out = Path(folder).resolve(), Path(out).resolve()
     partial = partial_place(out)
     file_names = find_images(folder)
@@ -92,6 +96,9 @@ def build_index(
         (partial / WRITING).rename(out)
     for place in (out, partial):
         _check_place(place, facts)
+    for place in (partial, out):  # what an index is known by stays, however many models pass for the first
+        if is_index(place):
+            facts = replace(facts, fingerprint=IndexFacts.read(place, "out").fingerprint)
     partial.mkdir(parents=True, exist_ok=True)
     facts.write(partial)
 
@@ -103,7 +110,11 @@ def build_index(
     sources = read_sources(out, partial, facts)
     rows = current_rows(sources, versions)
     if not rows:
-        raise ValueError(f"folder is {str(folder)!r}, where no image can be read; the first: {skipped[0]}")
+        _remove(partial)
+        first = skipped[0]
+        raise ValueError(
+            f"folder is {str(folder)!r}, where no image can be read; the first, {first.file_name!r}: {first.reason}"
+        )
     _write_index(sources, [rows[file_name] for file_name in sorted(rows)], facts, partial, out)
     _remove(partial)
     return IndexReport(len(rows), len(rows) - len(done), skipped, _bytes_per_image(read_rows(out / ROWS_FILE)))

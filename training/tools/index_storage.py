@@ -27,6 +27,7 @@ from mmgem.training.tools.index_settings import IndexSettings
 from mmgem.training.tools.vector_codec import VectorCodec
 
 FACTS_FILE, PROBES_FILE, ROWS_FILE = "search_index.json", "probes.safetensors", "rows.arrow"
+_DAMAGE = (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, OSError, SafetensorError)
 UNFINISHED_FACTS = "facts.tmp"
 BEFORE_FACTS = {PROBES_FILE, UNFINISHED_FACTS}  # what there may be if a run is killed while it writes them
 FORMAT = 2
@@ -99,7 +100,7 @@ class IndexFacts:
                 fingerprint=Fingerprint(facts["model_settings"], load_file(place / PROBES_FILE)),
                 bound=facts["bound"],
             )
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, OSError, SafetensorError) as error:
+        except _DAMAGE as error:
             raise ValueError(
                 f"{name} is {str(place)!r}, an index whose {FACTS_FILE} or {PROBES_FILE} is damaged; delete it, and "
                 "make it anew with `mmgem index`"
@@ -112,8 +113,18 @@ def is_index(place: Path) -> bool:
 
 
 def read_rows(path: Path) -> Dataset:
-    """The rows of a file, which stay on disk."""
-    return Dataset.from_file(str(path))
+    """The rows of a file, which stay on disk.
+
+    Raises:
+        ValueError: If the file is not there, or damaged.
+    """
+    try:
+        return Dataset.from_file(str(path))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{str(path)!r} is missing or damaged; delete the index that it belongs to, and make it anew with "
+            "`mmgem index`"
+        ) from error
 
 
 def write_rows(path: Path, batches: Iterable[Mapping[str, Any]]) -> None:

@@ -60,7 +60,8 @@ class SearchIndex:
 
         Raises:
             FileNotFoundError: If there is no such folder, or the model is not where it was.
-            ValueError: If the folder is not an index, or another model is given than the one that built it.
+            ValueError: If the folder is not an index, another model is given than the one that built it, or a model
+                without its processor.
         """
         path = Path(path)
         if not path.exists():
@@ -68,7 +69,10 @@ class SearchIndex:
             hint = "; its making was interrupted, and goes on when it is started again" if unfinished else ""
             raise FileNotFoundError(f"index is {str(path)!r}, which is not there{hint}")
         facts = IndexFacts.read(path, "index")
-        if model is None or processor is None:
+        if (model is None) != (processor is None):
+            given, missing = ("model", "processor") if processor is None else ("processor", "model")
+            raise ValueError(f"{missing} is None, but a {given} is given; expected both, or neither")
+        if model is None:
             model, processor = load_checkpoint(facts.model)
         index = cls(read_rows(path / ROWS_FILE), facts, model, processor)
         index._check("weights", *(kind for kind in embedded_kinds(model.config) if kind == "text"))
@@ -116,6 +120,8 @@ class SearchIndex:
         """
         if text is None and image is None:
             raise ValueError("text and image are both None; expected at least one of them")
+        if image is None and text is not None and not text.strip():
+            raise ValueError(f"text is {text!r}; expected something to look for")
         if top < 1:
             raise ValueError(f"top must be 1 or more, got {top}")
         vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0)

@@ -6,6 +6,8 @@ from transformers import CLIPImageProcessorPil
 
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.data.mixture import Mixture
+from mmgem.training.data.sources import DatasetSource
 
 ROW = {
     "captions": ["a red star", "one star, red"],
@@ -74,6 +76,26 @@ def test_rows_of_one_image_share_its_id(tiny_processor, image):
     ids = MMGEMCollator(tiny_processor)(rows)["image_ids"].tolist()
     assert ids[0] == ids[2] != ids[1]
     assert "image_ids" not in MMGEMCollator(tiny_processor)([*rows, {"image": image, "caption": "w"}])
+
+
+def test_an_edited_image_that_is_a_row_too_has_the_id_of_that_row(tiny_processor, image):
+    def row(name, edited):
+        edit = {"instruction": "make it blue", "file_name": edited}
+        return {"image": image, "caption": name, "file_name": name, "edit": edit, "edited_image": image}
+
+    collator = MMGEMCollator(tiny_processor, edits_per_image=1)
+    rows = [row("a", "b"), {"image": image, "caption": "b", "file_name": "b"}, row("c", "b"), row("d", None)]
+    first, edited, second, third, again, *others = collator(rows)["image_ids"].tolist()
+    assert edited == second == again and len({first, second, third, *others}) == 5
+    mixed = {row["file_name"]: row for row in Mixture([DatasetSource(rows)], None, seed=0, num_samples=4)}
+    assert mixed["a"]["edited_image_id"] == mixed["c"]["edited_image_id"] == mixed["b"]["image_id"]
+    assert collator([mixed[name] for name in "abc"])["image_ids"].unique().numel() == 3
+
+
+@pytest.mark.parametrize("template", ["a photo", "a photo of a {}", "a photo of {name}", "{label} and {name}", "{"])
+def test_a_template_without_a_label_is_refused(tiny_processor, template):
+    with pytest.raises(ValueError, match="`label_template` is .*; expected a text with {label} in it"):
+        MMGEMCollator(tiny_processor, label_template=template)
 
 
 def test_draw_seed_alone_decides_what_is_drawn(tiny_processor, image):

@@ -8,6 +8,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from mmgem.training.recipes.recipe import load_recipe
 from mmgem.training.recipes.starting_model import build_model, check_stages, prepare_for_stage, set_image_size
+from mmgem.training.reconstruction.model import MMGEMForReconstruction
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -119,6 +120,20 @@ def test_reconstruction_takes_a_bidirectional_model_and_its_own_parts(training, 
         return check_stages(recipe)
     with pytest.raises(ValueError, match=message):
         check_stages(recipe)
+
+
+def test_a_calibrated_checkpoint_is_not_trained_unless_read_anew(tiny_processor, tmp_path):
+    model = tiny_model(calibrated_modalities=["image", "text"])
+    model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    recipe = {"model": {"pretrained": str(tmp_path)}, "stages": [{"name": "first", "training": {}}]}
+    with pytest.raises(ValueError, match="stage `first`: the model's embeddings are calibrated"):
+        check_stages(recipe)
+    recipe["stages"][0]["embedding"] = EMBEDDING
+    check_stages(recipe)
+    model.config.text_attention = "bidirectional"
+    with pytest.raises(ValueError, match="`calibrated_modalities` is .*; expected a model that is calibrated after"):
+        MMGEMForReconstruction.from_model(model)
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):

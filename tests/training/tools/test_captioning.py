@@ -113,7 +113,10 @@ def test_boxes_need_metadata_that_has_them(folder, out, echo):
     with pytest.raises(ValueError, match="no line with `boxes`"):
         caption_folder(folder, None, None, out, with_boxes=True)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"boxes": []}\n')
-    with pytest.raises(ValueError, match="line 2 is .*expected a JSON object with `file_name`"):
+    with pytest.raises(ValueError, match="line 2 of .* must have a `file_name`"):
+        caption_folder(folder, None, None, out, with_boxes=True)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "boxes": [5, 5, 20, 20]}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .* must have `boxes`, a list of \[x0, y0, x1, y1\]"):
         caption_folder(folder, None, None, out, with_boxes=True)
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):

@@ -99,3 +99,11 @@ def test_text_and_weights_are_probed_without_the_vision_tower(tiny_processor, mo
     assert set(take(model, tiny_processor, ["text", "weights"]).probes) == {"text", "weights"}
     with pytest.raises(TypeError):
         take(model, tiny_processor, ["image"])
+
+
+def test_weights_that_were_trained_a_little_are_other_weights(tiny_processor):
+    model = build_model()
+    before = take(model, tiny_processor, ["weights"])
+    weight = model.get_input_embeddings().weight
+    weight.data += 0.01 * weight.std() * torch.randn_like(weight)
+    assert before.difference(take(model, tiny_processor, ["weights"])) == "which has other weights"

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn.functional import normalize
 from mmgem.late_interaction import maxsim
 from mmgem.training.encoding import embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.tools.index_building import build_index
-from mmgem.training.tools.index_storage import FACTS_FILE
+from mmgem.training.tools.index_storage import FACTS_FILE, ROWS_FILE
 from mmgem.training.tools.search_index import SearchIndex
 
 PATHS = sorted(NAMES)
@@ -150,7 +152,45 @@ def test_a_query_needs_text_or_image_that_make_one_query(folder, out, tiny_model
 def test_more_answers_than_images_are_all_images(folder, out, tiny_model, tiny_processor):
     index = build(folder, out, tiny_model, tiny_processor)
     assert len(index) == 7
-    assert len({hit.path for hit in index.search("", top=100)}) == 7
+    assert len({hit.path for hit in index.search("star", top=100)}) == 7
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_text_is_nothing_to_look_for(folder, out, tiny_model, tiny_processor, text):
+    index = build(folder, out, tiny_model, tiny_processor)
+    with pytest.raises(ValueError, match=f"text is {text!r}; expected something to look for"):
+        index.search(text)
+
+
+def test_a_model_comes_with_its_processor(folder, out, tiny_model, tiny_processor):
+    build_index(folder, tiny_model, tiny_processor, out)
+    for given in ({"model": tiny_model}, {"processor": tiny_processor}):
+        with pytest.raises(ValueError, match="is None, but a (model|processor) is given; expected both, or neither"):
+            SearchIndex.load(out, **given)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"half"])
+def test_rows_that_are_damaged_are_named(folder, out, tiny_model, tiny_processor, content):
+    build_index(folder, tiny_model, tiny_processor, out)
+    (out / ROWS_FILE).unlink()
+    if content is not None:
+        (out / ROWS_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match="rows.arrow' is missing or damaged; delete the index"):
+        SearchIndex.load(out, tiny_model, tiny_processor)
+
+
+def test_an_index_is_known_by_the_model_that_made_it_first(folder, out, tiny_processor):
+    """Each of a chain of models may pass for the one before it; the last is another model than the first."""
+    torch.manual_seed(0)
+    first = model = build_model()
+    build_index(folder, first, tiny_processor, out)
+    with pytest.raises(ValueError, match="which has other weights"):
+        for _ in range(10):
+            model = copy.deepcopy(model)
+            for weight in model.parameters():
+                weight.data += 0.002 * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight)
+            build_index(folder, model, tiny_processor, out)
+    SearchIndex.load(out, first, tiny_processor)
 
 
 def test_another_model_is_refused_by_what_it_does(folder, out, tiny_model, tiny_processor):
