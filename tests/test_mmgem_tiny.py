@@ -21,6 +21,11 @@ AIMS = {
     "region_caption_fidelity": 0.90,
     "region_recall@1": 0.80,
     "zero_shot_accuracy": 0.95,
+    "fused_text_to_image_recall@1": 0.90,
+    "memory_caption_fidelity": 0.80,
+    "memory_answer_accuracy": 0.75,
+    "instructed_region_accuracy": 0.95,
+    "composed_recall@1": 0.60,
 }
 
 

@@ -43,7 +43,7 @@ def evaluate_model(
     | metric | columns | what it is |
     |---|---|---|
     | `text_to_image_recall@k` | `captions` | every caption searches the images; k is 1, 5, 10 |
-    | `image_to_text_recall@k` | `captions` | every image searches the captions; any of its own is right |
+    | `image_to_text_recall@k` | `captions` | every image searches them (`logits_per_image`); any of its own is right |
     | `fused_text_to_image_recall@1` | `captions` | images with captions go through the language model |
     | `long_text_to_image_recall@1` | `long_caption` | |
     | `zero_shot_accuracy` | `label` | among all classes of scenes, or those of the rows if they have others |
@@ -147,7 +147,7 @@ class _Captions:
         """Ranks of every image that has texts among the different texts."""
         described = [image for image, texts in enumerate(self.texts_of_image) if texts]
         right = [{self.number[text] for text in self.texts_of_image[image]} for image in described]
-        return retrieval_ranks(image_embeds[described], self.embeds, right)
+        return retrieval_ranks(image_embeds[described], self.embeds, right, gallery_asks=True)
 
 
 def _caption_figures(readings: Sequence[Reading], embed: Embed) -> Figures:

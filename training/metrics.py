@@ -14,7 +14,9 @@ _MAX_SCORES = 2**24  # scores held at a time
 _ARTICLES = {"a", "an", "the"}
 
 
-def retrieval_ranks(queries: torch.Tensor, gallery: torch.Tensor, right: Sequence[Collection[int]]) -> torch.Tensor:
+def retrieval_ranks(
+    queries: torch.Tensor, gallery: torch.Tensor, right: Sequence[Collection[int]], gallery_asks: bool = False
+) -> torch.Tensor:
     """For each query, how many wrong gallery rows come before its best right one.
 
     A wrong row that scores the same as the right one counts as before it: embeddings that are all equal find nothing.
@@ -23,6 +25,8 @@ def retrieval_ranks(queries: torch.Tensor, gallery: torch.Tensor, right: Sequenc
         queries: (Q, D), or (Q, k, D) with several vectors of each.
         gallery: (G, D) or (G, m, D), likewise; the score is [`mmgem.late_interaction.similarity`].
         right: For each query the gallery rows that are right, at least one.
+        gallery_asks: Whether the gallery is the side whose vectors MaxSim looks for, which it is where images look for
+            texts: texts are that side in training, whoever searches.
 
     Returns:
         (Q,) int64, 0 is best.
@@ -38,7 +42,8 @@ def retrieval_ranks(queries: torch.Tensor, gallery: torch.Tensor, right: Sequenc
     # A part of the queries at a time: all scores of 100,000 x 100,000 would be 40 GB.
     step = max(1, _MAX_SCORES // gallery[..., 0].numel())
     for start in range(0, len(queries), step):
-        scores = similarity(queries[start : start + step], gallery)  # (step, G)
+        part = queries[start : start + step]
+        scores = similarity(gallery, part).T if gallery_asks else similarity(part, gallery)  # (step, G)
         is_right = torch.zeros_like(scores, dtype=torch.bool)
         for row, columns in enumerate(right[start : start + step]):
             is_right[row, list(columns)] = True

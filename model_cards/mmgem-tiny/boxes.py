@@ -68,6 +68,14 @@ def _check_row(row: np.ndarray, name: str, image_size: tuple[int, int]) -> np.nd
     return clipped
 
 
+def is_in_view(box, view: np.ndarray) -> bool:
+    """Whether the model sees more of a box than rounding leaves; both as `boxes_in_view` takes them."""
+    x0, y0, x1, y1 = (float(edge) for edge in box)
+    margin = 1e-6 * (view[2:] - view[:2]).max()
+    overlap = min(x1, view[2]) - max(x0, view[0]), min(y1, view[3]) - max(y0, view[1])
+    return min(overlap) > margin
+
+
 def boxes_in_view(boxes: list[np.ndarray], views: list[np.ndarray]) -> np.ndarray:
     """Boxes in pixels as fractions of the model's view.
 

@@ -21,7 +21,8 @@ class Ranking:
         scores: (A, C) similarities, from the hook `score`.
         describes: (A, C) bool, whether text and target belong together by their ids.
         other_modality: (A, C) bool, whether one is of an image and the other of a region, or of a document.
-        same_image: (A, C) bool, whether the image is the same, if only in part; True for hard negatives, which stand
+        same_image: (A, C) bool, whether the image is the same, if only in part; True for documents, whose ids do not
+            tell of which image they are, and for hard negatives, which stand
             against nothing but targets of their own modality.
         positive: (A,) long, the candidate that makes a pair with the anchor.
         logit_scale: scalar, the inverse temperature; logit_bias: scalar or None.
@@ -107,11 +108,13 @@ class Pairs:
         """The matrices of a [`Ranking`], texts in rows."""
         batch, score = self.batch, self.objective.score
         own = batch.target_index[texts]
+        query_modality, target_modality = batch.query_modality[texts][:, None], batch.target_modality[targets]
+        is_document = (query_modality == DOCUMENT) | (target_modality == DOCUMENT)
         matrices = {
             "scores": score(batch.query_embeds[texts], batch.target_embeds[targets]),
             "describes": self._describes[self._text[texts][:, None], self._target[targets]],
-            "other_modality": batch.query_modality[texts][:, None] != batch.target_modality[targets],
-            "same_image": (own < 0)[:, None] | (self._image[own][:, None] == self._image[targets]),
+            "other_modality": query_modality != target_modality,
+            "same_image": is_document | (own < 0)[:, None] | (self._image[own][:, None] == self._image[targets]),
         }
         if self.teacher is not None:
             with torch.no_grad():

@@ -1,36 +1,36 @@
 """Several vectors of one image, without the language model."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+QUERY_STD = 3.0  # at the beginning, so that no two queries look at the same
 
 
 class ImageVectors(nn.Module):
     """
-    k learned queries, each of which attends to the visual tokens of an image or region (the attention pooling of
-    Set Transformer, https://arxiv.org/abs/1810.00825) and adds what it finds to their mean. The output starts at zero,
-    so that at first all vectors are the mean. None of them depends on the others: the first r are what r queries give.
+    k vectors of an image or region, each a weighted mean of its visual tokens, as the vector of a region is. The first
+    weighs all of them alike: it is what an image with a single vector has. Each further one has a learned query, by
+    which it takes a share of every token and leaves the rest to those behind it (the stick-breaking of
+    https://arxiv.org/abs/2410.17980, from query to query). So they are about different parts of the image, and the
+    first r of them are what r queries give.
 
     Args:
         hidden_size: C of the visual tokens.
-        num_heads: of the attention.
         num_vectors: k.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_vectors: int):
+    def __init__(self, hidden_size: int, num_vectors: int):
         super().__init__()
-        self.queries = nn.Parameter(torch.empty(num_vectors, hidden_size))
+        self.queries = nn.Parameter(torch.empty(num_vectors - 1, hidden_size))
         self.norm = nn.LayerNorm(hidden_size)
-        self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
-        self.output = nn.Linear(hidden_size, hidden_size)
-        self.num_heads = num_heads
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., n, C) visual tokens -> (..., k, C)"""
-        flat = tokens.flatten(0, -3)  # (B, n, C)
-        key, value = self.key_value(self.norm(flat)).chunk(2, dim=-1)
-        query = self.queries.to(key.dtype).expand(len(flat), -1, -1)  # (B, k, C)
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        found = nn.functional.scaled_dot_product_attention(query, key, value)  # (B, heads, k, C / heads)
-        found = self.output(found.transpose(1, 2).flatten(2))  # (B, k, C)
-        vectors = flat.mean(dim=1, keepdim=True) + found
-        return vectors.unflatten(0, tokens.shape[:-2])
+        keys = self.key(self.norm(tokens))  # (..., n, C)
+        scores = (self.queries @ keys.mT).float() / keys.shape[-1] ** 0.5  # (..., k - 1, n)
+        leaves = F.logsigmoid(-scores)  # (..., k - 1, n)
+        left = leaves.cumsum(-2) - leaves  # (..., k - 1, n), of each token, by the queries before
+        weights = (F.logsigmoid(scores) + left).softmax(-1).to(tokens.dtype)  # (..., k - 1, n)
+        return torch.cat([tokens.mean(-2, keepdim=True), weights @ tokens], dim=-2)  # (..., k, C)

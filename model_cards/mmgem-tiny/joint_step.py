@@ -196,8 +196,9 @@ class JointStep:
         else:
             total = self._chunked_cross_entropy(hidden_states, labels, chunk_size)
         if num_items_in_batch is None:
-            num_items_in_batch = max(len(labels), 1)
-        return total / num_items_in_batch
+            num_items_in_batch = len(labels)
+        # Nothing may be written in any process: then the loss is 0, whatever it is divided by.
+        return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
     def _cross_entropy(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(M, H) states and (M,) labels -> sum of the losses."""

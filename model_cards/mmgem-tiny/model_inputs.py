@@ -33,6 +33,14 @@ def is_box(boxes: torch.Tensor) -> torch.Tensor:
 def check_boxes(boxes: torch.Tensor | None, num_images: int):
     if boxes is not None and (boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[2] != 4):
         raise ValueError(f"`boxes` has shape {tuple(boxes.shape)}; expected ({num_images}, R, 4).")
+    if boxes is not None and not torch.compiler.is_compiling():
+        real = boxes[is_box(boxes)]  # (N, 4)
+        fits = ((real >= 0) & (real <= 1)).all(-1) & (real[:, :2] < real[:, 2:]).all(-1)  # (N,), not NaN either
+        if not fits.all():
+            raise ValueError(
+                f"`boxes` has {real[~fits][0].tolist()}; expected [x0, y0, x1, y1] in [0, 1] of the model's view, "
+                "with x0 < x1 and y0 < y1, as the processor gives them, or zeros for padding."
+            )
 
 
 def checked_mask(
@@ -80,7 +88,7 @@ class TextRows:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         num_images: int,
-        has_boxes: bool,
+        boxes: torch.Tensor | None,
         labels: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         contrastive_mask: torch.Tensor | None = None,
@@ -115,10 +123,13 @@ class TextRows:
             reads_memory=memory_row is not None,
             **{name: none if index is None else index for name, index in indices.items()},
         )
-        rows._check(num_images, has_boxes)
+        rows._check_indices(num_images, boxes)
+        if contrastive_mask is None:
+            rows.contrastive_mask = (rows.image_index >= 0) | (rows.target_row >= 0)
+        rows._check_masks()
         return rows
 
-    def _check(self, num_images: int, has_boxes: bool):
+    def _check_indices(self, num_images: int, boxes: torch.Tensor | None):
         num_texts = len(self.input_ids)
         limits = {
             "image_index": num_images,
@@ -132,10 +143,39 @@ class TextRows:
                 raise ValueError(
                     f"`{name}` is {index.tolist()}; expected {num_texts} numbers below {limit}, or -1 for none."
                 )
-        if not has_boxes and (self.box_index >= 0).any():
+        if boxes is None and (self.box_index >= 0).any():
             raise ValueError(
                 f"`box_index` is {self.box_index.tolist()}, but `boxes` is None; expected the boxes it points to."
             )
+        if not self._points_to_boxes(boxes):
+            raise ValueError(
+                f"`box_index` is {self.box_index.tolist()}; expected {num_texts} numbers, each of a box of the text's "
+                "image that is no padding, or -1 for none."
+            )
+
+    def _points_to_boxes(self, boxes: torch.Tensor | None) -> bool:
+        if self.box_index.shape != (len(self.input_ids),):
+            return False
+        if boxes is None:
+            return True
+        if (self.box_index >= boxes.shape[1]).any():
+            return False
+        is_region = (self.box_index >= 0) & (self.image_index >= 0)  # (T,)
+        return bool(is_box(boxes)[self.image_index[is_region], self.box_index[is_region]].all())
+
+    def _check_masks(self):
+        num_texts = len(self.input_ids)
+        if self.labels.shape != self.input_ids.shape:
+            raise ValueError(
+                f"`labels` has shape {tuple(self.labels.shape)}; expected that of `input_ids`, "
+                f"{tuple(self.input_ids.shape)}."
+            )
+        for name in ("contrastive_mask", "hard_negative_mask"):
+            mask = getattr(self, name)
+            if mask.dtype != torch.bool or mask.shape != (num_texts,):
+                raise ValueError(
+                    f"`{name}` is {mask.dtype} of shape {tuple(mask.shape)}; expected ({num_texts},) torch.bool."
+                )
         without_target = (self.image_index < 0) & (self.target_row < 0)
         if (self.contrastive_mask & without_target).any():
             raise ValueError(

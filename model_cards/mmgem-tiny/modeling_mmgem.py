@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids
-from .image_vectors import ImageVectors
+from .image_vectors import QUERY_STD, ImageVectors
 from .joint_step import JointStep
 from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
@@ -133,12 +133,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         # Not by `isinstance(module, PoolAggregator)`: modules without parameters of their own are passed over.
-        of_image_vectors = None if self.image_vectors is None else self.image_vectors.output
-        if module is self.pool_aggregator.output or module is of_image_vectors:
+        if module is self.pool_aggregator.output:
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, ImageVectors):
-            init.normal_(module.queries, std=0.02)
+            init.normal_(module.queries, std=QUERY_STD)
+            init.xavier_uniform_(module.key.weight)
         elif isinstance(module, ModalityCalibrator):
             for mean in module.buffers():
                 init.constant_(mean, math.nan)  # not fitted
@@ -210,10 +210,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def _make_image_vectors(self) -> ImageVectors | None:
         if self.config.embedding_pooling != "multi_vector":
             return None
-        vision_config = self.config.vision_config
-        return ImageVectors(
-            vision_config.hidden_size, vision_config.num_attention_heads, self.config.num_embedding_tokens
-        )
+        return ImageVectors(self.config.vision_config.hidden_size, self.config.num_embedding_tokens)
 
     @property
     def embedding_dim(self) -> int:
@@ -225,26 +222,30 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def set_embedding_tokens(self, num_embedding_tokens: int, embedding_pooling: str):
         """
         Read embeddings with another number of [EMB] vectors, or pool them otherwise, from now on. They are no longer
-        calibrated.
+        calibrated. Texts must leave room for the vectors: `model_max_length` of the tokenizer does not change.
 
         Args:
-            num_embedding_tokens: k. The first vectors stay; further ones begin near the last of them, so that a text
-                is at first embedded about as before.
-            embedding_pooling: see [`MMGEMConfig`]. Where an image had one vector, its k vectors begin as k of that.
+            num_embedding_tokens: k. The first vectors stay. Further ones begin near the last of them, so that a text
+                is at first embedded about as before; kept apart, they begin at random, and as different.
+            embedding_pooling: see [`MMGEMConfig`]. Where an image had one vector, it stays the first.
 
         Raises:
             ValueError: as [`MMGEMConfig`]; the model is then as it was.
         """
         self._change_read_out(num_embedding_tokens=num_embedding_tokens, embedding_pooling=embedding_pooling)
-        self.embedding_tokens = nn.Parameter(_resized(self.embedding_tokens, num_embedding_tokens))  # (k, H)
-        if embedding_pooling != "multi_vector":
-            self.image_vectors = None
-        elif self.image_vectors is not None:
-            self.image_vectors.queries = nn.Parameter(_resized(self.image_vectors.queries, num_embedding_tokens))
-        else:
-            self.image_vectors = self._make_image_vectors().to(self.device, self.embedding_tokens.dtype)
+        before, kept_apart = self.embedding_tokens, embedding_pooling == "multi_vector"
+        further = torch.randn(max(0, num_embedding_tokens - len(before)), before.shape[1]).to(before)  # (., H)
+        further = self.get_input_embeddings().weight.std() * further if kept_apart else before[-1] + 0.02 * further
+        self.embedding_tokens = nn.Parameter(torch.cat([before[:num_embedding_tokens], further]))  # (k, H)
+        trained, self.image_vectors = self.image_vectors, self._make_image_vectors()
+        if self.image_vectors is not None:
+            self.image_vectors.to(before)
             for module in (*self.image_vectors.children(), self.image_vectors):
                 self._init_weights(module)
+            if trained is not None:
+                queries = trained.queries[: num_embedding_tokens - 1]  # (., C)
+                trained.queries = nn.Parameter(torch.cat([queries, self.image_vectors.queries[len(queries) :]]))
+                self.image_vectors = trained
 
     def set_embedding_prompt(self, prompt_ids: list[int] | None):
         """
@@ -467,6 +468,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             ValueError: for an empty batch, shapes that do not fit, or more tokens than the model takes.
         """
         attention_mask = checked_mask(input_ids, attention_mask)
+        self._check_placeholders(input_ids, None, None)
         outputs = self._embed_sequences(self.get_input_embeddings()(input_ids), attention_mask)
         outputs.pooler_output = self._calibrated(outputs.pooler_output, "text")
         return outputs
@@ -501,6 +503,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 the right, and as [`get_text_features`].
         """
         attention_mask = checked_mask(input_ids, attention_mask)
+        self._check_placeholders(input_ids, pixel_values, boxes)
         if max_rationale_tokens:
             input_ids, attention_mask = self._with_rationale(
                 input_ids, attention_mask, pixel_values, boxes, max_rationale_tokens
@@ -521,24 +524,42 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         max_rationale_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L) -> (B, L + m) ids and mask, with what the model writes after the text, up to its end token."""
-        if max_rationale_tokens < 0:
-            raise ValueError(f"`max_rationale_tokens` is {max_rationale_tokens}; expected 0 or more.")
-        if not attention_mask[:, -1:].all():
+        if type(max_rationale_tokens) is not int or max_rationale_tokens < 0:
+            raise ValueError(f"`max_rationale_tokens` is {max_rationale_tokens!r}; expected a whole number from 0 on.")
+        has_text = attention_mask.bool().any(-1)  # (B,); of nothing, nothing is written
+        if not has_text.any():
+            return input_ids, attention_mask
+        if not attention_mask[has_text, -1].all():
             raise ValueError("`attention_mask` pads on the right, where a rationale is to follow; pad on the left.")
-        written = self.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+        answers = self.generate(
+            input_ids=input_ids[has_text],
+            attention_mask=attention_mask[has_text],
             pixel_values=pixel_values,
             boxes=boxes,
             max_new_tokens=max_rationale_tokens,
             do_sample=False,
             suppress_tokens=[self.config.image_token_id],
-        )[:, input_ids.shape[1] :]  # (B, m)
+        )[:, input_ids.shape[1] :]  # (., m)
+        written = answers.new_zeros(len(input_ids), answers.shape[1])  # (B, m)
+        written[has_text] = answers
         end_ids = self.generation_config.eos_token_id
         end_ids = [end_ids] if isinstance(end_ids, int) else end_ids or []
         is_end = torch.isin(written, written.new_tensor(end_ids))  # (B, m)
-        is_rationale = is_end.cumsum(-1) == 0
+        is_rationale = (is_end.cumsum(-1) == 0) & has_text[:, None]  # (B, m)
         return torch.cat([input_ids, written], dim=1), torch.cat([attention_mask, is_rationale.to(attention_mask)], 1)
+
+    def _check_placeholders(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, boxes: torch.Tensor | None
+    ):
+        """Images that are missing altogether; how many there are is compared where they are embedded."""
+        if pixel_values is None and boxes is not None:
+            raise ValueError("`boxes` came without `pixel_values`; expected the images they lie in.")
+        if (
+            pixel_values is None
+            and not torch.compiler.is_compiling()
+            and (input_ids == self.config.image_token_id).any()
+        ):
+            raise ValueError("`input_ids` holds image placeholders, but there are no `pixel_values`; expected images.")
 
     def _embed_prompt(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, boxes: torch.Tensor | None
@@ -640,6 +661,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                     "a prompt give `labels`."
                 )
             if inputs_embeds is None:
+                if past_key_values is None or past_key_values.get_seq_length() == 0:
+                    self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
                 inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes)  # (B, L, H)
             if labels is not None:
                 kwargs["labels"], kwargs["num_items_in_batch"] = labels, num_items_in_batch
@@ -671,7 +694,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 input_ids,
                 attention_mask,
                 num_images,
-                has_boxes=boxes is not None,
+                boxes,
                 labels=labels,
                 image_index=image_index,
                 box_index=box_index,
@@ -683,6 +706,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             )
             if image_ids is None:
                 image_ids = default_image_ids(num_images, input_ids.device)
+            if image_ids.shape != (num_images,):
+                raise ValueError(f"`image_ids` has shape {tuple(image_ids.shape)}; expected ({num_images},).")
             return self._joint_forward(
                 rows, pixel_values, boxes, image_ids, num_items_in_batch, return_contrastive_batch
             )
@@ -783,13 +808,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         # The Hub folder carries the pipeline because it is imported here: files are collected by their imports.
         from .pipeline_mmgem import MMGEMImageToTextPipeline  # noqa: F401
 
+        if self.calibrator is not None and self.config.calibrated_modalities is None:
+            raise ValueError(
+                "`calibrated_modalities` of the configuration is None, but the model has a calibrator, which would be "
+                f"lost; expected {list(self.calibrator.modalities)}."
+            )
         return super().save_pretrained(*args, **kwargs)
-
-
-def _resized(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """(k, C) -> (count, C), the first of them, and further ones near the last."""
-    kept = vectors[:count]
-    return torch.cat([kept, kept[-1] + 0.02 * torch.randn(count - len(kept), vectors.shape[1]).to(vectors)])
 
 
 MMGEMModel.register_for_auto_class("AutoModel")

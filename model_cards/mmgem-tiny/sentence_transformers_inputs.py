@@ -61,6 +61,12 @@ def _from_conversation(conversation, processor) -> dict:
     messages = [conversation] if is_message_dict(conversation) else conversation
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     sources = ("image", "url", "path", "base64")
+    for part in parts:
+        if part["type"] != "text" and (part["type"] != "image" or not any(key in part for key in sources)):
+            raise ValueError(
+                f"`inputs` has a conversation with {part!r:.100}; expected parts of type 'text', or of type 'image' "
+                f"with one of {sources}."
+            )
     images = [part[key] for part in parts if part["type"] == "image" for key in sources if key in part]
     text = processor.apply_chat_template(messages)
     return {"image": images, "text": text} if images else {"text": text}

@@ -148,10 +148,13 @@ class MMGEMTransformer(Transformer):
         """Saves the model with the prompts of the encoder, which have just been written to the same folder."""
         settings = Path(output_path, "config_sentence_transformers.json")
         if settings.is_file():
-            known = self.model.config.prompts or {}
-            prompts = json.loads(settings.read_text(encoding="utf-8"))["prompts"]
+            config, content = self.model.config, json.loads(settings.read_text(encoding="utf-8"))
+            known = config.prompts or {}
             # Encoders have prompts for queries and documents in any case, if empty ones.
-            self.model.config.prompts = {n: text for n, text in prompts.items() if text or n in known} or None
+            config.prompts = {n: text for n, text in content["prompts"].items() if text or n in known} or None
+            if content["model_type"] == "SentenceTransformer" and config.embedding_pooling == "multi_vector":
+                # For `MultiVectorEncoder`, which finds one vector's function here and would take the sum for its own.
+                settings.write_text(json.dumps(content | {"similarity_fn_name": "meanmaxsim"}, indent=2) + "\n")
         super().save(output_path, *args, **kwargs)
 
 

@@ -37,6 +37,16 @@ def test_ranks_equal_sorting(max_scores, monkeypatch):
     assert ranks.tolist() == _ranks_by_sorting(queries, gallery, right)
 
 
+def test_maxsim_looks_for_the_vectors_of_the_side_that_asks():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (normalize(torch.randn(7, k, 6, generator=generator), dim=-1) for k in (4, 2))
+    own = [{number} for number in range(7)]
+    scores = torch.stack([torch.stack([(text @ image.T).amax(1).mean() for text in texts]) for image in images])
+    expected = (scores > scores.diagonal()[:, None]).sum(1)
+    assert torch.equal(retrieval_ranks(images, texts, own, gallery_asks=True), expected)
+    assert not torch.equal(retrieval_ranks(images, texts, own), expected)
+
+
 def test_ranks_of_perfect_reversed_and_collapsed_embeddings():
     one_hot = torch.eye(5)
     own = [{row} for row in range(5)]
