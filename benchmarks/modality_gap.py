@@ -74,10 +74,15 @@ def _spread(values: Sequence[float]) -> str:
 def main(
     model: Annotated[str, typer.Option(help="Folder of a checkpoint, or a name on the Hub.")] = str(CHECKPOINT),
     corpora: Annotated[int, typer.Option(min=2, help="Corpora to search.")] = 5,
-    scenes: Annotated[int, typer.Option(min=10, help="Scenes of each; six documents come of one.")] = 300,
+    scenes: Annotated[int, typer.Option(min=10, help="Scenes of each; at most six documents come of one.")] = 300,
 ):
     table = compare(*load_checkpoint(model), (8, 32, 128, 512), build_corpora(corpora, scenes))
-    print(machine_facts(), f"{corpora} corpora of {6 * scenes} documents, {scenes} queries each.", table, sep="\n\n")
+    print(
+        machine_facts(),
+        f"{corpora} corpora of at most {6 * scenes} documents, {scenes} queries each.",
+        table,
+        sep="\n\n",
+    )
 
 
 if __name__ == "__main__":
