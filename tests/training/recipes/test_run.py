@@ -1,6 +1,8 @@
 import copy
 import json
+import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +76,22 @@ def assert_same_weights(folder, other):
     expected = weights(other)
     for name, value in weights(folder).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mmgem-tiny", "mmgem-coma"])
+def test_the_recipes_of_the_repository_run_from_beginning_to_end(name, pytestconfig, tmp_path, monkeypatch):
+    monkeypatch.chdir(pytestconfig.rootpath)  # where `pretrained` begins
+    recipe = yaml.safe_load(Path("model_cards", name, "recipe.yaml").read_text())
+    del recipe["eval_data"]
+    short = TRAINING | {"warmup_steps": 0, "logging_steps": 1, "dataloader_num_workers": 0, "bf16": False}
+    for stage in recipe["stages"]:
+        stage["training"] |= short
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    out = train(tmp_path / "recipe.yaml", tmp_path / "out").model
+    log = json.loads((out / "training_log.json").read_text())
+    assert [entry["stage"] for entry in log if "loss" in entry] == [s["name"] for s in recipe["stages"] for _ in "12"]
+    assert all(math.isfinite(float(entry["loss"])) and float(entry["loss"]) > 0 for entry in log if "loss" in entry)
 
 
 @pytest.mark.slow
