@@ -76,8 +76,6 @@ def build_index(
         ValueError: If there is no image below it that can be read, if the model does not give what is asked for, or
             if `out` is something else already, such as an index with other settings.
     """
-    if not str(folder).strip():
-        raise ValueError("folder is empty; expected one with images, '.' for the current one")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
     folder, out = Path(folder).resolve(), Path(out).resolve()

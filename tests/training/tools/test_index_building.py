@@ -240,11 +240,16 @@ def test_bad_files_are_left_out_and_reported(folder, out, tiny_model, tiny_proce
     assert (again.images, again.embedded, len(again.skipped)) == (7, 0, 2)
 
 
-def test_a_folder_of_nothing_but_bad_files_is_refused(tmp_path, out, tiny_model, tiny_processor):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "empty.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no image can be read.*empty\.png"):
-        build_index(tmp_path / "images", tiny_model, tiny_processor, out)
+def test_a_folder_of_nothing_but_bad_files_is_refused_and_leaves_nothing(
+    tmp_path, folder, out, tiny_model, tiny_processor
+):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "empty.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no image can be read; the first, 'empty\.png': "):
+        build_index(tmp_path / "bad", tiny_model, tiny_processor, out)
+    with pytest.raises(ValueError, match="batch_size is 0; expected 1 or more"):
+        build_index(tmp_path / "bad", tiny_model, tiny_processor, out, batch_size=0)
+    assert build_index(folder, tiny_model, tiny_processor, out).images == 7  # nothing of it stands in the way
 
 
 def test_memory_that_float16_cannot_hold_leaves_the_image_out(folder, out, tiny_model, tiny_processor, monkeypatch):
