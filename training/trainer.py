@@ -1,6 +1,7 @@
 """The joint training loop: a contrastive loss and captioning in one forward call, on transformers' Trainer."""
 
 import errno
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -333,7 +334,9 @@ class MMGEMTrainer(Trainer):
             for name, kind in self.FIGURES.items():
                 values = torch.stack(self._figures[name])
                 if kind == "mean":
-                    logs[name] = self.accelerator.gather(values.nanmean()).nanmean().item()
+                    mean = self.accelerator.gather(values.nanmean()).nanmean().item()
+                    if not math.isnan(mean):  # which it is of no image, or of no text
+                        logs[name] = mean
                 else:  # adds up to that of an optimizer step, of a loss on each process to its share
                     sums = self.accelerator.gather(values.sum())
                     logs[name] = (sums.mean() if kind == "loss" else sums.sum()).item() / steps

@@ -135,6 +135,15 @@ def test_logs_hold_both_losses_and_the_temperature(tiny_processor, tmp_path):
     assert first["contrastive_queries"] == 6  # a caption each, and two of regions
 
 
+def test_figures_of_images_are_not_logged_where_there_are_none(tiny_processor, tmp_path):
+    arguments = arguments_in(tmp_path, max_steps=1, logging_steps=1, save_strategy="no")
+    texts = [{"text": "a star"}, {"text": "a circle"}]
+    trainer = MMGEMTrainer(build_model(), arguments, processing_class=tiny_processor, train_dataset=texts)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["caption_loss"] > 0 and not {"image_norm", "text_norm"} & set(first)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_logs_count_what_accumulation_adds_up(tiny_processor, tmp_path, chunk_size):
     model = build_model()
