@@ -149,7 +149,7 @@ def check_stages(recipe: Mapping[str, Any]) -> None:
             if config.calibrated_modalities is not None or config.embedding_prompt_ids is not None:
                 raise ValueError(
                     "the model's embeddings are calibrated or read by a prompt, which comes after training; expected "
-                    "another checkpoint or, for a calibrated one, `embedding` in the stage, after which it no longer is."
+                    "another checkpoint or, for a calibrated one, `embedding` in the stage, which ends that."
                 )
             objective = build_objective(**stage.get("objective", {}))
             check_embedding_views(objective, config)
