@@ -42,6 +42,12 @@ def uncalibrated(model) -> Iterator[None]:
         model.calibrator = calibrator
 
 
+def embedded_kinds(config) -> list[str]:
+    """Which of `"text"`, `"image"` and `"fused"` a model can embed: once calibrated, what it is calibrated for."""
+    kinds = ["text", "image", "fused"]
+    return kinds if config.calibrated_modalities is None else [k for k in kinds if k in config.calibrated_modalities]
+
+
 def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     """Embeddings of one batch of images.
 

@@ -20,6 +20,7 @@ from mmgem.training.encoding import (
     embed_fused,
     embed_images,
     embed_regions,
+    embedded_kinds,
     generate_answers,
     generate_region_captions,
     remember,
@@ -124,8 +125,7 @@ class RowReader:
         # Where a prompt is read in the place of [EMB] vectors, there is no memory, and all images go through the
         # language model anyway.
         self.has_memory = model.config.embedding_prompt_ids is None
-        calibrated = model.config.calibrated_modalities
-        self.can_fuse = calibrated is None or "fused" in calibrated
+        self.can_fuse = "fused" in embedded_kinds(model.config)
 
     def read(self, rows: Iterable[Mapping[str, Any]]) -> list[Reading]:
         """

@@ -15,12 +15,12 @@ from mmgem.training.encoding import (
     embed_fused,
     embed_regions,
     embed_texts,
+    embedded_kinds,
     generate_answers,
 )
 from mmgem.training.metrics import answer_accuracy, recall_by_budget
 from mmgem.training.readings import instructions_of
 from mmgem.training.tools.demo_gallery import HITS, Gallery, show_hits
-from mmgem.training.tools.fingerprint import embedded_kinds
 from mmgem.training.tools.search_index import SearchIndex
 
 BATCH_SIZE = 64

@@ -73,12 +73,6 @@ class Fingerprint:
         return None
 
 
-def embedded_kinds(config) -> list[str]:
-    """Which of `"text"`, `"image"` and `"fused"` a model can embed: once calibrated, what it is calibrated for."""
-    kinds = ["text", "image", "fused"]
-    return kinds if config.calibrated_modalities is None else [k for k in kinds if k in config.calibrated_modalities]
-
-
 def _is_same(probe: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     if probe.shape != other.shape:
         return False

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from mmgem.training.encoding import embed_images, remember
-from mmgem.training.tools.fingerprint import Fingerprint, embedded_kinds
+from mmgem.training.encoding import embed_images, embedded_kinds, remember
+from mmgem.training.tools.fingerprint import Fingerprint
 from mmgem.training.tools.image_files import ImageFile, Skipped, apply_to_batch, find_images, read_batches
 from mmgem.training.tools.index_settings import IndexSettings, Precision
 from mmgem.training.tools.index_sources import Place, Source, common_bound, current_rows, merge, read_sources
@@ -92,11 +92,9 @@ def build_index(
     )
     if not out.exists() and is_index(partial / WRITING):  # killed just before the last step
         (partial / WRITING).rename(out)
-    for place in (out, partial):
-        _check_place(place, facts)
-    for place in (partial, out):  # what an index is known by stays, however many models pass for the first
-        if is_index(place):
-            facts = replace(facts, fingerprint=IndexFacts.read(place, "out").fingerprint)
+    earlier = [there for place in (out, partial) if (there := _read_place(place, facts))]
+    if earlier:  # what an index is known by stays, however many models pass for the first
+        facts = replace(facts, fingerprint=earlier[0].fingerprint)
     partial.mkdir(parents=True, exist_ok=True)
     facts.write(partial)
 
@@ -144,10 +142,13 @@ def _remove(partial: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _check_place(place: Path, facts: IndexFacts) -> None:
-    """Raises a ValueError unless `place` is free, or an index of the same kind and folder by the same model."""
+def _read_place(place: Path, facts: IndexFacts) -> IndexFacts | None:
+    """
+    Of an index of the same kind and folder by the same model what is known of it, None where `place` is free; raises a
+    ValueError where it is anything else.
+    """
     if not place.exists() or (place.is_dir() and {path.name for path in place.iterdir()} <= BEFORE_FACTS):
-        return
+        return None
     there = IndexFacts.read(place, "out")
     another = "Choose another place, or delete it."
     if there.folder != facts.folder:
@@ -166,6 +167,7 @@ def _check_place(place: Path, facts: IndexFacts) -> None:
             raise ValueError(
                 f"out is {str(place)!r}, an index with {name} {kept}; expected {asked}, as is asked for now. {another}"
             )
+    return there
 
 
 def _version(path: Path) -> str:

@@ -9,9 +9,9 @@ from datasets import Dataset
 from PIL import Image
 
 from mmgem.processing.image_loading import load_image
-from mmgem.training.encoding import Box, embed_fused, embed_images, embed_regions, embed_texts
+from mmgem.training.encoding import Box, embed_fused, embed_images, embed_regions, embed_texts, embedded_kinds
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.tools.fingerprint import Fingerprint, embedded_kinds
+from mmgem.training.tools.fingerprint import Fingerprint
 from mmgem.training.tools.index_storage import (
     ROWS_FILE,
     ArrayColumn,

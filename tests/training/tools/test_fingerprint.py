@@ -3,7 +3,8 @@ import torch
 from image_folders import build_multi_vector_model
 from tiny_models import build_model
 
-from mmgem.training.tools.fingerprint import KINDS, Fingerprint, embedded_kinds
+from mmgem.training.encoding import embedded_kinds
+from mmgem.training.tools.fingerprint import KINDS, Fingerprint
 
 
 def take(model, processor, kinds=tuple(KINDS)):
