@@ -114,6 +114,27 @@ def test_a_region_of_the_same_meaning_is_right(rows):
     assert evaluate_model(KnowingModel(rows), KnowingProcessor(), doubled)["region_recall@1"] == 1
 
 
+def test_images_find_texts_by_the_logits_of_the_model(tiny_processor):
+    """MaxSim is not the same both ways."""
+    model = build_model(num_embedding_tokens=3, embedding_pooling="multi_vector")
+    torch.nn.init.normal_(model.embedding_tokens)
+    pictures = [Image.effect_noise((32, 32), 200).convert("RGB") for _ in range(12)]
+    texts = [f"{'a star ' * number}and {number} circles" for number in range(12)]
+    figures = evaluate_model(
+        model,
+        tiny_processor,
+        [{"image": picture, "caption": text} for picture, text in zip(pictures, texts, strict=True)],
+        max_new_tokens=1,
+    )
+    with torch.no_grad():
+        scores = model(
+            **tiny_processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        ).logits_per_image
+    for k in (1, 5, 10):
+        found = (scores > scores.diagonal()[:, None]).sum(1) < k
+        assert figures[f"image_to_text_recall@{k}"] == pytest.approx(found.double().mean().item())
+
+
 MODELS = {
     "single": {},
     "mean": {"num_embedding_tokens": 3, "embedding_pooling": "mean", "prompts": {"edit": "with this change: "}},
