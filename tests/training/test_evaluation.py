@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from encoders import picture as noise
 from knowing_model import IgnorantModel, KnowingModel, KnowingProcessor, knowable_rows
 from PIL import Image
 from tiny_models import build_model
@@ -118,7 +119,7 @@ def test_images_find_texts_by_the_logits_of_the_model(tiny_processor):
     """MaxSim is not the same both ways."""
     model = build_model(num_embedding_tokens=3, embedding_pooling="multi_vector")
     torch.nn.init.normal_(model.embedding_tokens)
-    pictures = [Image.effect_noise((32, 32), 200).convert("RGB") for _ in range(12)]
+    pictures = [noise(seed) for seed in range(12)]
     texts = [f"{'a star ' * number}and {number} circles" for number in range(12)]
     figures = evaluate_model(
         model,
