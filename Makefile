@@ -58,10 +58,8 @@ picture: demo ## take the README's picture of the demo page (needs Chromium)
 	$(BIN)/python -c "from PIL import Image; image = Image.open('demo/poster.png').convert('RGB'); \
 		image.thumbnail((1200, 1200)); image.quantize(256, kmeans=1).save('$(PICTURE)', optimize=True)"
 
-hub-code: ## copy the code that travels into model_cards/mmgem-tiny again
-	@for file in model_cards/mmgem-tiny/*.py; do \
-		name=$$(basename $$file); cp modeling_mmgem/$$name $$file 2>/dev/null || cp processing/$$name $$file; \
-	done
+hub-code: $(STAMP) ## copy the code that travels into model_cards/mmgem-tiny again
+	$(BIN)/python -c "from mmgem.processing.hub_code import copy_code; copy_code('model_cards/mmgem-tiny')"
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

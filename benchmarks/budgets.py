@@ -22,13 +22,13 @@ from tqdm.auto import tqdm
 
 from benchmarks.measure import machine_facts, markdown_table
 from benchmarks.search import PRECISIONS, TOP, halves
-from mmgem.training.data.scene_dataset import SceneDataset
-from mmgem.training.encoding import embed_images, embed_texts
+from mmgem.training.evaluation.metrics import BudgetRecall, recall_by_budget
+from mmgem.training.inference import embed_images, embed_texts
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.metrics import BudgetRecall, recall_by_budget
-from mmgem.training.tools.index_settings import Precision
-from mmgem.training.tools.vector_codec import VectorCodec
-from mmgem.training.tools.vector_search import VectorSearch
+from mmgem.training.scenes.dataset import SceneDataset
+from mmgem.training.search.settings import Precision
+from mmgem.training.search.vector_codec import VectorCodec
+from mmgem.training.search.vector_search import VectorSearch
 
 CHECKPOINT = Path(__file__).parents[1] / "model_cards" / "mmgem-tiny"
 SCENE_SEED = 5_000_000  # of no training data

@@ -36,9 +36,9 @@ from benchmarks.experiment_data import save_whole
 from benchmarks.experiment_training import EVAL_BATCH, train
 from benchmarks.peers import Batch
 from benchmarks.workers import progress_line, worker_pool
-from mmgem.training.encoding import embed_texts, inference
+from mmgem.training.evaluation.metrics import recall_at, retrieval_ranks
+from mmgem.training.inference import embed_texts, inference
 from mmgem.training.loading import load_checkpoint, load_config
-from mmgem.training.metrics import recall_at, retrieval_ranks
 
 CHECKPOINT = Path("runs/mmgem-tiny/stages/describe")
 LOSSES = {"compress": "caption_loss", "match": "contrastive_loss"}

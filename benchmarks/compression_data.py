@@ -17,9 +17,9 @@ from benchmarks.experiment_data import save_whole
 from benchmarks.peers import Batch
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.data.collator import MMGEMCollator
-from mmgem.training.data.scene_dataset import SceneDataset
-from mmgem.training.encoding import inference
+from mmgem.training.inference import inference
 from mmgem.training.loading import load_checkpoint
+from mmgem.training.scenes.dataset import SceneDataset
 
 HELD_OUT_SEED, TRAINING_SEED = 6_000_000, 6_000_001  # the seed of the run is added to the second
 ENDLESS = 10**9

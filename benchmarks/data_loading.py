@@ -23,7 +23,7 @@ from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.recipes.recipe import load_recipe
 from mmgem.training.recipes.run import open_sources, stage_arguments, stage_rows, stage_trainer
-from mmgem.training.trainer import MMGEMTrainer
+from mmgem.training.trainer.trainer import MMGEMTrainer
 
 CHECKPOINT = Path(__file__).parents[1] / "model_cards" / "mmgem-tiny"
 WARM_UP_STEPS = 2

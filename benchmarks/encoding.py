@@ -18,7 +18,7 @@ import typer
 
 from benchmarks.measure import count_flops, machine_facts, markdown_table, median_ratio, time_alternately
 from benchmarks.setting import IMAGE_TOKEN_ID, Setting, build_batch, build_model
-from mmgem.training.encoding import inference
+from mmgem.training.inference import inference
 
 IMAGE, TEXT, FUSED = "image", "text", "image with text"
 HEADER = ("embedded", "vectors of each", "inputs/s", "vectors/s", "time of one image vector", "GFLOP of an input")

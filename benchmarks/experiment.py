@@ -30,7 +30,7 @@ from benchmarks.experiment_report import write_report
 from benchmarks.experiment_training import evaluate, train
 from benchmarks.peers import CLIPContestant, Contestant, LlavaContestant, MMGEMContestant, TowerSizes
 from benchmarks.workers import progress_line, worker_pool
-from mmgem.training.data.scenes import FILLS, SHAPES
+from mmgem.training.scenes.drawing import FILLS, SHAPES
 
 SEEDS = (0, 1, 2)
 

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipImageProc
 from benchmarks.peers import Batch, TowerSizes
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.collator import MMGEMCollator
-from mmgem.training.data.scene_dataset import SceneDataset
-from mmgem.training.data.scenes import Scene, make_scene
 from mmgem.training.recipes.tokenizer import train_tokenizer
+from mmgem.training.scenes.dataset import SceneDataset
+from mmgem.training.scenes.drawing import Scene, make_scene
 
 HELD_OUT_SEED = 2_000_000
 TRAINING_SEED = 1_000  # plus the seed of the run

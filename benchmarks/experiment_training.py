@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 
 from benchmarks.experiment_data import HeldOut, Setting, to_pixels
 from benchmarks.peers import Batch, CLIPContestant, Contestant, MMGEMContestant
-from mmgem.training.data.grammar import parse_caption
-from mmgem.training.encoding import inference
-from mmgem.training.metrics import caption_fidelity, recall_at, retrieval_ranks
+from mmgem.training.evaluation.metrics import caption_fidelity, recall_at, retrieval_ranks
+from mmgem.training.inference import inference
+from mmgem.training.scenes.caption_parser import parse_caption
 
 LOG_EVERY = 25
 EVAL_BATCH = 100

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from benchmarks.measure import count_flops, machine_facts, markdown_table, median_ratio, time_alternately
 from benchmarks.setting import IMAGE_TOKEN_ID, Setting, build_batch, build_model
 from mmgem import MMGEMModel
-from mmgem.training.encoding import inference
+from mmgem.training.inference import inference
 
 LIMIT = 1.15  # of the language model's prefill
 READ, PREFILL, FUSED, PROMPT = "read", "prefill", "fused", "prompt"

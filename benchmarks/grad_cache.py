@@ -19,9 +19,9 @@ from transformers import default_data_collator
 from benchmarks.measure import machine_facts, markdown_table, median_ratio, peak_memory, time_alternately
 from benchmarks.setting import Setting, build_batch, build_model
 from mmgem import MMGEMModel
-from mmgem.model_inputs import IGNORED_LABEL
-from mmgem.training.arguments import MMGEMTrainingArguments
-from mmgem.training.trainer import MMGEMTrainer
+from mmgem.text_rows import IGNORED_LABEL
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer.trainer import MMGEMTrainer
 
 
 def small_setting() -> Setting:

@@ -5,7 +5,7 @@ What closing the gap between modalities brings to text search in a corpus of ima
 
 Prints nDCG@10 before a model is calibrated and after, by the number of scenes that the calibrator is fitted on, each
 as a mean over corpora of other scenes with its 95% interval. Scenes to fit on and scenes to search are of different
-seeds. See [`mmgem.training.mixed_corpus`] for the corpus.
+seeds. See [`benchmarks.mixed_corpus`] for the corpus.
 """
 
 import copy
@@ -18,11 +18,11 @@ import typer
 
 from benchmarks.experiment_report import interval
 from benchmarks.measure import machine_facts, markdown_table
-from mmgem.training.calibration import calibrate
-from mmgem.training.data.scene_dataset import SceneDataset
-from mmgem.training.encoding import uncalibrated
+from benchmarks.mixed_corpus import embed_mixed_corpus, mixed_corpus_figures
+from mmgem.training.evaluation.calibration import calibrate
+from mmgem.training.inference import uncalibrated
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.mixed_corpus import embed_mixed_corpus, mixed_corpus_figures
+from mmgem.training.scenes.dataset import SceneDataset
 
 CHECKPOINT = Path(__file__).parents[1] / "model_cards" / "mmgem-tiny"
 SAMPLE_SEED, CORPUS_SEED = 3_000_000, 4_000_000  # of no training data

@@ -17,8 +17,8 @@ from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditional
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.contrastive import ContrastiveObjective
 from mmgem.contrastive_batch import IMAGE, ContrastiveBatch, token_row_ids
-from mmgem.model_inputs import IGNORED_LABEL
 from mmgem.modeling_mmgem import MAX_LOGIT_SCALE, MMGEMModel
+from mmgem.text_rows import IGNORED_LABEL
 
 Batch = dict[str, torch.Tensor]
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from benchmarks.measure import machine_facts, markdown_table
 from mmgem.late_interaction import similarity
-from mmgem.training.data.scene_dataset import SceneDataset
-from mmgem.training.encoding import embed_images, embed_regions, embed_texts, inference
+from mmgem.training.evaluation.metrics import recall_at, retrieval_ranks
+from mmgem.training.inference import embed_images, embed_regions, embed_texts, inference
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.metrics import recall_at, retrieval_ranks
+from mmgem.training.scenes.dataset import SceneDataset
 
 CHECKPOINT = Path(__file__).parents[1] / "model_cards" / "mmgem-tiny"
 SEED = 5_000_000  # of no training data

@@ -3,7 +3,7 @@ What a search among many images takes, in time and bytes, by what an index keeps
 
     python -m benchmarks.search [--images 100000] [--dimensions 256] [--queries 10]
 
-Searches random unit vectors with `mmgem.training.tools.vector_search`, which `mmgem search` runs on: one vector of
+Searches random unit vectors with `mmgem.training.search.vector_search`, which `mmgem search` runs on: one vector of
 each image as float32, int8 and binary codes, fewer dimensions of it (Matryoshka), and several vectors with MaxSim.
 Time is that of one query at a time, the best ten answers. What each mode finds is another question:
 `python -m benchmarks.budgets`.
@@ -18,9 +18,9 @@ import typer
 from tqdm.auto import tqdm
 
 from benchmarks.measure import machine_facts, markdown_table, median_ratio, time_alternately
-from mmgem.training.tools.index_settings import Precision
-from mmgem.training.tools.vector_codec import VectorCodec
-from mmgem.training.tools.vector_search import VectorSearch
+from mmgem.training.search.settings import Precision
+from mmgem.training.search.vector_codec import VectorCodec
+from mmgem.training.search.vector_search import VectorSearch
 
 TOP = 10  # answers
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "binary")

@@ -20,9 +20,9 @@ from benchmarks.measure import machine_facts, markdown_table, time_alternately
 from benchmarks.setting import Setting, build_batch, build_model
 from benchmarks.training_step import TrainingStep
 from mmgem import MMGEMModel
-from mmgem.model_inputs import IGNORED_LABEL
-from mmgem.training.lora import add_lora
-from mmgem.training.trainable import set_trainable
+from mmgem.text_rows import IGNORED_LABEL
+from mmgem.training.trainer.lora import add_lora
+from mmgem.training.trainer.parameter_selection import set_trainable
 
 LORA_RANK = 16
 HEADER = ("step", "s", "images/s", "peak GB", "GB with weights, AdamW", "trained, M")

@@ -12,7 +12,7 @@ from transformers import (
 
 from benchmarks.setting import IMAGE_TOKEN_ID, Setting
 from benchmarks.two_pass import end_captions
-from mmgem.model_inputs import IGNORED_LABEL
+from mmgem.text_rows import IGNORED_LABEL
 
 CLIP_VOCABULARY = 49408
 CLIP_CONTEXT = 77

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from mmgem import MMGEMModel
-from mmgem.model_inputs import IGNORED_LABEL
+from mmgem.text_rows import IGNORED_LABEL
 
 
 def two_pass_losses(

@@ -9,8 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .contrastive import ContrastiveObjective
 from .contrastive_batch import DOCUMENT, IMAGE, REGION, ContrastiveBatch, ids_of_regions, ids_of_rows
-from .model_inputs import IGNORED_LABEL, TextRows, is_box, pair
+from .input_checks import is_box
 from .packing import PackedLayout
+from .patch_grid import pair
+from .text_rows import IGNORED_LABEL, TextRows
 from .text_sequences import embedded_sequences, written_sequences
 
 LOGITS_AT_ONCE = 2**24  # vocabulary logits in memory; a caption loss with more goes chunk by chunk
@@ -24,10 +26,10 @@ class JointStep:
     embedding_tokens: torch.Tensor  # (k, H)
     logit_bias: torch.Tensor | None
     pool_aggregator: Any
+    _patch_grid: Any
     token_projection: Any
     get_input_embeddings: Any
     get_output_embeddings: Any
-    _patch_grid: Any
     _embed_visual_tokens: Any
     _read_out: Any
     _run_decoder: Any

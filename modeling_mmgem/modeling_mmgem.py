@@ -8,14 +8,13 @@ MM-GEM: one model that embeds images, regions and texts, and writes about them.
 Multimodal Generative Embedding Model, https://arxiv.org/abs/2405.19333.
 """
 
-import inspect
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -24,14 +23,16 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids
 from .image_vectors import QUERY_STD, ImageVectors
+from .input_checks import check_boxes, checked_mask, is_box
 from .joint_step import JointStep
 from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
-from .model_inputs import TextRows, check_boxes, checked_mask, first_token_id, is_box, is_first_token, pair
+from .patch_grid import patch_grid
 from .pool_aggregator import PoolAggregator
+from .text_rows import TextRows, first_token_id, is_first_token
+from .tower_composition import DEFAULT_MAX_NEW_TOKENS, compose_towers
 
 MAX_LOGIT_SCALE = math.log(100)
-DEFAULT_MAX_NEW_TOKENS = 128
 
 
 @dataclass
@@ -127,7 +128,6 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self.post_init()
         # Towers list layers of their siblings too; FSDP expects to find each.
         self._no_split_modules = sorted(set(self._no_split_modules) & {type(m).__name__ for m in self.modules()})
-        # The library's default of 20 tokens counts the prompt, which an image alone fills.
         self.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
 
     def _init_weights(self, module: nn.Module):
@@ -173,39 +173,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the vision tower has no patch grid.
         """
-        if isinstance(vision, str):
-            vision_config = AutoConfig.from_pretrained(vision)
-            vision_config = getattr(vision_config, "vision_config", vision_config)
-            vision = AutoModel.from_pretrained(vision, config=vision_config)
-        if isinstance(text, str):
-            if image_token_id is None:
-                tokenizer = AutoTokenizer.from_pretrained(text)
-                tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-                image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-            text = AutoModelForCausalLM.from_pretrained(text)
-        vocabulary_size = text.get_input_embeddings().num_embeddings
-        image_token_id = vocabulary_size if image_token_id is None else image_token_id
-        if image_token_id >= vocabulary_size:
-            text.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
-
-        config = cls.config_class(
-            vision_config=vision.config.to_dict(),
-            text_config=text.config.to_dict(),
-            image_token_id=image_token_id,
-            **config_kwargs,
-        )
-        model = cls(config)
-        model.vision_tower.load_state_dict(vision.state_dict())
-        model.language_model.load_state_dict(text.state_dict())
-        model.to(text.dtype)
-        model.generation_config = text.generation_config
-        if model.generation_config.max_new_tokens is None:
-            model.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-        model.eval()
-        with torch.no_grad():
-            height, width = pair(config.vision_config.image_size)
-            model._patch_grid(torch.zeros(1, config.vision_config.num_channels, height, width, dtype=model.dtype))
-        return model
+        return compose_towers(cls, vision, text, image_token_id, **config_kwargs)
 
     def _make_image_vectors(self) -> ImageVectors | None:
         if self.config.embedding_pooling != "multi_vector":
@@ -283,46 +251,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     # Vision
 
     def _patch_grid(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) pixels -> (B, C, H / patch, W / patch) features of the vision tower."""
-        vision_config = self.config.vision_config
-        patch_height, patch_width = pair(vision_config.patch_size)
-        if pixel_values.ndim != 4 or len(pixel_values) == 0 or pixel_values.shape[1] != vision_config.num_channels:
-            raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (B, {vision_config.num_channels}, H, "
-                "W) with B at least 1."
-            )
-        (batch, _, height, width), pixel_values = pixel_values.shape, pixel_values.to(self.vision_tower.dtype)
-        if height % patch_height or width % patch_width:
-            raise ValueError(
-                f"`pixel_values` shows images of {height} x {width}; expected multiples of the patch size "
-                f"{patch_height} x {patch_width}."
-            )
-        rows, columns = height // patch_height, width // patch_width
-        accepted = inspect.signature(self.vision_tower.forward).parameters
-        if "spatial_shapes" in accepted:  # SigLIP2 (NaFlex) takes flattened patches
-            patches = pixel_values.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-            patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(
-                batch, rows * columns, -1
-            )  # (B, P, ph * pw * channels)
-            hidden_states = self.vision_tower(
-                patches,
-                pixel_attention_mask=patches.new_ones(batch, rows * columns, dtype=torch.long),
-                spatial_shapes=torch.tensor([[rows, columns]] * batch, device=patches.device),
-            ).last_hidden_state
-        else:
-            is_native_size = (height, width) == pair(vision_config.image_size)
-            resizable = not is_native_size and "interpolate_pos_encoding" in accepted
-            hidden_states = self.vision_tower(
-                pixel_values, **({"interpolate_pos_encoding": True} if resizable else {})
-            ).last_hidden_state
-        if hidden_states.ndim != 3 or hidden_states.shape[1] < rows * columns:
-            raise ValueError(
-                f"The vision tower `{vision_config.model_type}` answers images of {height} x {width} with features of "
-                f"shape {tuple(hidden_states.shape)}; expected a patch grid of {rows} x {columns} tokens."
-            )
-        # Class and register tokens, where there are any, stand in front of the patches.
-        patches = hidden_states[:, -rows * columns :]  # (B, P, C)
-        return patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, C, rows, columns)
+        """(B, channels, H, W) pixels -> (B, C, rows, columns) features of the vision tower."""
+        return patch_grid(self.vision_tower, pixel_values)
 
     def _visual_tokens(self, pixel_values: torch.Tensor, boxes: torch.Tensor | None) -> torch.Tensor:
         """-> (B, n, C), or (B, R, n, C) with boxes."""

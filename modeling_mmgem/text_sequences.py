@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .model_inputs import IGNORED_LABEL, TextRows, first_token_id, is_first_token
+from .text_rows import IGNORED_LABEL, TextRows, first_token_id, is_first_token
 
 
 @dataclass

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mmgem.training.tools import demo
-from mmgem.training.tools.demo_page import FIGURES
+from mmgem.training.demo import run as demo
+from mmgem.training.demo.page import FIGURES
 
 READING = ("edits", "instructed", "nested", "asked")  # sections that not every checkpoint has
 VOID = {"meta", "img", "rect", "br"}

@@ -3,7 +3,7 @@
 import torch
 from tiny_models import IMAGE_SIZE, build_model
 
-from mmgem.model_inputs import IGNORED_LABEL
+from mmgem.text_rows import IGNORED_LABEL
 
 IMAGE_TOKEN, EOS, N, K = 299, 0, 4, 3
 # 0: bare image 0, a memory and a document. 1: its caption, which finds it. 2: image 0 with an edit finds image 1.

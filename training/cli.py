@@ -59,7 +59,7 @@ def demo(
 ):
     """Draw a gallery; index, search, classify, caption and measure it; leave one HTML page."""
     with work():
-        from mmgem.training.tools.demo import run_demo
+        from mmgem.training.demo.run import run_demo
 
         page, figures = run_demo(out, *load_model(model), count)
     result = {"page": str(page), "figures": figures}
@@ -76,7 +76,7 @@ def scenes(
 ):
     """Write drawn scenes with ground truth as an image folder."""
     with work():
-        from mmgem.training.data.scene_dataset import write_scene_folder
+        from mmgem.training.scenes.dataset import write_scene_folder
 
         write_scene_folder(out, seed, count, image_size)
     answer({"folder": str(out), "count": count}, as_json, [f"{count} scenes in {out}"])
@@ -139,7 +139,7 @@ def soup(
 ):
     """Average the weights of checkpoints of one run, or of models fine-tuned from one, into a Hub folder."""
     with work():
-        from mmgem.training.tools.soup import soup as average
+        from mmgem.training.soup import soup as average
 
         shares = average(folders, out, weights)
     lines = [f"{share:.3f}  {folder}" for folder, share in shares.items()]
@@ -156,7 +156,7 @@ def evaluate(
     """Measure retrieval, classification and captions on an image folder."""
     with work():
         from mmgem.training.data.image_folder import read_image_folder
-        from mmgem.training.evaluation import evaluate_model
+        from mmgem.training.evaluation.evaluate import evaluate_model
 
         dataset = read_image_folder(data)
         figures = evaluate_model(*load_model(model), dataset, batch_size=batch_size)
@@ -176,8 +176,8 @@ def calibrate(
         raise FileExistsError(f"out is {str(out)!r}, which holds something; expected a new or empty folder")
     with work():
         from mmgem.processing.sentence_transformers_export import save_sentence_transformer
-        from mmgem.training.calibration import calibrate as fit
         from mmgem.training.data.image_folder import read_image_folder
+        from mmgem.training.evaluation.calibration import calibrate as fit
 
         dataset = read_image_folder(data)
         loaded, processor = load_model(model)
@@ -204,7 +204,7 @@ def caption(
 ):
     """Caption every image below a folder."""
     with work():
-        from mmgem.training.tools.captioning import caption_folder
+        from mmgem.training.captioning import caption_folder
 
         report = caption_folder(folder, *load_model(model), out, with_boxes=boxes, batch_size=batch_size)
     report_skipped(report.skipped)

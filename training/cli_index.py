@@ -59,7 +59,7 @@ def index(
     """Embed every image below a folder into a search index; again, to bring it up to date."""
     memory = _memory(with_memory)
     with work():
-        from mmgem.training.tools.index_building import build_index
+        from mmgem.training.search.building import build_index
 
         report = build_index(folder, *load_model(model), out, batch_size, vectors, dimensions, precision, memory)
     report_skipped(report.skipped)
@@ -99,7 +99,7 @@ def search(
         raise typer.BadParameter("give TEXT, --image, or both")
     parts = [_box(box) for box in boxes or []]
     with work():
-        from mmgem.training.tools.search_index import SearchIndex
+        from mmgem.training.search.index import SearchIndex
 
         loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
         hits = loaded.search(text, image or None, top, parts or None, prompt, vectors, query_vectors)
@@ -125,8 +125,8 @@ def ask(
     if image and top is not None:
         raise typer.BadParameter("--top is how many images --search finds; with --image it has nothing to say")
     with work():
-        from mmgem.training.tools.asking import ask as ask_index
-        from mmgem.training.tools.search_index import SearchIndex
+        from mmgem.training.search.asking import ask as ask_index
+        from mmgem.training.search.index import SearchIndex
 
         loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
         answers = ask_index(loaded, question, image or None, search, top or 1, prompt)

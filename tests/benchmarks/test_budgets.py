@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from benchmarks import budgets
 from benchmarks.budgets import Embedded, recall_by_code, recall_by_vectors
-from mmgem.training.metrics import recall_by_budget
+from mmgem.training.evaluation.metrics import recall_by_budget
 
 
 def embedded(*shape, noise=0.0):

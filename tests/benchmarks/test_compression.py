@@ -13,7 +13,7 @@ from benchmarks import compression, compression_data, workers
 from benchmarks.compression import Run, StageTraining, all_runs, execute, finished_runs, recall, run_all
 from benchmarks.compression_data import HeldOut, Setting, Stage, prepare_batches, prepare_held_out
 from benchmarks.compression_report import report
-from mmgem.training.data.scene_dataset import SceneDataset
+from mmgem.training.scenes.dataset import SceneDataset
 
 
 @pytest.fixture(scope="module")

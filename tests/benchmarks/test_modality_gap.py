@@ -6,8 +6,8 @@ import pytest
 from tiny_models import build_model
 
 from benchmarks import modality_gap
-from mmgem.training.calibration import uncalibrated
-from mmgem.training.mixed_corpus import evaluate_mixed_corpus
+from benchmarks.mixed_corpus import evaluate_mixed_corpus
+from mmgem.training.evaluation.calibration import uncalibrated
 
 
 @pytest.mark.slow

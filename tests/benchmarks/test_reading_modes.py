@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import reading_modes
-from mmgem.training.data.scene_dataset import SceneDataset
 from mmgem.training.loading import load_checkpoint
+from mmgem.training.scenes.dataset import SceneDataset
 
 TINY = Path(__file__).parents[2] / "model_cards" / "mmgem-tiny"
 

@@ -2,7 +2,7 @@ import torch
 
 from benchmarks.setting import IMAGE_TOKEN_ID, build_batch, micro_setting
 from benchmarks.two_model_stack import CLIP_BOS, CLIP_EOS, build_clip, build_llava, clip_inputs, llava_inputs
-from mmgem.model_inputs import IGNORED_LABEL
+from mmgem.text_rows import IGNORED_LABEL
 
 
 def test_clip_reads_each_caption_at_its_own_end_token():

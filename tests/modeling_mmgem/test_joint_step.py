@@ -8,7 +8,7 @@ from joint_batches import joint_batch as batch
 from joint_batches import joint_model as tiny
 
 from mmgem.contrastive_batch import DOCUMENT, IMAGE, REGION
-from mmgem.model_inputs import IGNORED_LABEL
+from mmgem.text_rows import IGNORED_LABEL
 
 
 def run(model, **changes):

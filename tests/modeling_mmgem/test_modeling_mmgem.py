@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from tiny_models import IMAGE_SIZE, TEXT_CONFIGS, VISION_CONFIGS, build_model, build_towers
 
 from mmgem.modality_calibrator import ModalityCalibrator
-from mmgem.model_inputs import IGNORED_LABEL
 from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.text_rows import IGNORED_LABEL
 
 TOWERS = [
     ("clip", "llama"),

@@ -13,7 +13,7 @@ from one_step import read_processor
 from torchrun import leave
 from transformers import TrainerCallback
 
-from mmgem.training.checkpoints import last_complete_checkpoint
+from mmgem.training.trainer.checkpoints import last_complete_checkpoint
 
 
 class InFifthStep(TrainerCallback):

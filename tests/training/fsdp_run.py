@@ -16,8 +16,8 @@ from one_step import read_processor, rows
 from tiny_models import build_model
 from torchrun import leave
 
-from mmgem.training.sharded import is_sharded
-from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
+from mmgem.training.distributed import is_sharded
+from mmgem.training.trainer.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
 _initialize = AcceleratorState.__init__
 

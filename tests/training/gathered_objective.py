@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torchrun import leave
 
 from mmgem.contrastive_batch import ContrastiveBatch
-from mmgem.training.objective import build_objective
+from mmgem.training.trainer.contrastive_losses import build_objective
 
 LEAVES = ("query_embeds", "target_embeds", "logit_scale", "logit_bias")
 

@@ -23,8 +23,8 @@ from one_step import CAPTIONS, read_processor, rows
 from tiny_models import build_model
 from transformers import TrainerState
 
-from mmgem.training.checkpoints import last_complete_checkpoint
-from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
+from mmgem.training.trainer.checkpoints import last_complete_checkpoint
+from mmgem.training.trainer.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
 STEPS, SAVE_STEPS = 6, 2
 RANDOM_MOMENTS = 6

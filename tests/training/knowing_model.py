@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from mmgem.training.data.grammar import parse_caption, parse_region_caption, write_captions, write_edit
-from mmgem.training.data.scene_dataset import SceneDataset
-from mmgem.training.data.scenes import COLORS, FILLS, PLACES, SHAPES, SIZES, draw_scene
+from mmgem.training.scenes.caption_parser import parse_caption, parse_region_caption
+from mmgem.training.scenes.captions import write_captions, write_edit
+from mmgem.training.scenes.dataset import SceneDataset
+from mmgem.training.scenes.drawing import COLORS, FILLS, PLACES, SHAPES, SIZES, draw_scene
 
 PROMPTS = {"edit": "change: ", "object": "look at: "}
 IMAGE_SIZE = 48

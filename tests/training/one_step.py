@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from tiny_models import IMAGE_SIZE, build_model
 
-from mmgem.training.trainer import MMGEMTrainer, MMGEMTrainingArguments
+from mmgem.training.trainer.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
 CAPTIONS = ["a red star", "two blue moons and a green heart", "nothing", "a large white cross on the left"]
 

@@ -9,10 +9,10 @@ from one_step import read_processor, rows
 from tiny_models import build_model
 from torchrun import leave
 
-from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.reconstruction.masking import Reconstruction
 from mmgem.training.reconstruction.model import MMGEMForReconstruction
 from mmgem.training.reconstruction.trainer import ReconstructionTrainer
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 
 OPTIONS = Reconstruction(text_mask_ratio=0.3, patch_mask_ratio=0.6, patch_loss_weight=0.5)
 

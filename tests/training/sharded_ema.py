@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mmgem.training.ema import EMACallback
+from mmgem.training.trainer.weight_average import EMACallback
 
 
 def averaged_in(folder: Path, model):

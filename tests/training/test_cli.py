@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.cli import app
 from mmgem.training.recipes.check import StageCheck
-from mmgem.training.recipes.memory import StepMemory
 from mmgem.training.recipes.run import TrainingReport
-from mmgem.training.tools.search_index import SearchIndex
+from mmgem.training.recipes.step_memory import StepMemory
+from mmgem.training.search.index import SearchIndex
 
 COMMANDS = ("demo", "scenes", "train", "soup", "evaluate", "calibrate", "index", "search", "ask", "caption")
 
@@ -169,7 +169,7 @@ def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
     def evaluate_model(model, processor, dataset, batch_size):
         return {"images": len(dataset), "batch_size": batch_size}
 
-    monkeypatch.setattr("mmgem.training.evaluation.evaluate_model", evaluate_model)
+    monkeypatch.setattr("mmgem.training.evaluation.evaluate.evaluate_model", evaluate_model)
     table = run("evaluate", checkpoint, gallery, "--batch-size", 2).stdout.splitlines()
     assert [line.split() for line in table] == [["images", "6.0000"], ["batch_size", "2.0000"]]
 
@@ -249,7 +249,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch, tmp_path):
     def broken(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("mmgem.training.data.scene_dataset.write_scene_folder", broken)
+    monkeypatch.setattr("mmgem.training.scenes.dataset.write_scene_folder", broken)
     assert isinstance(CliRunner().invoke(app, ["scenes", str(tmp_path / "out")]).exception, ZeroDivisionError)
 
 

@@ -11,7 +11,7 @@ import two_processes
 from torchrun import torchrun
 
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.training.checkpoints import last_complete_checkpoint
+from mmgem.training.trainer.checkpoints import last_complete_checkpoint
 
 pytestmark = pytest.mark.slow
 

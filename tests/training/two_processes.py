@@ -12,7 +12,7 @@ from tiny_models import build_model
 from torchrun import leave
 
 from mmgem.training.data.collator import MMGEMCollator
-from mmgem.training.evaluation import evaluate_model
+from mmgem.training.evaluation.evaluate import evaluate_model
 
 TEXTS = [{"text": "a sentence about nothing in particular"}, {"text": "another"}]
 WRONG = {"hard_negatives": ["a blue star", "no star at all"]}

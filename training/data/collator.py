@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from mmgem.model_inputs import IGNORED_LABEL
 from mmgem.processing.boxes import boxes_in_view, check_boxes, is_in_view, model_views
 from mmgem.processing.image_loading import load_image
+from mmgem.text_rows import IGNORED_LABEL
+from mmgem.training.data.drawn_texts import NONE, TextDrawing, TextRow
 from mmgem.training.data.rows import ID_COLUMNS, check_row, edited_file_of, images_of, row_name
-from mmgem.training.data.text_rows import NONE, TextDrawing, TextRow
 
 
 @dataclass(eq=False, repr=False)

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from mmgem.processing.image_loading import load_image
 from mmgem.training.data.rows import CAPTION_COLUMNS, check_columns, edited_file_of, map_columns
+from mmgem.training.data.sources import Source
 
 METADATA_NAME = "metadata.jsonl"
 METADATA_NAMES = (METADATA_NAME, "metadata.csv")
@@ -177,3 +178,41 @@ def _check_fields(
     if fields.get("edit") and fields["edit"].get("instruction") is None:
         fields["edit"] = None  # see `write_scene_folder`
     return {**fields, "captions": captions}
+
+
+class FolderSource(Source):
+    """
+    An image folder, as for [`read_image_folder`], of which single lines may be wrong; they are when they are read.
+    A row with an `edit` has the image of its `file_name` as `edited_image`, unless `columns` says there is none.
+
+    Args:
+        path: the folder.
+        columns: as for `Source`.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no folder with metadata, or its columns are not those meant.
+    """
+
+    def __init__(self, path: str, columns: Mapping[str, str | None] | None = None):
+        super().__init__(str(path), columns, path)
+        self._lines = list(read_metadata(find_metadata(path)))
+        check_columns(columns_of(self._lines), self.columns, self.name)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def key(self, index: int) -> str:
+        where, _ = self._lines[index]
+        return where.partition(" of ")[0]
+
+    def fields(self, index: int) -> dict[str, Any]:
+        _, fields = self._lines[index]
+        if isinstance(fields, str):
+            raise ValueError(fields)
+        return fields
+
+    def texts(self, index: int) -> dict[str, Any]:
+        row = super().texts(index)
+        if "edited_image" not in {*row, *self.columns} and (file := edited_file_of(row)) is not None:
+            row["edited_image"] = file
+        return row

@@ -1,6 +1,5 @@
 """WebDataset shards: tar files in which files of one name make up a sample. Any sample is read by where it stands."""
 
-import glob
 import json
 import re
 import tarfile
@@ -11,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from mmgem.training.data.paths import expand_paths
 from mmgem.training.data.rows import check_columns
 from mmgem.training.data.sources import Source
 
@@ -22,29 +22,6 @@ _META_NAME = re.compile(r"__[^/]*__($|/)")
 _TEXT_SUFFIXES = ("txt", "text", "caption", "cls")
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
 _SAMPLES_CHECKED = 10  # at most, to see the columns
-_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-
-def expand_paths(patterns: str | list[str], where: str) -> list[str]:
-    """
-    The files that patterns mean, in order: `*`, `**` and `?` as in a shell, and `{000..099}` for numbers.
-
-    Raises:
-        FileNotFoundError: if there is none for a pattern.
-    """
-    paths: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        expanded = [pattern]
-        while match := _NUMBERS.search(expanded[0]):
-            numbers = range(int(match[1]), int(match[2]) + 1)
-            texts = [f"{number:0{len(match[1])}d}" for number in numbers]
-            expanded = [_NUMBERS.sub(text, path, count=1) for path in expanded for text in texts]
-        for path in expanded:
-            found = sorted(glob.glob(path, recursive=True))
-            if not found:
-                raise FileNotFoundError(f"{where} names {path!r}, where there is no file.")
-            paths += found
-    return paths
 
 
 class ShardSource(Source):

@@ -11,8 +11,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmgem.training.data.paths import expand_paths
 from mmgem.training.data.rows import check_columns
-from mmgem.training.data.shards import expand_paths
 from mmgem.training.data.sources import Source
 from mmgem.training.data.streams import StreamSource, named_classes
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.data.mixture import Mixture
+from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
-from mmgem.training.data.sources import Source, load_rows
-from mmgem.training.recipes.memory import SavedTensors, StepMemory, step_memory
-from mmgem.training.recipes.model_view import contact_sheet, describe_row, describe_texts
+from mmgem.training.data.sources import Source
+from mmgem.training.recipes.batch_preview import contact_sheet, describe_row, describe_texts
 from mmgem.training.recipes.recipe import load_recipe, stage_number
 from mmgem.training.recipes.run import SKIPPED_NAME
 from mmgem.training.recipes.stage import (
@@ -27,8 +26,10 @@ from mmgem.training.recipes.stage import (
     stage_trainer,
 )
 from mmgem.training.recipes.starting_model import build_model, check_stages
-from mmgem.training.trainable import own_name, set_trainable
-from mmgem.training.trainer import MMGEMTrainer
+from mmgem.training.recipes.step_memory import SavedTensors, StepMemory, step_memory
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer.parameter_selection import own_name, set_trainable
+from mmgem.training.trainer.trainer import MMGEMTrainer
 
 ROWS_SHOWN = 2  # of each source
 # One step as in training, on one process, that leaves nothing behind.

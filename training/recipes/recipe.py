@@ -12,15 +12,15 @@ from transformers import CONFIG_MAPPING, SiglipImageProcessorPil
 
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.training.arguments import MMGEMTrainingArguments
+from mmgem.training.argument_checks import check_arguments, check_keys, check_type
 from mmgem.training.data.collator import MMGEMCollator
-from mmgem.training.data.sources import check_section
-from mmgem.training.lora import add_lora
-from mmgem.training.objective import build_objective
+from mmgem.training.data.open_source import check_section
 from mmgem.training.recipes.tokenizer import train_tokenizer
 from mmgem.training.reconstruction.masking import Reconstruction
 from mmgem.training.reconstruction.trainer import UNUSED_ARGUMENTS
-from mmgem.training.sections import check_arguments, check_keys, check_type
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer.contrastive_losses import build_objective
+from mmgem.training.trainer.lora import add_lora
 
 SECTIONS = ("seed", "model", "image_processor", "tokenizer", "prompts", "eval_data", "stages")
 STAGE_SECTIONS = (
@@ -70,7 +70,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     | `text_attention` | `causal` or `bidirectional`, while a text is embedded; by default as before |
     | `embedding` | arguments of `MMGEMModel.set_embedding_tokens`; by default as before |
     | `collator` | arguments of `MMGEMCollator` |
-    | `objective` | options of the contrastive loss, see [`mmgem.training.objective.build_objective`] |
+    | `objective` | options of [`mmgem.training.trainer.contrastive_losses.build_objective`] |
     | `reconstruction` | options of [`mmgem.training.reconstruction.masking.Reconstruction`], see below |
 
     A stage with a section `reconstruction`, be it empty (`{}`), learns to put back masked tokens and patches, and

@@ -15,19 +15,19 @@ from transformers import set_seed
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
-from mmgem.training.arguments import MMGEMTrainingArguments
-from mmgem.training.checkpoints import is_complete, last_complete_checkpoint, mark_complete
 from mmgem.training.data.mixture import Mixture
+from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
-from mmgem.training.data.sources import load_rows
-from mmgem.training.evaluation import evaluate_model
+from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.recipes.model_card import write_model_card
 from mmgem.training.recipes.recipe import first_difference, load_recipe, stage_number
 from mmgem.training.recipes.stage import open_sources, plain_model, stage_arguments, stage_rows, stage_trainer
 from mmgem.training.recipes.starting_model import build_model, check_stages, prepare_for_stage
 from mmgem.training.reconstruction.model import MMGEMForReconstruction
-from mmgem.training.trainer import MMGEMTrainer
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer.checkpoints import is_complete, last_complete_checkpoint, mark_complete
+from mmgem.training.trainer.trainer import MMGEMTrainer
 
 RECIPE_NAME = "recipe.yaml"
 LOG_NAME = "training_log.json"

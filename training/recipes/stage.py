@@ -13,17 +13,18 @@ from transformers import set_seed
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
-from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.mixture import Mixture
+from mmgem.training.data.open_source import open_source
 from mmgem.training.data.skipped import SkippedLog
-from mmgem.training.data.sources import Source, open_source
-from mmgem.training.lora import merge_lora
+from mmgem.training.data.sources import Source
 from mmgem.training.recipes.starting_model import prepare_for_stage
 from mmgem.training.reconstruction.masking import Reconstruction
 from mmgem.training.reconstruction.model import MMGEMForReconstruction
 from mmgem.training.reconstruction.trainer import ReconstructionTrainer
-from mmgem.training.trainer import MMGEMTrainer
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer.lora import merge_lora
+from mmgem.training.trainer.trainer import MMGEMTrainer
 
 
 def stage_arguments(recipe: Mapping[str, Any], number: int, out: Path, **changes) -> MMGEMTrainingArguments:

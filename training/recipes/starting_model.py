@@ -14,13 +14,13 @@ from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.rows import CAPTION_COLUMNS
 from mmgem.training.loading import load_checkpoint, load_config
-from mmgem.training.lora import add_lora
-from mmgem.training.objective import PairwiseSigmoid, build_objective, check_embedding_views
 from mmgem.training.recipes.recipe import MODEL_SECTIONS
 from mmgem.training.recipes.tokenizer import train_tokenizer
 from mmgem.training.reconstruction.model import MMGEMForReconstruction
 from mmgem.training.reconstruction.trainer import freeze_read_out
-from mmgem.training.trainable import parameter_groups, set_trainable
+from mmgem.training.trainer.contrastive_losses import PairwiseSigmoid, build_objective, check_embedding_views
+from mmgem.training.trainer.lora import add_lora
+from mmgem.training.trainer.parameter_selection import parameter_groups, set_trainable
 
 TOKENIZER_TRAINING_ROWS = 4000
 _TEXT_COLUMNS = (*CAPTION_COLUMNS, "long_caption", "region_captions", "label", "qa", "hard_negatives", "instructions")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmgem.configuration_mmgem import MMGEMConfig
-from mmgem.model_inputs import pair
+from mmgem.patch_grid import pair
 
 _FREQUENCIES = 16  # of the waves that tell a place, along each axis
 

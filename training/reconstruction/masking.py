@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from mmgem.configuration_mmgem import MMGEMConfig
-from mmgem.model_inputs import is_first_token, pair
+from mmgem.patch_grid import pair
+from mmgem.text_rows import is_first_token
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.permutation import hash_numbers
 

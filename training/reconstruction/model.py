@@ -8,8 +8,10 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from mmgem.configuration_mmgem import MMGEMConfig
-from mmgem.model_inputs import IGNORED_LABEL, TextRows, check_boxes, checked_mask, pair
+from mmgem.input_checks import check_boxes, checked_mask
 from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.patch_grid import pair
+from mmgem.text_rows import IGNORED_LABEL, TextRows
 from mmgem.text_sequences import lay_out
 from mmgem.training.reconstruction.head import ReconstructionHead, normalized_patches
 from mmgem.training.reconstruction.masking import maskable_tokens

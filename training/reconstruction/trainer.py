@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.reconstruction.masking import MaskingCollator, Reconstruction
 from mmgem.training.reconstruction.model import MMGEMForReconstruction
-from mmgem.training.trainable import own_name
-from mmgem.training.trainer import MMGEMTrainer
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer.parameter_selection import own_name
+from mmgem.training.trainer.trainer import MMGEMTrainer
 
 USED_PARTS = ("vision_tower", "pool_aggregator", "token_projection", "language_model", "reconstruction_head")
 UNUSED_ARGUMENTS = ("caption_loss_weight", "contrastive_loss_weight", "contrastive_objective", "grad_cache_chunk_size")

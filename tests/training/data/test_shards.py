@@ -7,8 +7,9 @@ from io import BytesIO
 import pytest
 from image_bytes import png
 
-from mmgem.training.data.shards import ShardSource, expand_paths
-from mmgem.training.data.sources import open_source
+from mmgem.training.data.open_source import open_source
+from mmgem.training.data.paths import expand_paths
+from mmgem.training.data.shards import ShardSource
 
 
 def write_shard(path, parts, tar_format=tarfile.PAX_FORMAT):

@@ -6,7 +6,8 @@ import pytest
 from image_bytes import png
 
 from mmgem.training.data.image_folder import ImageFolderDataset
-from mmgem.training.data.sources import DatasetSource, check_section, load_rows, open_source
+from mmgem.training.data.open_source import check_section, load_rows, open_source
+from mmgem.training.data.sources import DatasetSource
 
 
 def write_folder(folder, *lines):

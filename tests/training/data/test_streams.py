@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Subset
 
 from mmgem.training.data import streams
 from mmgem.training.data.mixture import Mixture
-from mmgem.training.data.sources import DatasetSource, load_rows, open_source
+from mmgem.training.data.open_source import load_rows, open_source
+from mmgem.training.data.sources import DatasetSource
 from mmgem.training.data.streams import StreamSource
 
 

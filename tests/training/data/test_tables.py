@@ -10,7 +10,7 @@ import pytest
 from image_bytes import png
 from torch.utils.data import DataLoader
 
-from mmgem.training.data.sources import load_rows, open_source
+from mmgem.training.data.open_source import load_rows, open_source
 from mmgem.training.data.tables import TableSource
 
 

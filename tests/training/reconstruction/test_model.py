@@ -203,7 +203,7 @@ def test_losses_are_divided_by_what_they_are_told(inputs):
 @pytest.mark.parametrize("given", ["texts", "images", "both"])
 def test_every_part_that_is_used_gets_a_gradient_whatever_is_given(inputs, given):
     from mmgem.training.reconstruction.trainer import freeze_read_out
-    from mmgem.training.unused import freeze_unused
+    from mmgem.training.trainer.parameter_selection import freeze_unused
 
     model = build()
     freeze_unused(model)

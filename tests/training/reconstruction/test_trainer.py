@@ -7,11 +7,11 @@ from reconstruction_step import OPTIONS, gradient_of_one_step, parts, seeded_row
 from tiny_models import build_model
 from torchrun import torchrun
 
-from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.reconstruction.masking import MaskingCollator, Reconstruction
 from mmgem.training.reconstruction.model import MMGEMForReconstruction
 from mmgem.training.reconstruction.trainer import USED_PARTS, ReconstructionTrainer
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 
 
 def bidirectional():

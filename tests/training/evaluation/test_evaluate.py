@@ -1,0 +1,353 @@
+"""The evaluation against a model that knows everything, one that knows nothing, and readings made by hand."""
+
+import pytest
+import torch
+from encoders import picture as noise
+from knowing_model import IgnorantModel, KnowingModel, KnowingProcessor, knowable_rows
+from PIL import Image
+from tiny_models import build_model
+from transformers import CLIPImageProcessorPil
+
+from mmgem.late_interaction import similarity
+from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem.training.evaluation.calibration import calibrate
+from mmgem.training.evaluation.evaluate import _edit_figures, _instruction_figures, evaluate_model
+from mmgem.training.evaluation.row_outputs import Reading, RowReader
+
+COUNT = 12
+PER_ROW = ("caption_fidelity", "memory_caption_fidelity", "answer_accuracy", "memory_answer_accuracy")
+NEW = ("fused_text_to_image_recall@1", "instructed_region_accuracy", "composed_recall@1")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return knowable_rows(COUNT)
+
+
+def test_a_model_that_knows_everything_scores_one(rows):
+    metrics = evaluate_model(KnowingModel(rows), KnowingProcessor(), rows, batch_size=5)
+    names = {f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
+    names |= {"long_text_to_image_recall@1", "zero_shot_accuracy", "caption_fidelity", "cider"}
+    names |= {"region_recall@1", "region_caption_fidelity", *PER_ROW, *NEW}
+    assert set(metrics) == names
+    assert metrics.pop("cider") > 1
+    assert metrics == {name: 1 for name in metrics}
+
+
+def test_a_model_that_knows_nothing_scores_zero(rows):
+    metrics = evaluate_model(IgnorantModel(rows), KnowingProcessor(), rows, batch_size=5)
+    for name in (
+        "text_to_image_recall@1",
+        "text_to_image_recall@10",
+        "long_text_to_image_recall@1",
+        "region_recall@1",
+        "region_caption_fidelity",
+        *PER_ROW,
+        *NEW,
+    ):
+        assert metrics[name] == 0
+    assert metrics["zero_shot_accuracy"] <= 0.25 and metrics["cider"] < 0.5
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_batch_size_does_not_matter(rows, batch_size):
+    model, processor = KnowingModel(rows), KnowingProcessor()
+    assert evaluate_model(model, processor, rows, batch_size) == evaluate_model(model, processor, rows, 5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_restored(rows, training):
+    model = KnowingModel(rows).train(training)
+    evaluate_model(model, KnowingProcessor(), rows[:2])
+    assert model.training is training
+    with pytest.raises(KeyError):
+        evaluate_model(model, KnowingProcessor(), [{"image": Image.new("RGB", (48, 48)), "text": "unknown"}] * 2)
+    assert model.training is training
+
+
+def test_missing_columns_are_not_measured(rows):
+    model, processor = KnowingModel(rows), KnowingProcessor()
+    only = lambda *names: [{name: row[name] for name in ("image", *names)} for row in rows]  # noqa: E731
+    assert set(evaluate_model(model, processor, only("label"))) == {"zero_shot_accuracy"}
+    assert set(evaluate_model(model, processor, only("long_caption"))) == {"long_text_to_image_recall@1"}
+    regions = evaluate_model(model, processor, only("boxes", "region_captions"))
+    assert set(regions) == {"region_recall@1", "region_caption_fidelity"}
+    assert set(evaluate_model(model, processor, only("boxes", "instructions"))) == {"instructed_region_accuracy"}
+    assert set(evaluate_model(model, processor, only("edit", "edited_image"))) == {"composed_recall@1"}
+    answers = evaluate_model(model, processor, only("qa"))
+    assert set(answers) == {"answer_accuracy", "memory_answer_accuracy"}
+    texts = [{"image": row["image"], "text": row["captions"][1]} for row in rows]
+    metrics = evaluate_model(model, processor, texts)
+    assert metrics["text_to_image_recall@1"] == metrics["caption_fidelity"] == 1
+
+
+def test_rows_may_lack_captions_or_boxes(rows):
+    mixed = [dict(row) for row in rows]
+    mixed[0] |= {"captions": [], "boxes": [], "region_captions": [], "instructions": []}
+    mixed[-1] |= {"captions": None, "long_caption": None, "qa": None, "edit": None, "instructions": None}
+    mixed[1]["edit"] = {"instruction": None, "file_name": None}  # as image folders have it
+    samples = []
+    metrics = evaluate_model(KnowingModel(rows), KnowingProcessor(), mixed, batch_size=4, samples=samples)
+    assert metrics.pop("cider") > 1
+    assert metrics == {name: 1 for name in metrics}
+    assert samples[0] == {"caption": None, "region_captions": []}
+    assert samples[1] == {"caption": rows[1]["captions"][-1], "region_captions": rows[1]["region_captions"]}
+
+
+def test_a_text_of_several_images_is_right_for_each(rows):
+    # The model finds the first of the two by the caption that is given to both.
+    first, second = dict(rows[0]), dict(rows[1])
+    second["captions"] = [first["captions"][0], *second["captions"]]
+    metrics = evaluate_model(KnowingModel(rows), KnowingProcessor(), [first, second, *rows[2:]])
+    assert metrics["text_to_image_recall@1"] == metrics["image_to_text_recall@1"] == 1
+
+
+def test_every_caption_is_a_query_also_where_images_share_it(rows):
+    shared = rows[0]["captions"][:1]
+    wrong = rows[4]["captions"][:1]
+    three = [dict(rows[0], captions=shared), dict(rows[1], captions=shared), dict(rows[3], captions=wrong)]
+    assert evaluate_model(KnowingModel(rows), KnowingProcessor(), three)["text_to_image_recall@1"] == 2 / 3
+
+
+def test_a_region_of_the_same_meaning_is_right(rows):
+    texts = [text.replace(" ", " the ", 1) for text in rows[0]["region_captions"]]
+    assert not set(texts) & set(rows[0]["region_captions"])
+    doubled = [*rows, {**rows[0], "captions": None, "region_captions": texts}]  # what row 0 shows is there twice
+    assert evaluate_model(KnowingModel(rows), KnowingProcessor(), doubled)["region_recall@1"] == 1
+
+
+def test_images_find_texts_by_the_logits_of_the_model(tiny_processor):
+    """MaxSim is not the same both ways."""
+    model = build_model(num_embedding_tokens=3, embedding_pooling="multi_vector")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.embedding_tokens)
+    pictures = [noise(seed) for seed in range(30)]
+    texts = [f"{'a star ' * number}and {number} circles" for number in range(30)]
+    figures = evaluate_model(
+        model,
+        tiny_processor,
+        [{"image": picture, "caption": text} for picture, text in zip(pictures, texts, strict=True)],
+        max_new_tokens=1,
+    )
+    with torch.no_grad():
+        outputs = model(**tiny_processor(images=pictures, text=texts, padding=True, return_tensors="pt"))
+    images, asked = outputs.image_embeds, outputs.text_embeds
+    assert not torch.equal(similarity(images, asked).argmax(1), outputs.logits_per_image.argmax(1))
+    for k in (1, 5, 10):
+        ranks = (outputs.logits_per_image > outputs.logits_per_image.diagonal()[:, None]).sum(1)
+        assert figures[f"image_to_text_recall@{k}"] == pytest.approx((ranks < k).double().mean().item())
+
+
+MODELS = {
+    "single": {},
+    "mean": {"num_embedding_tokens": 3, "embedding_pooling": "mean", "prompts": {"edit": "with this change: "}},
+    "multi_vector": {"num_embedding_tokens": 3, "embedding_pooling": "multi_vector"},
+    "prompt": {"embedding_prompt_ids": [5, 6]},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_with_a_real_model_the_batch_size_does_not_matter(kind, tiny_processor, rows):
+    model = build_model(**MODELS[kind])
+    one, other = [], []
+    metrics = evaluate_model(model, tiny_processor, rows[:5], batch_size=2, max_new_tokens=4, samples=one)
+    assert evaluate_model(model, tiny_processor, rows[:5], 5, max_new_tokens=4, samples=other) == metrics
+    assert one == other and len(one) == 5
+    assert metrics["caption_fidelity"] == metrics["region_caption_fidelity"] == 0  # it was never trained
+    assert metrics["text_to_image_recall@5"] == 1  # of 5 images
+    assert {"composed_recall@1", "instructed_region_accuracy", "answer_accuracy"} <= set(metrics)
+    in_memory = {name for name in metrics if name.startswith(("memory", "fused"))}
+    assert len(in_memory) == (0 if kind == "prompt" else 3)
+
+
+def test_labels_of_other_data_choose_among_themselves(rows):
+    class Model(KnowingModel):
+        def _embed(self, text):
+            return torch.tensor([1.0, 0.0]) if text == "a picture of cat" else torch.tensor([0.0, 1.0])
+
+    labelled = [{"image": row["image"], "label": "cat" if number < 3 else "dog"} for number, row in enumerate(rows)]
+    metrics = evaluate_model(Model(rows), KnowingProcessor(), labelled)
+    assert metrics == {"zero_shot_accuracy": pytest.approx(1 - 3 / COUNT)}  # all images are embedded as a dog
+
+
+def test_one_row_is_refused(rows):
+    with pytest.raises(ValueError, match="dataset must have 2 rows or more, got 1"):
+        evaluate_model(KnowingModel(rows), KnowingProcessor(), rows[:1])
+
+
+def test_regions_without_their_boxes_are_refused(rows):
+    odd = [*rows[:3], {**rows[3], "boxes": rows[3]["boxes"][1:]}]
+    message = f"has {len(odd[3]['boxes'])} boxes and {len(odd[3]['region_captions'])} region_captions"
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(KnowingModel(rows), KnowingProcessor(), odd)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"images": [Image.new("RGB", (8, 8))] * 2, "caption": "a"}, "row 3 of dataset has 2 images, expected one"),
+        ({"qa": [{"question": "what?", "answer": "that"}]}, "row 3 of dataset has 0 images, expected one"),
+        (
+            {"image": Image.new("RGB", (8, 8)), "qa": [{"question": "what?"}]},
+            "in `qa`, expected a question and an ans",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_measured_are_refused(rows, row, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(KnowingModel(rows), KnowingProcessor(), [*rows[:3], row])
+
+
+def test_boxes_that_are_cropped_away_are_not_measured(tiny_processor):
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = MMGEMProcessor(image_processor, tiny_processor.tokenizer, num_visual_tokens=4)
+    picture = Image.effect_noise((96, 32), 90).convert("RGB")
+    seen, hidden = [40, 4, 60, 28], [0, 0, 20, 20]
+    row = {
+        "image": picture,
+        "boxes": [hidden, seen, [34, 0, 50, 30]],
+        "region_captions": ["hidden", "seen", "also seen"],
+        "instructions": [{"text": "left", "box": 0}, {"text": "right", "box": 1}],
+    }
+    [reading] = RowReader(build_model(), processor, 4, 4).read([row])
+    assert reading.region_embeds.shape[0] == 2 and len(reading.region_captions) == 2
+    assert reading.row["region_captions"] == ["seen", "also seen"]
+    assert reading.row["instructions"] == [{"text": "right", "box": 0}] and len(reading.instruction_embeds) == 1
+
+
+def test_a_model_that_is_calibrated_for_images_and_texts_is_measured_on_those(tiny_processor, rows):
+    model = build_model()
+    apart = [{"image": row["image"]} for row in rows] + [{"captions": row["captions"]} for row in rows]
+    calibrate(model, tiny_processor, apart)
+    figures = evaluate_model(model, tiny_processor, rows[:5], max_new_tokens=4)
+    assert {"text_to_image_recall@1", "memory_answer_accuracy", "region_recall@1"} <= set(figures)
+    assert not {"fused_text_to_image_recall@1", "composed_recall@1", "instructed_region_accuracy"} & set(figures)
+
+
+# ------------------------------------------------------------------------------------ the language model and its cost
+
+
+def test_columns_that_are_not_there_cost_nothing(rows):
+    model, processor = KnowingModel(rows), KnowingProcessor()
+    evaluate_model(model, processor, [{"image": row["image"], "label": row["label"]} for row in rows], batch_size=5)
+    assert {name for name, _ in model.calls} == {"get_image_features", "get_text_features"}
+    assert sum(count for name, count in model.calls if name == "get_image_features") == COUNT
+
+
+def test_captions_from_memory_are_only_written_where_they_can_be_judged(rows):
+    class Model(KnowingModel):
+        def _embed(self, text):
+            return torch.tensor([1.0, len(text)])
+
+    model = Model(rows)
+    cats = [{"image": row["image"], "text": "a cat on a sofa"} for row in rows]
+    assert "memory_caption_fidelity" not in evaluate_model(model, KnowingProcessor(), cats)
+    assert "recall" not in dict(model.calls)
+    scenes = [{"image": row["image"], "captions": row["captions"]} for row in rows[2:5]]
+    evaluate_model(model, KnowingProcessor(), [*cats[:2], *scenes])
+    assert dict(model.calls)["recall"] == 3
+
+
+def test_no_batch_is_larger_than_it_may_be(rows):
+    model = KnowingModel(rows)
+    evaluate_model(model, KnowingProcessor(), rows, batch_size=3)
+    counts = {name: [count for method, count in model.calls if method == name] for name in dict(model.calls)}
+    counts.pop("describe regions")  # of three images
+    assert max(map(max, counts.values())) == 3
+    questions = sum(len(row["qa"]) for row in rows)
+    assert sum(counts["recall"]) == sum(counts["generate"]) == COUNT + questions  # a caption and the answers, once
+    instructions, edits = sum(len(row["instructions"]) for row in rows), sum(row["edit"] is not None for row in rows)
+    assert min(len(row["boxes"]) for row in rows) == 1  # whose instruction is not measured
+    instructions -= sum(len(row["boxes"]) == 1 for row in rows)
+    assert sum(counts["get_multimodal_features"]) == COUNT + instructions + edits  # one pass for vectors and memory
+
+
+@pytest.mark.parametrize("prompts", [None, {}, {"object": "which? ", "edit": "so: ", "query": "find: "}])
+def test_instructions_stand_behind_the_prompts_there_are(rows, prompts):
+    model = KnowingModel(rows)
+    model.config.prompts = prompts  # by which the model knows the texts; others it refuses
+    metrics = evaluate_model(model, KnowingProcessor(), rows)
+    assert metrics["composed_recall@1"] == metrics["instructed_region_accuracy"] == 1
+
+
+def test_a_model_that_ignores_the_edit_finds_its_own_image(rows):
+    class Model(KnowingModel):
+        def _embed_fused(self, row, text):
+            return super()._embed_fused(row, "")
+
+    metrics = evaluate_model(Model(rows), KnowingProcessor(), rows)
+    assert metrics["composed_recall@1"] == 0
+    assert metrics["fused_text_to_image_recall@1"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ readings by hand
+
+
+def _reading(image_embed, twin=None, edit=None, name=None, twin_name=None):
+    row = {"file_name": name, "edit": edit and {"instruction": "turn", "file_name": twin_name}}
+    embeds = [None if embed is None else torch.tensor(embed) for embed in (image_embed, edit, twin)]
+    return Reading(row, embeds[0], edit_embed=embeds[1], twin_embed=embeds[2])
+
+
+EDITED = ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.3, 0.9, 0.0])  # image, twin, image with instruction
+
+
+@pytest.mark.parametrize(
+    ("other", "recall"),
+    [
+        (_reading([0.0, 0.0, 1.0]), 1),
+        (_reading([0.3, 0.95, 0.0]), 0),  # an image without an edit is nearer than the twin
+        (_reading([0.0, 0.0, 1.0], [0.3, 0.95, 0.0], [0.3, 0.95, 0.0]), 0.5),  # the twin of another is; it finds it
+    ],
+)
+def test_an_edit_searches_all_images_and_all_twins(other, recall):
+    assert _edit_figures([_reading(*EDITED), other]) == {"composed_recall@1": recall}
+
+
+def test_the_edited_image_itself_is_a_distractor():
+    nearer = _reading([0.3, 0.95, 0.0], *EDITED[1:])
+    assert _edit_figures([nearer, _reading([0.0, 0.0, 1.0])]) == {"composed_recall@1": 0}
+
+
+def test_an_edited_image_that_is_a_row_too_is_right_there_as_well():
+    edited = _reading(*EDITED, name="a.png", twin_name="b.png")
+    assert _edit_figures([edited, _reading(EDITED[1], name="b.png")]) == {"composed_recall@1": 1}
+    assert _edit_figures([edited, _reading(EDITED[1], name="c.png")]) == {"composed_recall@1": 0}
+    twice = [edited, _reading([0.0, 0.0, 1.0], *EDITED[1:], twin_name="b.png")]
+    assert _edit_figures(twice) == {"composed_recall@1": 1}
+    nameless = [_reading(*EDITED), _reading(EDITED[1])]
+    assert _edit_figures(nameless) == {"composed_recall@1": 0}
+
+
+def test_an_instruction_searches_the_regions_of_its_own_image():
+    def reading(regions, instructions, boxes):
+        row = {"boxes": [[0, 0, 1, 1]] * len(regions), "instructions": [{"text": "it", "box": box} for box in boxes]}
+        return Reading(row, torch.zeros(2), region_embeds=torch.tensor(regions), instruction_embeds=instructions)
+
+    right, wrong = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    both = torch.cat([right, wrong])
+    regions = [[0.6, 0.0], [0.0, 0.6]]
+    decoy = reading([[1.0, 0.0], [0.0, 1.0]], None, [])  # of another image, and nearer
+    assert _instruction_figures([reading(regions, right, [0]), decoy]) == {"instructed_region_accuracy": 1}
+    assert _instruction_figures([reading(regions, wrong, [0]), decoy]) == {"instructed_region_accuracy": 0}
+    several = [reading(regions, both, [0, 1]), reading(regions, right, [1])]
+    assert _instruction_figures(several) == {"instructed_region_accuracy": pytest.approx(2 / 3)}
+    same = [reading([[1.0, 0.0], [1.0, 0.0]], right, [0])]
+    assert _instruction_figures(same) == {"instructed_region_accuracy": 0}
+    assert _instruction_figures([decoy]) == {}
+
+
+def test_an_instruction_of_the_only_box_does_not_count(rows):
+    alone = [row | {"boxes": row["boxes"][:1], "region_captions": row["region_captions"][:1]} for row in rows]
+    for row in alone:
+        row["instructions"] = [{"text": "number 0", "box": 0}]
+    columns = [{name: row[name] for name in ("image", "boxes", "instructions")} for row in alone]
+    assert evaluate_model(KnowingModel(alone), KnowingProcessor(), columns) == {}
+
+
+@pytest.mark.parametrize("box", [-1, 9])
+def test_an_instruction_of_no_box_is_refused(rows, box):
+    odd = [*rows[:2], rows[2] | {"instructions": [{"text": "it", "box": box}]}]
+    message = f"{len(rows[2]['boxes'])} boxes and an instruction for number {box}"
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(KnowingModel(rows), KnowingProcessor(), odd)

@@ -1,0 +1,177 @@
+"""Metrics against plain references and analytic cases."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from mmgem.training.evaluation import metrics
+from mmgem.training.evaluation.metrics import (
+    agreement,
+    answer_accuracy,
+    caption_fidelity,
+    cider,
+    recall_at,
+    recall_by_budget,
+    region_caption_fidelity,
+    retrieval_ranks,
+)
+
+
+def _ranks_by_sorting(queries, gallery, right):
+    """As `retrieval_ranks`, without ties: sort, and find the first right row."""
+    ranks = []
+    for query, rows in zip(queries, right, strict=True):
+        order = np.argsort(-(gallery @ query), kind="stable")
+        ranks.append(next(rank for rank, row in enumerate(order) if row in rows))
+    return ranks
+
+
+@pytest.mark.parametrize("max_scores", [2**24, 100, 1])  # at once, in parts, a query at a time
+def test_ranks_equal_sorting(max_scores, monkeypatch):
+    monkeypatch.setattr(metrics, "_MAX_SCORES", max_scores)
+    rng = np.random.default_rng(0)
+    queries, gallery = rng.normal(size=(40, 6)), rng.normal(size=(25, 6))
+    right = [set(rng.choice(25, size=rng.integers(1, 5), replace=False).tolist()) for _ in queries]
+    ranks = retrieval_ranks(torch.tensor(queries), torch.tensor(gallery), right)
+    assert ranks.tolist() == _ranks_by_sorting(queries, gallery, right)
+
+
+def test_maxsim_looks_for_the_vectors_of_the_side_that_asks():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (normalize(torch.randn(7, k, 6, generator=generator), dim=-1) for k in (4, 2))
+    own = [{number} for number in range(7)]
+    scores = torch.stack([torch.stack([(text @ image.T).amax(1).mean() for text in texts]) for image in images])
+    expected = (scores > scores.diagonal()[:, None]).sum(1)
+    assert torch.equal(retrieval_ranks(images, texts, own, gallery_asks=True), expected)
+    assert not torch.equal(retrieval_ranks(images, texts, own), expected)
+
+
+def test_ranks_of_perfect_reversed_and_collapsed_embeddings():
+    one_hot = torch.eye(5)
+    own = [{row} for row in range(5)]
+    assert retrieval_ranks(one_hot, one_hot, own).tolist() == [0] * 5
+    assert retrieval_ranks(one_hot, -one_hot, own).tolist() == [4] * 5
+    assert retrieval_ranks(torch.ones(5, 3), torch.ones(5, 3), own).tolist() == [4] * 5  # ties are not found
+    assert retrieval_ranks(torch.full((5, 3), torch.nan), torch.ones(5, 3), own).tolist() == [4] * 5
+    assert retrieval_ranks(torch.ones(5, 3), torch.ones(5, 3), [set(range(5))] * 5).tolist() == [0] * 5
+
+
+def test_ranks_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="one entry for each of the 2 queries, got 1"):
+        retrieval_ranks(torch.eye(2), torch.eye(2), [{0}])
+    with pytest.raises(ValueError, match="got none for query 1"):
+        retrieval_ranks(torch.eye(2), torch.eye(2), [{0}, set()])
+
+
+def test_recall():
+    ranks = torch.tensor([0, 0, 3, 4, 5, 10])
+    assert [recall_at(ranks, k) for k in (1, 5, 10, 11)] == pytest.approx([2 / 6, 4 / 6, 5 / 6, 1])
+
+
+def test_fidelity_judges_meaning_not_words():
+    references = ["a red star at the top", "a blue moon on the left", "a cat on a sofa"]
+    captions = ["at the top a small solid red star", "a blue moon on the right", "a cat on a sofa"]
+    assert caption_fidelity(captions, references) == 0.5  # the third is not of a scene
+    assert caption_fidelity(captions[2:], references[2:]) is None
+    assert caption_fidelity([""], references[:1]) == 0
+    assert region_caption_fidelity(["a little red star", "a big red star"], ["a red star", "a red star"]) == 0.5
+    assert agreement(["a", "b", "c", "d"], ["a", "b", "c", "x"]) == 0.75
+
+
+def test_cider_is_ten_for_the_reference_and_zero_for_other_words():
+    references = [["a red star at the top"], ["one blue moon on this left"], ["two green hearts below them"]]
+    exact = ["A red star, at the top.", "one blue moon on this left!", "two green hearts below them"]
+    assert cider(exact, references) == pytest.approx(10)
+    assert cider(["x y z w"] * 3, references) == 0
+    assert 0 < cider(["a red moon at the top", *exact[1:]], references) < 10
+
+
+def test_cider_refuses_what_means_nothing():
+    with pytest.raises(ValueError, match="2 images or more"):
+        cider(["a"], [["a"]])
+    with pytest.raises(ValueError, match="one entry for each of the 2 captions, got 1"):
+        cider(["a", "b"], [["a"]])
+
+
+@pytest.mark.parametrize("max_scores", [2**24, 100, 1])
+def test_ranks_of_several_vectors_equal_brute_force(max_scores, monkeypatch):
+    monkeypatch.setattr(metrics, "_MAX_SCORES", max_scores)
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = torch.randn(9, 3, 5, generator=generator), torch.randn(7, 2, 5, generator=generator)
+    scores = [[np.mean([max(v @ w for w in d) for v in q]) for d in gallery.numpy()] for q in queries.numpy()]
+    ranks = retrieval_ranks(queries, gallery, [{row % 7} for row in range(9)])
+    assert ranks.tolist() == [sum(s > own[row % 7] for s in own) for row, own in enumerate(scores)]
+    assert len(set(ranks.tolist())) > 2
+
+
+@pytest.mark.parametrize("vectors", [1, 4])
+def test_no_more_scores_are_held_than_may_be(vectors, monkeypatch):
+    held = []
+
+    def similarity(queries, gallery):
+        held.append(len(queries) * gallery[..., 0].numel())  # of a query's vector with all vectors of the gallery
+        return metrics_similarity(queries, gallery)
+
+    metrics_similarity = metrics.similarity
+    monkeypatch.setattr(metrics, "similarity", similarity)
+    monkeypatch.setattr(metrics, "_MAX_SCORES", 40)
+    embeds = torch.randn(9, vectors, 3, generator=torch.Generator().manual_seed(0))
+    retrieval_ranks(embeds, embeds, [{row} for row in range(9)])
+    assert max(held) == 36 and sum(held) == 9 * 9 * vectors
+
+
+def test_ranks_of_one_vector_and_of_several_do_not_mix():
+    with pytest.raises(ValueError, match="query_embeds"):
+        retrieval_ranks(torch.ones(2, 3), torch.ones(2, 1, 3), [{0}, {1}])
+
+
+def test_what_a_budget_leaves_out_does_not_matter():
+    # Of two vectors of three dimensions only the very first number finds the right document; the others mislead.
+    queries, gallery = torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)
+    queries[:, 0, 0] = gallery[:, 0, 0] = torch.tensor([0.1, -0.1])
+    queries[:, 0, 2] = torch.tensor([1.0, -1.0])
+    gallery[:, 0, 2] = torch.tensor([-1.0, 1.0])
+    queries[:, 1, 0] = torch.tensor([1.0, -1.0])
+    gallery[:, 1, 0] = torch.tensor([-9.0, 9.0])
+    budgets = recall_by_budget(queries, gallery, [{0}, {1}], vectors=[(1, 1), (2, 2)], dimensions=[1, 2, 3])
+    assert [budget[:4] for budget in budgets] == [(r, r, d, 4 * r * d) for r in (1, 2) for d in (1, 2, 3)]
+    assert [budget.recall for budget in budgets] == [1, 1, 0, 0, 0, 0]
+
+
+def test_a_budget_has_unit_vectors():
+    # Cut to one dimension, all three are the same direction, so that none is found; 9 is not more than 1.
+    gallery = torch.tensor([[1.0, 0.0], [9.0, 1.0], [5.0, 2.0]])
+    (cut, whole) = recall_by_budget(gallery, gallery, [{0}, {1}, {2}], dimensions=[1, 2])
+    assert (cut.recall, whole.recall) == (0, 1)
+    assert (cut.query_vectors, cut.document_vectors, cut.bytes_per_document) == (1, 1, 4)
+
+
+def test_the_whole_budget_is_the_recall_of_all():
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = (normalize(torch.randn(8, 3, 6, generator=generator).double(), dim=-1) for _ in range(2))
+    right = [{row} for row in range(8)]
+    (budget,) = recall_by_budget(queries, gallery, right)
+    assert budget == (3, 3, 6, 3 * 6 * 8, recall_at(retrieval_ranks(queries, gallery, right), 1))
+    assert 0 < budget.recall < 1
+    (budget,) = recall_by_budget(queries, gallery, right, vectors=[(1, 3)])
+    assert budget.recall == recall_at(retrieval_ranks(queries[:, :1], gallery, right), 1)
+
+
+def test_budgets_that_are_not_there_are_refused():
+    embeds, right = torch.ones(2, 3, 4), [{0}, {1}]
+    for vectors in ((0, 1), (1, 4), (4, 1)):
+        with pytest.raises(ValueError, match=r"vectors must be within \(3, 3\)"):
+            recall_by_budget(embeds, embeds, right, vectors=[(1, 1), vectors])
+    with pytest.raises(ValueError, match=r"vectors must be within \(1, 1\), from 1 on, got \(1, 2\)"):
+        recall_by_budget(embeds[:, 0], embeds[:, 0], right, vectors=[(1, 2)])
+    for dimension in (0, 5):
+        with pytest.raises(ValueError, match=f"dimensions must be from 1 to 4, got {dimension}"):
+            recall_by_budget(embeds, embeds, right, dimensions=[4, dimension])
+
+
+def test_answers_are_judged_by_their_words():
+    references = ["a red star", "at the top left", "two", "yes", "A"]
+    assert answer_accuracy(["Red star.", "at top left", "the two", "YES", "a"], references) == 1
+    assert answer_accuracy(["a star red", "at the top", "3", "", "an"], references) == 0
+    assert answer_accuracy(["red star", "", "", "", ""], references) == pytest.approx(1 / 5)

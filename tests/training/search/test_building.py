@@ -1,0 +1,302 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from image_folders import NAMES, build_multi_vector_model, write_noise
+from PIL import Image
+from tiny_models import build_model
+
+from mmgem.training.inference import embed_images, remember
+from mmgem.training.search import building
+from mmgem.training.search.building import build_index
+from mmgem.training.search.index import SearchIndex
+from mmgem.training.search.storage import FACTS_FILE, ROWS_FILE, ArrayColumn, IndexFacts, read_rows
+
+
+def read(out):
+    return read_rows(out / ROWS_FILE)
+
+
+def vectors_of(out):
+    return IndexFacts.read(out, "out").codec.decode(ArrayColumn(read(out), "embedding")[:])
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """The number of images in each batch that is embedded for an index, probes aside."""
+    sizes = []
+
+    def counting(model, processor, images):
+        sizes.append(len(images))
+        return embed_images(model, processor, images)
+
+    monkeypatch.setattr(building, "embed_images", counting)
+    return sizes
+
+
+def test_an_index_is_a_datasets_file_with_the_unit_embedding_of_every_image(folder, out, tiny_model, tiny_processor):
+    report = build_index(folder, tiny_model, tiny_processor, out, batch_size=3)
+    assert report == (7, 7, [], 64)
+    rows = read(out)
+    assert rows["file_name"][:] == sorted(NAMES)
+    assert set(zip(rows["width"], rows["height"], strict=True)) == {(40, 30)}
+    embeddings = torch.tensor(rows["embedding"][:])
+    expected = embed_images(tiny_model, tiny_processor, [folder / name for name in sorted(NAMES)])
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
+    assert not out.with_name("index.partial").exists()
+
+
+def test_only_what_was_asked_for_is_kept_of_each_image(folder, out, tiny_processor):
+    model = build_multi_vector_model(4)
+    report = build_index(folder, model, tiny_processor, out, vectors=2, dimensions=8, memory=3)
+    paths = [folder / name for name in sorted(NAMES)]
+    expected = embed_images(model, tiny_processor, paths)[:, :2, :8]
+    np.testing.assert_allclose(vectors_of(out), torch.nn.functional.normalize(expected, dim=-1), atol=1e-5)
+    memory = ArrayColumn(read(out), "memory")[:]
+    assert memory.dtype == np.float16
+    expected_memory = remember(model, tiny_processor, paths)[:, :3]
+    np.testing.assert_allclose(memory, expected_memory, rtol=2e-3, atol=2e-3)
+    assert report.bytes_per_image == 2 * 8 * 4 + 3 * 32 * 2
+
+
+def test_fewer_vectors_are_what_a_model_with_fewer_embedding_tokens_makes(folder, out, tiny_processor):
+    """The first vectors do not depend on the others, so that a sliced index is one of fewer tokens."""
+    model = build_multi_vector_model(4)
+    build_index(folder, model, tiny_processor, out, vectors=2, memory=2)
+    model.set_embedding_tokens(2, "multi_vector")
+    build_index(folder, model, tiny_processor, out.with_name("fewer"), memory=True)
+    np.testing.assert_allclose(vectors_of(out), vectors_of(out.with_name("fewer")), atol=1e-5)
+    memory, fewer = (ArrayColumn(read(place), "memory")[:] for place in (out, out.with_name("fewer")))
+    np.testing.assert_allclose(memory, fewer, atol=2e-3)
+
+
+@pytest.mark.parametrize(("precision", "bytes_per_image"), [("float32", 64), ("int8", 16), ("binary", 2)])
+def test_a_quantized_index_is_smaller_and_says_the_same_where_it_can(
+    folder, out, tiny_model, tiny_processor, precision, bytes_per_image
+):
+    report = build_index(folder, tiny_model, tiny_processor, out, precision=precision)
+    assert report.bytes_per_image == bytes_per_image
+    exact = embed_images(tiny_model, tiny_processor, [folder / name for name in sorted(NAMES)]).numpy()
+    if precision == "binary":
+        np.testing.assert_array_equal(np.sign(vectors_of(out)), np.sign(exact))
+    else:
+        np.testing.assert_allclose(vectors_of(out), exact, atol=1e-5 if precision == "float32" else 2 / 255 / 2)
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_a_quantized_index_that_is_brought_up_to_date_keeps_its_codes(
+    folder, out, tiny_model, tiny_processor, precision
+):
+    build_index(folder, tiny_model, tiny_processor, out, precision=precision)
+    before = ArrayColumn(read(out), "embedding")[:]
+    build_index(folder, tiny_model, tiny_processor, out, precision=precision)
+    np.testing.assert_array_equal(ArrayColumn(read(out), "embedding")[:], before)
+    bound = IndexFacts.read(out, "out").bound
+    for number in range(20):  # of which some have larger values
+        write_noise(folder / f"z{number}.png", seed=200 + number)
+    assert build_index(folder, tiny_model, tiny_processor, out, precision=precision).embedded == 20
+    exact = embed_images(tiny_model, tiny_processor, [folder / name for name in read(out)["file_name"]]).numpy()
+    if precision == "int8":
+        wider = IndexFacts.read(out, "out").bound
+        assert wider == pytest.approx(np.abs(exact).max(), abs=1e-5) and wider > bound
+        np.testing.assert_allclose(vectors_of(out), exact, atol=(bound + wider) / 255 + 1e-5)
+    else:
+        np.testing.assert_array_equal(ArrayColumn(read(out), "embedding")[:][:7], before)
+
+
+def test_size_is_that_of_the_image_as_displayed(tmp_path, out, tiny_model, tiny_processor):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "turned.jpg", exif=exif)
+    build_index(tmp_path / "images", tiny_model, tiny_processor, out)
+    [row] = read(out)
+    assert (row["width"], row["height"]) == (30, 40)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_killed_run_goes_on_where_it_stopped(
+    folder, out, tiny_model, tiny_processor, monkeypatch, embedded, precision
+):
+    settings = {"batch_size": 2, "precision": precision, "memory": True}
+    build_index(folder, tiny_model, tiny_processor, out.with_name("reference"), **settings)
+    embedded.clear()
+    monkeypatch.setattr(building, "ROWS_PER_PART", 2)
+    counting = building.embed_images
+
+    def killed_at_the_third_batch(model, processor, images):
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        return counting(model, processor, images)
+
+    monkeypatch.setattr(building, "embed_images", killed_at_the_third_batch)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder, tiny_model, tiny_processor, out, **settings)
+    assert not out.exists()
+    with pytest.raises(FileNotFoundError, match="interrupted"):
+        SearchIndex.load(out, tiny_model, tiny_processor)
+    with pytest.raises(ValueError, match="index.partial', an index with dimensions 16; expected 8"):
+        build_index(folder, tiny_model, tiny_processor, out, dimensions=8, **settings)
+
+    monkeypatch.setattr(building, "embed_images", counting)
+    embedded.clear()
+    report = build_index(folder, tiny_model, tiny_processor, out, **settings)
+    assert report[:3] == (7, 3, []) and embedded == [2, 1]
+    resumed, reference = read(out), read(out.with_name("reference"))
+    assert resumed["file_name"][:] == reference["file_name"][:]
+    np.testing.assert_allclose(vectors_of(out), vectors_of(out.with_name("reference")), atol=1e-5)
+    np.testing.assert_allclose(ArrayColumn(resumed, "memory")[:], ArrayColumn(reference, "memory")[:], atol=2e-3)
+
+
+def test_a_run_that_is_killed_between_the_old_index_and_the_new_loses_neither(
+    folder, out, tiny_model, tiny_processor, monkeypatch, embedded
+):
+    build_index(folder, tiny_model, tiny_processor, out)
+    write_noise(folder / "new.png", seed=101)
+    rename = type(out).rename
+
+    def killed(path, target):
+        if path.name == building.WRITING:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(type(out), "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder, tiny_model, tiny_processor, out)
+    assert not out.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(building, "embed_images", None)  # nothing is left to embed
+    assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (8, 0, [])
+    assert not out.with_name("index.partial").exists()
+
+
+@pytest.mark.parametrize("survivor", ["part-000000.arrow", FACTS_FILE, "probes.safetensors"])
+def test_a_run_that_is_killed_while_it_tidies_up_is_no_obstacle(
+    folder, out, tiny_model, tiny_processor, monkeypatch, survivor
+):
+    unlink, rmtree = type(out).unlink, building.shutil.rmtree
+
+    def killed(path, **kwargs):
+        if path.name == survivor:
+            raise KeyboardInterrupt
+        return unlink(path, **kwargs)
+
+    def killed_at_the_end(path, **kwargs):
+        if survivor == "probes.safetensors" and path.name == "index.partial":
+            raise KeyboardInterrupt
+        return rmtree(path, **kwargs)
+
+    monkeypatch.setattr(type(out), "unlink", killed)
+    monkeypatch.setattr(building.shutil, "rmtree", killed_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder, tiny_model, tiny_processor, out)
+    monkeypatch.undo()
+    assert (out.with_name("index.partial") / survivor).exists()
+    assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (7, 0, [])
+    assert not out.with_name("index.partial").exists()
+
+
+def test_a_run_that_is_killed_before_it_wrote_what_it_is_about_leaves_a_free_place(
+    folder, out, tiny_model, tiny_processor, monkeypatch
+):
+    monkeypatch.setattr("mmgem.training.search.storage.json.dumps", None)
+    with pytest.raises(TypeError):
+        build_index(folder, tiny_model, tiny_processor, out)
+    monkeypatch.undo()
+    assert os.listdir(out.with_name("index.partial"))
+    assert build_index(folder, tiny_model, tiny_processor, out).images == 7
+
+
+def test_an_index_is_brought_up_to_date_by_embedding_only_what_changed(
+    folder, out, tiny_model, tiny_processor, embedded
+):
+    build_index(folder, tiny_model, tiny_processor, out)
+    (folder / NAMES[0]).unlink()
+    write_noise(folder / NAMES[2], seed=100)
+    os.utime(folder / NAMES[2], ns=(1, 1))
+    write_noise(folder / "new.png", seed=101)
+    embedded.clear()
+    report = build_index(folder, tiny_model, tiny_processor, out)
+    assert report[:3] == (7, 2, []) and embedded == [2]
+    index = SearchIndex.load(out, tiny_model, tiny_processor)
+    assert index.rows["file_name"][:] == sorted([*NAMES[1:], "new.png"])
+    for name in index.rows["file_name"]:
+        best = index.search(image=folder / name, top=1)[0]
+        assert best.path == folder / name and best.score == pytest.approx(1, abs=1e-5)
+    embedded.clear()
+    assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (7, 0, []) and embedded == []
+
+
+def test_bad_files_are_left_out_and_reported(folder, out, tiny_model, tiny_processor):
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("hello")
+    report = build_index(folder, tiny_model, tiny_processor, out, batch_size=2)
+    assert report.images == 7
+    assert sorted(name for name, _ in report.skipped) == ["empty.png", "text.jpg"]
+    again = build_index(folder, tiny_model, tiny_processor, out)
+    assert (again.images, again.embedded, len(again.skipped)) == (7, 0, 2)
+
+
+def test_a_folder_of_nothing_but_bad_files_is_refused_and_leaves_nothing(
+    tmp_path, folder, out, tiny_model, tiny_processor
+):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "empty.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no image can be read; the first, 'empty\.png': "):
+        build_index(tmp_path / "bad", tiny_model, tiny_processor, out)
+    with pytest.raises(ValueError, match="batch_size is 0; expected 1 or more"):
+        build_index(tmp_path / "bad", tiny_model, tiny_processor, out, batch_size=0)
+    assert build_index(folder, tiny_model, tiny_processor, out).images == 7  # nothing of it stands in the way
+
+
+def test_memory_that_float16_cannot_hold_leaves_the_image_out(folder, out, tiny_model, tiny_processor, monkeypatch):
+    def remember_too_much(model, processor, images):
+        return torch.full((len(images), 1, 32), 1e5)
+
+    monkeypatch.setattr(building, "remember", remember_too_much)
+    with pytest.raises(ValueError, match="no image can be read.*up to 1e.05; expected at most 65504"):
+        build_index(folder, tiny_model, tiny_processor, out, memory=True)
+
+
+def test_nothing_but_an_index_of_the_same_folder_is_replaced(folder, out, tiny_model, tiny_processor):
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="out is .*not an index"):
+        build_index(folder, tiny_model, tiny_processor, out)
+    assert (out / "thesis.txt").read_text() == "precious"
+    (out / FACTS_FILE).write_text(json.dumps({"folder": str(folder), "model": "", "probe": [1.0]}))
+    with pytest.raises(ValueError, match="out is .*of format 1.*make it anew"):
+        build_index(folder, tiny_model, tiny_processor, out)
+    assert (out / "thesis.txt").read_text() == "precious"
+
+    build_index(folder, tiny_model, tiny_processor, out.with_name("other"))
+    write_noise(folder.with_name("elsewhere") / "a.png", seed=1)
+    with pytest.raises(ValueError, match="an index of the folder .*images.*elsewhere"):
+        build_index(folder.with_name("elsewhere"), tiny_model, tiny_processor, out.with_name("other"))
+
+
+def test_an_index_with_other_settings_is_not_brought_up_to_date(folder, out, tiny_processor):
+    model = build_multi_vector_model(4)
+    build_index(folder, model, tiny_processor, out, vectors=2)
+    for asked, message in [
+        ({"vectors": 4}, "an index with vectors 2; expected 4"),
+        ({"vectors": 2, "dimensions": 8}, "an index with dimensions 16; expected 8"),
+        ({"vectors": 2, "precision": "binary"}, "an index with precision float32; expected binary"),
+        ({"vectors": 2, "memory": True}, "an index with memory None; expected 4"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build_index(folder, model, tiny_processor, out, **asked)
+
+
+def test_an_index_is_not_brought_up_to_date_by_another_model(folder, out, tiny_model, tiny_processor):
+    build_index(folder, tiny_model, tiny_processor, out, memory=True)
+    build_index(folder, build_model().bfloat16(), tiny_processor, out, memory=True)  # the same weights, rounded
+    with torch.no_grad():
+        tiny_model.image_projection[1].weight[0] *= -3
+    with pytest.raises(ValueError, match="which embeds images otherwise"):
+        build_index(folder, tiny_model, tiny_processor, out, memory=True)
+    with pytest.raises(ValueError, match="whose num_embedding_tokens is 2 instead of 1"):
+        build_index(folder, build_model(num_embedding_tokens=2), tiny_processor, out, memory=1)

@@ -1,0 +1,137 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmgem.training import captioning
+from mmgem.training.captioning import caption_folder
+from mmgem.training.inference import generate_captions, generate_region_captions
+
+NAMES = ["0.png", "1.png", "deep/2.png", "deep/3.png", "deep/4.png"]
+BOXES = {"0.png": [[0, 0, 20, 20]], "deep/3.png": [[5, 5, 30, 20], [0, 0, 40, 30], [1, 2, 9, 9]]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    for number, name in enumerate(NAMES):
+        noise = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((40, 30)).save(folder / name)
+    rows = [{"file_name": name, "boxes": boxes} for name, boxes in BOXES.items()]
+    rows.append({"file_name": "1.png", "boxes": None})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "captions.jsonl"
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """Captions without a model: the color of the upper left pixel, and for a box its corners as well. Gives calls."""
+    calls = []
+
+    def captions(model, processor, images):
+        calls.append(len(images))
+        return [f"{image.getpixel((0, 0))}" for image in images]
+
+    def region_captions(model, processor, images, boxes):
+        return [f"{image.getpixel((0, 0))} {box}" for image, own in zip(images, boxes) for box in own]
+
+    monkeypatch.setattr(captioning, "generate_captions", captions)
+    monkeypatch.setattr(captioning, "generate_region_captions", region_captions)
+    return calls
+
+
+def read(out):
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_image_has_the_caption_the_model_generates_for_it(folder, out, tiny_model, tiny_processor):
+    report = caption_folder(folder, tiny_model, tiny_processor, out, batch_size=2)
+    assert report == (5, 5, [])
+    paths = [folder / name for name in NAMES]
+    expected = generate_captions(tiny_model, tiny_processor, paths)
+    assert read(out) == [{"file_name": name, "caption": text} for name, text in zip(NAMES, expected, strict=True)]
+
+
+def test_every_box_has_the_caption_the_model_generates_for_it(folder, out, tiny_model, tiny_processor):
+    caption_folder(folder, tiny_model, tiny_processor, out, with_boxes=True)
+    paths = [folder / name for name in BOXES]
+    expected = generate_region_captions(tiny_model, tiny_processor, paths, list(BOXES.values()))
+    lines = {line["file_name"]: line for line in read(out)}
+    assert lines["0.png"]["region_captions"] + lines["deep/3.png"]["region_captions"] == expected
+    assert lines["deep/3.png"]["boxes"] == BOXES["deep/3.png"]
+    assert lines["1.png"]["boxes"] == lines["deep/2.png"]["region_captions"] == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_captions_of_boxes_go_to_their_image(folder, out, echo, batch_size):
+    caption_folder(folder, None, None, out, with_boxes=True, batch_size=batch_size)
+    for line in read(out):
+        color = str(Image.open(folder / line["file_name"]).getpixel((0, 0)))
+        assert line["caption"] == color
+        assert line["region_captions"] == [f"{color} {box}" for box in BOXES.get(line["file_name"], [])]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(folder, out, echo):
+    caption_folder(folder, None, None, out.with_name("reference"), batch_size=2)
+    reference = out.with_name("reference").read_bytes()
+    first_two = reference.index(b"\n", reference.index(b"\n") + 1) + 1
+    out.write_bytes(reference[: first_two + 20])  # two lines and a part of the third
+    echo.clear()
+    assert caption_folder(folder, None, None, out, batch_size=2) == (5, 3, [])
+    assert out.read_bytes() == reference and echo == [2, 1]
+    assert caption_folder(folder, None, None, out) == (5, 0, [])
+    assert out.read_bytes() == reference
+
+
+def test_text_is_kept_as_it_is(folder, out, monkeypatch):
+    odd = 'ein "Stern"\u2028\x85\nüber allem ★'
+    monkeypatch.setattr(captioning, "generate_captions", lambda model, processor, images: [odd] * len(images))
+    caption_folder(folder, None, None, out)
+    assert [json.loads(line)["caption"] for line in out.read_text(encoding="utf-8").split("\n")[:-1]] == [odd] * 5
+    assert caption_folder(folder, None, None, out).captioned == 0
+
+
+def test_bad_files_and_bad_boxes_are_left_out_and_reported(folder, out, tiny_model, tiny_processor):
+    (folder / "empty.png").write_bytes(b"")
+    with open(folder / "metadata.jsonl", "a") as metadata:
+        metadata.write(json.dumps({"file_name": "1.png", "boxes": [[10, 10, 10, 20]]}))
+    report = caption_folder(folder, tiny_model, tiny_processor, out, with_boxes=True)
+    assert report[:2] == (4, 4)
+    reasons = dict(report.skipped)
+    assert set(reasons) == {"empty.png", "1.png"} and "[10.0, 10.0, 10.0, 20.0]" in reasons["1.png"]
+
+
+def test_boxes_need_metadata_that_has_them(folder, out, echo):
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
+    with pytest.raises(ValueError, match="no line with `boxes`"):
+        caption_folder(folder, None, None, out, with_boxes=True)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"boxes": []}\n')
+    with pytest.raises(ValueError, match="line 2 of .* must have a `file_name`"):
+        caption_folder(folder, None, None, out, with_boxes=True)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "boxes": [5, 5, 20, 20]}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .* must have `boxes`, a list of \[x0, y0, x1, y1\]"):
+        caption_folder(folder, None, None, out, with_boxes=True)
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):
+        caption_folder(folder, None, None, out, with_boxes=True)
+    assert not out.exists()
+
+
+def test_a_file_that_is_something_else_is_not_appended_to(folder, out, echo):
+    out.write_text("dear diary\n")
+    with pytest.raises(ValueError, match="line 1 is 'dear diary'"):
+        caption_folder(folder, None, None, out)
+    assert out.read_text() == "dear diary\n"
+    out.unlink()
+    caption_folder(folder, None, None, out)
+    with pytest.raises(ValueError, match="written without captions of boxes"):
+        caption_folder(folder, None, None, out, with_boxes=True)
+    with pytest.raises(ValueError, match="a folder; expected a file"):
+        caption_folder(folder, None, None, folder)

@@ -1,0 +1,206 @@
+"""Embeddings, memories and texts of batches: against the model, one at a time, and without what is not needed."""
+
+import pytest
+import torch
+from knowing_model import KnowingModel, KnowingProcessor, knowable_rows
+from tiny_models import build_model
+from torch.nn.functional import normalize
+
+from mmgem.training.inference import (
+    answer_from_memory,
+    embed_and_remember,
+    embed_fused,
+    embed_images,
+    embed_regions,
+    embed_texts,
+    generate_answers,
+    generate_captions,
+    remember,
+)
+
+KINDS = {
+    "single": {},
+    "mean": {"num_embedding_tokens": 3, "embedding_pooling": "mean"},
+    "several": {"num_embedding_tokens": 3, "embedding_pooling": "multi_vector"},
+}
+SHAPES = {"single": (16,), "mean": (16,), "several": (3, 16)}
+TEXTS = ["a red star at the top left", "", "a moon", "what color is it?"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return knowable_rows(12)
+
+
+@pytest.fixture
+def images(rows):
+    return [row["image"] for row in rows[:4]]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def model(kind):
+    model = build_model(**KINDS[kind])
+    with torch.no_grad():
+        model.embedding_tokens.normal_(std=0.5)
+    return model.train()
+
+
+def _is_embedding(embeds, shape):
+    assert embeds.shape == shape and embeds.dtype == torch.float32 and not embeds.requires_grad
+    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(shape[:-1]))
+
+
+def test_embeddings_are_unit_vectors_of_one_or_several_a_piece(model, kind, tiny_processor, images, rows):
+    boxes = [row["boxes"] for row in rows[:4]]
+    total = sum(map(len, boxes))
+    _is_embedding(embed_images(model, tiny_processor, images), (4, *SHAPES[kind]))
+    _is_embedding(embed_regions(model, tiny_processor, images, boxes), (total, *SHAPES[kind]))
+    _is_embedding(embed_texts(model, tiny_processor, TEXTS, batch_size=3), (4, *SHAPES[kind]))
+    _is_embedding(embed_fused(model, tiny_processor, images, TEXTS), (4, *SHAPES[kind]))
+    _is_embedding(embed_fused(model, tiny_processor, images, TEXTS, boxes), (4, *SHAPES[kind]))
+    memory = remember(model, tiny_processor, images)
+    assert memory.shape == (4, model.config.num_embedding_tokens, 32) and memory.dtype == torch.float32
+    assert model.training
+
+
+def test_what_comes_in_a_batch_is_what_comes_alone(model, tiny_processor, images, rows):
+    boxes = [row["boxes"] for row in rows[:4]]
+    one = [slice(row, row + 1) for row in range(4)]
+    for together, alone in (
+        (embed_texts(model, tiny_processor, TEXTS, 2), [embed_texts(model, tiny_processor, TEXTS[i]) for i in one]),
+        (
+            embed_fused(model, tiny_processor, images, TEXTS),
+            [embed_fused(model, tiny_processor, images[i], TEXTS[i]) for i in one],
+        ),
+        (
+            embed_fused(model, tiny_processor, images, TEXTS, boxes),
+            [embed_fused(model, tiny_processor, images[i], TEXTS[i], boxes[i]) for i in one],
+        ),
+        (
+            embed_regions(model, tiny_processor, images, boxes),
+            [embed_regions(model, tiny_processor, images[i], boxes[i]) for i in one],
+        ),
+        (remember(model, tiny_processor, images), [remember(model, tiny_processor, images[i]) for i in one]),
+    ):
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_fused_is_the_image_before_the_text(model, tiny_processor, images):
+    inputs = tiny_processor(images=images[:2], text=["<image>a moon", "<image>"], return_tensors="pt")
+    with torch.no_grad():
+        output = model.eval().get_multimodal_features(**inputs)
+    embeds = embed_fused(model, tiny_processor, images[:2], ["a moon", ""])
+    torch.testing.assert_close(embeds, normalize(output.pooler_output, dim=-1))
+    bare, memory = embed_and_remember(model, tiny_processor, images[:2])
+    torch.testing.assert_close(memory[1], output.last_hidden_state[1])
+    torch.testing.assert_close(bare[1], embeds[1])
+    assert torch.equal(remember(model, tiny_processor, images[:2]), memory)
+
+
+def test_several_images_stand_before_one_text(model, tiny_processor, images):
+    together = embed_fused(model, tiny_processor, [images[:3], images[3]], ["a moon", "a star"])
+    inputs = tiny_processor(images=images[:3], text=["<image><image><image>a moon"], return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval().get_multimodal_features(**inputs).pooler_output[0]
+    torch.testing.assert_close(together[0], normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
+    single = embed_fused(model, tiny_processor, images[3:], ["a star"])
+    torch.testing.assert_close(together[1:], single, rtol=1e-4, atol=1e-5)
+
+
+def test_a_box_around_everything_is_the_image(model, tiny_processor, images):
+    whole = [[[0, 0, *image.size]] for image in images]
+    embeds = embed_fused(model, tiny_processor, images, TEXTS)
+    torch.testing.assert_close(embed_fused(model, tiny_processor, images, TEXTS, whole), embeds, rtol=1e-3, atol=1e-4)
+    corner = [[[0, 0, 20, 20]], *whole[1:]]
+    moved = (embed_fused(model, tiny_processor, images, TEXTS, corner) - embeds).flatten(1).norm(dim=1)
+    assert moved[0] > 1e-3 and moved[1:].max() < 1e-3
+
+
+def test_what_does_not_fit_is_refused(tiny_model, tiny_processor, images):
+    with pytest.raises(ValueError, match="one entry for each of the 4 texts, got 3"):
+        embed_fused(tiny_model, tiny_processor, images[:3], TEXTS)
+    with pytest.raises(ValueError, match="at least one box of each image, got none for image 1"):
+        embed_fused(tiny_model, tiny_processor, images[:2], TEXTS[:2], [[[0, 0, 9, 9]], []])
+    with pytest.raises(ValueError, match="one entry for each of the 4 questions, got 3"):
+        generate_answers(tiny_model, tiny_processor, images[:3], TEXTS)
+    memory = remember(tiny_model, tiny_processor, images)
+    with pytest.raises(ValueError, match="one entry for each of the 3 questions, got 4"):
+        answer_from_memory(tiny_model, tiny_processor, memory, TEXTS[:3])
+    with pytest.raises(ValueError, match="embedding_tokens"):
+        answer_from_memory(tiny_model, tiny_processor, memory[..., :16])
+
+
+def test_answers_in_a_batch_are_those_one_at_a_time(model, tiny_processor, images):
+    answers = generate_answers(model, tiny_processor, images, TEXTS, 6)
+    assert answers == [
+        generate_answers(model, tiny_processor, [image], [text], 6)[0]
+        for image, text in zip(images, TEXTS, strict=True)
+    ]
+    assert answers[1] == generate_captions(model, tiny_processor, images, 6)[1]
+    assert len(set(answers)) > 1
+
+
+def test_answers_from_memory_need_no_vision_tower(model, tiny_processor, images, monkeypatch):
+    memory = remember(model, tiny_processor, images)
+    monkeypatch.delattr(model, "vision_tower")
+    answers = answer_from_memory(model, tiny_processor, memory, TEXTS, 6)
+    assert answers == [
+        answer_from_memory(model, tiny_processor, memory[row : row + 1], [text], 6)[0]
+        for row, text in enumerate(TEXTS)
+    ]
+    inputs = tiny_processor(text=TEXTS[3:], return_tensors="pt")
+    ids = model.eval().generate(**inputs, embedding_tokens=memory[3:], max_new_tokens=6, do_sample=False)
+    assert answers[3] == tiny_processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    captions = answer_from_memory(model, tiny_processor, memory, max_new_tokens=6)
+    assert captions[1] == answers[1] and len(captions) == 4
+
+
+def test_the_whole_memory_is_given_to_the_model(tiny_processor, images, monkeypatch):
+    model = build_model(num_embedding_tokens=3).half()
+    memory = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    given = {}
+
+    def generate(**inputs):
+        given.update(inputs)
+        return inputs["input_ids"]
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert answer_from_memory(model, tiny_processor, memory, TEXTS[2:], 5) == TEXTS[2:]
+    assert torch.equal(given.pop("embedding_tokens"), memory.half())
+    assert (
+        set(given) == {"input_ids", "attention_mask", "max_new_tokens", "do_sample"} and given["max_new_tokens"] == 5
+    )
+
+
+def test_answers_move_with_the_memory(tiny_processor, images):
+    model = build_model(num_embedding_tokens=3)
+    memory = remember(model, tiny_processor, images)
+    noise = torch.randn(memory.shape, generator=torch.Generator().manual_seed(0))
+    texts = [answer_from_memory(model, tiny_processor, one, max_new_tokens=8) for one in (memory, 5 * noise)]
+    assert texts[0] != texts[1]
+    half = answer_from_memory(model, tiny_processor, memory.half(), max_new_tokens=8)  # as an index stores it
+    first = answer_from_memory(model, tiny_processor, memory[:, :1], max_new_tokens=8)  # fewer than k will do
+    assert len(half) == len(first) == 4
+
+
+def test_texts_are_batched_by_length_and_returned_in_order(rows):
+    model, processor = KnowingModel(rows), KnowingProcessor()
+    texts = [text for row in rows for text in (*row["captions"], row["long_caption"], "")]
+    embeddings = embed_texts(model, processor, texts, batch_size=4)
+    expected = torch.stack([torch.nn.functional.normalize(model._embed(text), dim=0) for text in texts])
+    assert torch.equal(embeddings, expected)
+    padding = sum((mask == 0).sum().item() for mask in model.text_batches)
+    assert padding < 0.1 * sum(mask.numel() for mask in model.text_batches)
+    with pytest.raises(ValueError, match="texts must not be empty"):
+        embed_texts(model, processor, [])
+
+
+def test_regions_come_without_padding(rows):
+    boxes = [row["boxes"] for row in rows]
+    embeddings = embed_regions(KnowingModel(rows), KnowingProcessor(), [row["image"] for row in rows], boxes)
+    assert len(embeddings) == sum(map(len, boxes)) and torch.allclose(embeddings.norm(dim=-1), torch.tensor(1.0))

@@ -1,0 +1,149 @@
+"""Losses of parts of embeddings: nested groups of vectors, and Matryoshka dimensions."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contrastive_batches import mixed_batch, unit_rows
+from joint_batches import joint_batch, joint_model
+
+from mmgem.contrastive import ContrastiveObjective
+from mmgem.training.trainer.contrastive_losses import build_objective, check_embedding_views
+
+
+def several_vectors(k: int = 4, dim: int = 8):
+    """The batch of `mixed_batch` with k vectors in the place of each."""
+    batch = mixed_batch(dim=dim)
+    sides = {}
+    for seed, name in enumerate(("query_embeds", "target_embeds")):
+        rows = unit_rows(len(batch[name]) * k, dim, seed).double()
+        sides[name] = rows.view(-1, k, dim).requires_grad_()
+    return replace(batch, **sides)
+
+
+def sliced(batch, queries, targets, width=None):
+    query_embeds, target_embeds = batch.query_embeds[:, :queries, :width], batch.target_embeds[:, :targets, :width]
+    return replace(
+        batch, query_embeds=F.normalize(query_embeds, dim=-1), target_embeds=F.normalize(target_embeds, dim=-1)
+    )
+
+
+def test_the_loss_of_groups_is_the_mean_of_those_of_each():
+    batch, plain = several_vectors(), ContrastiveObjective()
+    groups = [[1, 1], [2, 3], [4, 4]]
+    loss = build_objective(vector_groups=groups)(batch)
+    torch.testing.assert_close(loss, torch.stack([plain(sliced(batch, *group)) for group in groups]).mean())
+
+
+def test_dimensions_stand_beside_the_whole():
+    batch, plain = mixed_batch(), ContrastiveObjective()
+    loss = build_objective(dimensions=[2, 4, 8])(batch)
+    narrow = [
+        plain(
+            replace(
+                batch,
+                query_embeds=F.normalize(batch.query_embeds[:, :width], dim=-1),
+                target_embeds=F.normalize(batch.target_embeds[:, :width], dim=-1),
+            )
+        )
+        for width in (2, 4)
+    ]
+    torch.testing.assert_close(loss, torch.stack([plain(batch), *narrow]).mean())
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_of_several_vectors_the_first_group_is_narrowed(loss):
+    batch = several_vectors()
+    plain = build_objective(loss)
+    views = [sliced(batch, 1, 2), sliced(batch, 4, 4), sliced(batch, 1, 2, width=4)]
+    expected = torch.stack([plain(view) for view in views]).mean()
+    objective = build_objective(loss, vector_groups=[[1, 2], [4, 4]], dimensions=[4])
+    torch.testing.assert_close(objective(batch), expected)
+
+
+def test_gradients_are_those_of_the_mean():
+    batch, groups = several_vectors(), [[1, 1], [4, 4]]
+    build_objective(vector_groups=groups, dimensions=[3])(batch).backward()
+    found = batch.query_embeds.grad.clone()
+    assert torch.autograd.gradcheck(
+        lambda query_embeds: build_objective(vector_groups=groups, dimensions=[3])(
+            replace(several_vectors(), query_embeds=query_embeds)
+        ),
+        (batch.query_embeds.detach().requires_grad_(),),
+    )
+    assert found[:, 0].any() and found[:, 3].any()
+
+
+def test_blocks_of_several_vectors_change_nothing(monkeypatch):
+    objective = build_objective(vector_groups=[[2, 2], [4, 4]])
+    whole, parts = several_vectors(), several_vectors()
+    objective(whole).backward()
+    monkeypatch.setattr("mmgem.contrastive.SCORES_AT_ONCE", 100)
+    objective(parts).backward()
+    torch.testing.assert_close(parts.query_embeds.grad, whole.query_embeds.grad)
+    torch.testing.assert_close(parts.target_embeds.grad, whole.target_embeds.grad)
+
+
+def test_one_step_teaches_the_narrow_parts():
+    """A few steps on one batch: every budget learns to find, also the smallest."""
+    model = joint_model(embedding_pooling="multi_vector", num_embedding_tokens=2).train()
+    objective = build_objective(vector_groups=[[1, 1], [2, 2]], dimensions=[8])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        outputs = model(**joint_batch(), return_contrastive_batch=True)
+        loss = objective(outputs.contrastive_batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    batch = model(**joint_batch(), return_contrastive_batch=True).contrastive_batch
+    for view in objective.views(batch):
+        scores = objective.score(view.query_embeds, view.target_embeds)
+        scores = scores.masked_fill(batch.query_modality[:, None] != batch.target_modality, -2)
+        assert scores.argmax(dim=1).tolist() == batch.target_index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vector_groups": []}, "`vector_groups` is .*pairs"),
+        ({"vector_groups": [[0, 1]]}, "above 0"),
+        ({"vector_groups": [1, 2]}, "pairs"),
+        ({"vector_groups": [[1, 2, 3]]}, "pairs"),
+        ({"vector_groups": [[2, 2], [1, 4]]}, "nested groups, but .*does not hold"),
+        ({"vector_groups": [[2, 2], [2, 2]]}, "nested"),
+        ({"dimensions": []}, "`dimensions` is .*grow"),
+        ({"dimensions": [4, 2]}, "`dimensions` is .*grow"),
+        ({"dimensions": [0, 2]}, "`dimensions` is .*above 0"),
+        ({"dimensions": ["x"]}, "`dimensions`"),
+    ],
+)
+def test_parts_that_are_none_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_objective(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "message"),
+    [
+        ({"vector_groups": [[1, 1]]}, {}, "`embedding_pooling` is 'last'"),
+        (
+            {"vector_groups": [[1, 1], [2, 4]]},
+            {"embedding_pooling": "multi_vector"},
+            "at most `num_embedding_tokens`, 3",
+        ),
+        ({"dimensions": [16, 1000]}, {}, "at most `projection_dim`"),
+    ],
+)
+def test_parts_that_the_model_does_not_have_are_refused(options, config, message):
+    with pytest.raises(ValueError, match=message):
+        check_embedding_views(build_objective(**options), joint_model(**config).config)
+
+
+def test_embeddings_without_the_parts_are_refused():
+    with pytest.raises(ValueError, match="`vector_groups` goes up to"):
+        build_objective(vector_groups=[[1, 1], [5, 5]])(several_vectors())
+    with pytest.raises(ValueError, match="`vector_groups` goes up to"):
+        build_objective(vector_groups=[[1, 1]])(mixed_batch())
+    with pytest.raises(ValueError, match="`dimensions` goes up to 9; expected at most 8"):
+        build_objective(dimensions=[9])(mixed_batch())

@@ -1,0 +1,132 @@
+"""Captions for a folder of images, as JSON lines: of each image, and of the boxes in it if they are given."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from mmgem.training.data.image_files import ImageFile, Skipped, apply_to_batch, find_images, read_batches
+from mmgem.training.data.image_folder import find_metadata, read_metadata
+from mmgem.training.inference import generate_captions, generate_region_captions
+
+
+class CaptionReport(NamedTuple):
+    """What `caption_folder` did: images in the file, how many of them it had to caption, and the files it left out."""
+
+    images: int
+    captioned: int
+    skipped: list[Skipped]
+
+
+def caption_folder(
+    folder: str | Path, model, processor, out: str | Path, with_boxes: bool = False, batch_size: int = 32
+) -> CaptionReport:
+    """Captions every image below a folder into a file of JSON lines `{"file_name": …, "caption": …}`.
+
+    Images that the file has already are not captioned again, whichever model did it, so that a killed run goes on
+    where it stopped. Files that cannot be read are left out and reported.
+
+    Args:
+        folder: Where the images are, at any depth.
+        model: An `MMGEMModel`.
+        processor: Its `MMGEMProcessor`.
+        out: The file; it is appended to.
+        with_boxes: Whether to caption regions too: those that the metadata of `folder` (see `read_image_folder`) gives
+            as `"boxes": [[x0, y0, x1, y1], …]`, in pixels. Lines then have `boxes` and `region_captions`, one each.
+        batch_size: Images at a time.
+
+    Raises:
+        FileNotFoundError: If `folder` is not there, or, with boxes, its metadata.
+        ValueError: If there are no images, or the metadata or `out` does not hold what is expected.
+    """
+    folder, out = Path(folder), Path(out)
+    file_names = find_images(folder)
+    boxes = _read_boxes(folder) if with_boxes else None
+    done = _read_done(out, with_boxes)
+    todo = [file_name for file_name in file_names if file_name not in done]
+    skipped: list[Skipped] = []
+    captioned = 0
+
+    def write_lines(files: list[ImageFile]) -> list[dict[str, Any]]:
+        return _caption(model, processor, files, boxes)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(out, "a", encoding="utf-8") as lines,
+        tqdm(total=len(file_names), initial=len(file_names) - len(todo), desc="captions", unit="image") as progress,
+    ):
+        for batch in read_batches(folder, todo, batch_size, skipped):
+            captions = apply_to_batch(write_lines, batch, skipped)
+            lines.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in captions)
+            lines.flush()
+            captioned += len(captions)
+            progress.update(min(batch_size, progress.total - progress.n))
+    return CaptionReport(len(done) + captioned, captioned, skipped)
+
+
+def _caption(model, processor, files: list[ImageFile], boxes: dict[str, list] | None) -> list[dict[str, Any]]:
+    """The line of each image."""
+    captions = generate_captions(model, processor, [file.image for file in files])
+    lines: list[dict[str, Any]] = [
+        {"file_name": file.file_name, "caption": caption} for file, caption in zip(files, captions, strict=True)
+    ]
+    if boxes is not None:
+        for line in lines:
+            line["boxes"] = boxes.get(line["file_name"], [])
+        with_any = [(file.image, line["boxes"]) for file, line in zip(files, lines, strict=True) if line["boxes"]]
+        region_captions: Iterator[str] = iter(())
+        if with_any:
+            images, boxes_of_images = zip(*with_any, strict=True)
+            region_captions = iter(generate_region_captions(model, processor, images, boxes_of_images))
+        for line in lines:
+            line["region_captions"] = [next(region_captions) for _ in line["boxes"]]
+    return lines
+
+
+def _read_boxes(folder: Path) -> dict[str, list]:
+    """File name to boxes, of the rows that have any."""
+    metadata = find_metadata(folder)
+    boxes: dict[str, list] = {}
+    for where, fields in read_metadata(metadata):
+        if isinstance(fields, str):
+            raise ValueError(fields)
+        name, own = fields.get("file_name", fields.get("image")), fields.get("boxes") or []
+        if not isinstance(name, str):
+            raise ValueError(f"{where} must have a `file_name`, got {fields!r:.80}")
+        if not isinstance(own, list) or not all(isinstance(box, list) and len(box) == 4 for box in own):
+            raise ValueError(f"{where} must have `boxes`, a list of [x0, y0, x1, y1] in pixels; got {own!r:.80}")
+        boxes[PurePosixPath(name).as_posix()] = own
+    if not any(boxes.values()):
+        raise ValueError(f"{str(metadata)!r} has no line with `boxes`; expected [[x0, y0, x1, y1], ...] in pixels")
+    return boxes
+
+
+def _read_done(out: Path, with_boxes: bool) -> set[str]:
+    """The images an earlier run has captioned; what a kill left of a last line is cut off."""
+    if not out.exists():
+        return set()
+    if not out.is_file():
+        raise ValueError(f"out is {str(out)!r}, a folder; expected a file of JSON lines")
+    content = out.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    done = set()
+    for number, line in enumerate(complete.decode(errors="replace").split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            done.add(row["file_name"])
+            has_boxes = "region_captions" in row
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"out is {str(out)!r}, whose line {number} is {line[:80]!r}; expected captions of an earlier run, to "
+                "go on from, or no file"
+            ) from error
+        if has_boxes != with_boxes:
+            raise ValueError(
+                f"out is {str(out)!r}, written {'with' if has_boxes else 'without'} captions of boxes; expected one "
+                "written the same way, to go on from, or no file"
+            )
+    if complete != content:
+        out.write_bytes(complete)
+    return done

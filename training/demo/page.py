@@ -1,0 +1,137 @@
+"""The results of a demonstration as one HTML page that needs no other file: pictures are written into it."""
+
+import base64
+import math
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+TEMPLATE = "page.html.jinja"
+PICTURE_SIZE = 288  # longer side, pixels: sharp on a dense screen at the sizes of the page
+
+# Figure: its name for a person, what it says, and how it is written.
+FIGURES = {
+    "text_to_image_recall@1": ("Text → image, recall@1", "captions whose image comes first", "{:.1%}"),
+    "text_to_image_recall@5": ("Text → image, recall@5", "captions whose image is among the first five", "{:.1%}"),
+    "text_to_image_recall@10": ("Text → image, recall@10", "captions whose image is among the first ten", "{:.1%}"),
+    "image_to_text_recall@1": ("Image → text, recall@1", "images for which a caption of theirs comes first", "{:.1%}"),
+    "image_to_text_recall@5": ("Image → text, recall@5", "… is among the first five", "{:.1%}"),
+    "image_to_text_recall@10": ("Image → text, recall@10", "… is among the first ten", "{:.1%}"),
+    "long_text_to_image_recall@1": (
+        "Long text → image, recall@1",
+        "texts of over 100 words, told apart only at their end, whose image comes first",
+        "{:.1%}",
+    ),
+    "fused_text_to_image_recall@1": (
+        "Text → image through the language model",
+        "captions whose image comes first where the language model reads the images as well",
+        "{:.1%}",
+    ),
+    "composed_recall@1": (
+        "Image and edit → image, recall@1",
+        "images with an instruction, for which the edited image comes before all others, themselves included",
+        "{:.1%}",
+    ),
+    "zero_shot_accuracy": ("Zero-shot accuracy", "images whose class, out of 64, comes first", "{:.1%}"),
+    "caption_fidelity": ("Caption fidelity", "captions that name every object rightly, and no other", "{:.1%}"),
+    "cider": ("CIDEr", "agreement with the reference captions in wording; 0 to 10", "{:.2f}"),
+    "memory_caption_fidelity": (
+        "Caption fidelity, from memory",
+        "the same, where of the image there are only the states that the index keeps",
+        "{:.1%}",
+    ),
+    "answer_accuracy": ("Answers", "questions about images that are answered rightly", "{:.1%}"),
+    "memory_answer_accuracy": (
+        "Answers, from memory",
+        "the same, where of the image there are only the states that the index keeps",
+        "{:.1%}",
+    ),
+    "region_recall@1": (
+        "Text → region, recall@1",
+        "texts whose region, of all images' regions, comes first",
+        "{:.1%}",
+    ),
+    "region_caption_fidelity": ("Region caption fidelity", "captions of regions that are right in all", "{:.1%}"),
+    "instructed_region_accuracy": (
+        "Image and instruction → region",
+        "instructions that name one of several objects and find its region among those of the image",
+        "{:.1%}",
+    ),
+}
+# Shown only beside the results of what they measure, which a checkpoint may not have been trained for.
+BESIDE = {
+    "composed_recall@1": "edit_searches",
+    "instructed_region_accuracy": "instructed",
+    "fused_text_to_image_recall@1": "asked",
+    "memory_caption_fidelity": "asked",
+    "memory_answer_accuracy": "asked",
+}
+HEADLINES = ("text_to_image_recall@1", "zero_shot_accuracy", "caption_fidelity", "region_caption_fidelity")
+
+
+def render_page(results: dict[str, Any], folder: str | Path) -> str:
+    """The page as HTML.
+
+    Args:
+        results: What `run_demo` collects; its `demo.json` is an example.
+        folder: The folder of the images that `results` names.
+    """
+    folder = Path(folder)
+
+    @cache
+    def picture(file_name: str) -> dict[str, Any]:
+        with Image.open(folder / file_name) as image:
+            return {"uri": data_uri(image), "width": image.width, "height": image.height}
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    figures = [
+        {"name": name, "title": title, "meaning": meaning, "value": form.format(results["figures"][name])}
+        for name, (title, meaning, form) in FIGURES.items()
+        if name in results["figures"] and (name not in BESIDE or results[BESIDE[name]])
+    ]
+    nested = results["nested"]
+    headlines = [figure for figure in figures if figure["name"] in HEADLINES]
+    return templates.get_template(TEMPLATE).render(
+        **results | {"figures": figures},
+        measured=results["figures"],
+        headlines=headlines,
+        curve=nested and budget_curve(nested["budgets"]),
+        picture=picture,
+    )
+
+
+def budget_curve(budgets: list[dict[str, Any]], width: int = 480, height: int = 160) -> list[tuple[float, float]]:
+    """The points of recall against bytes, each doubling of the bytes as wide as the last.
+
+    Args:
+        budgets: Of each its `bytes`, growing, and its `recall`, 0 to 1.
+        width, height: Of the plot, in which recall 0 is at its lower edge, and 1 at its upper one.
+
+    Returns:
+        x, y of each budget; y grows downward.
+    """
+    places = [math.log2(budget["bytes"]) for budget in budgets]
+    scale = width / (places[-1] - places[0] or 1)
+    return [
+        ((place - places[0]) * scale, height * (1 - budget["recall"]))
+        for place, budget in zip(places, budgets, strict=True)
+    ]
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture, enlarged or reduced to `PICTURE_SIZE`, as a `data:` URI."""
+    scale = PICTURE_SIZE / max(image.size)
+    size = math.ceil(image.width * scale), math.ceil(image.height * scale)
+    file = BytesIO()
+    image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(file, "WEBP", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,188 @@
+"""What embeddings, captions and answers are worth, given what is right: no model runs here."""
+
+import re
+from collections.abc import Collection, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import normalize
+
+from mmgem.late_interaction import similarity
+from mmgem.training.scenes.caption_parser import parse_caption, parse_region_caption
+
+_MAX_SCORES = 2**24  # scores held at a time
+_ARTICLES = {"a", "an", "the"}
+
+
+def retrieval_ranks(
+    queries: torch.Tensor, gallery: torch.Tensor, right: Sequence[Collection[int]], gallery_asks: bool = False
+) -> torch.Tensor:
+    """For each query, how many wrong gallery rows come before its best right one.
+
+    A wrong row that scores the same as the right one counts as before it: embeddings that are all equal find nothing.
+
+    Args:
+        queries: (Q, D), or (Q, k, D) with several vectors of each.
+        gallery: (G, D) or (G, m, D), likewise; the score is [`mmgem.late_interaction.similarity`].
+        right: For each query the gallery rows that are right, at least one.
+        gallery_asks: Whether the gallery is the side whose vectors MaxSim looks for, which it is where images look for
+            texts: texts are that side in training, whoever searches.
+
+    Returns:
+        (Q,) int64, 0 is best.
+
+    Raises:
+        ValueError: If the sizes do not fit, a query has no right row, or one side has single vectors only.
+    """
+    if len(right) != len(queries):
+        raise ValueError(f"right must have one entry for each of the {len(queries)} queries, got {len(right)}")
+    if empty := [number for number, rows in enumerate(right) if not rows]:
+        raise ValueError(f"right must name at least one gallery row for each query, got none for query {empty[0]}")
+    ranks = []
+    # A part of the queries at a time: all scores of 100,000 x 100,000 would be 40 GB.
+    step = max(1, _MAX_SCORES // gallery[..., 0].numel())
+    for start in range(0, len(queries), step):
+        part = queries[start : start + step]
+        scores = similarity(gallery, part).T if gallery_asks else similarity(part, gallery)  # (step, G)
+        is_right = torch.zeros_like(scores, dtype=torch.bool)
+        for row, columns in enumerate(right[start : start + step]):
+            is_right[row, list(columns)] = True
+        best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
+        # `not <` rather than `>=`: a row of NaN is then as wrong as can be.
+        ranks.append((~(scores < best) & ~is_right).sum(dim=1))
+    return torch.cat(ranks)
+
+
+def recall_at(ranks: torch.Tensor, k: int) -> float:
+    """The share of queries with a right row among their first `k`, from the ranks of `retrieval_ranks`."""
+    return (ranks < k).double().mean().item()
+
+
+class BudgetRecall(NamedTuple):
+    """Recall@1 where so many vectors of so many dimensions are kept.
+
+    Args:
+        query_vectors, document_vectors: of each query and each document; 1 for single vectors.
+        dimensions: of each vector.
+        bytes_per_document: of its vectors, as the gallery holds them.
+        recall: 0 to 1.
+    """
+
+    query_vectors: int
+    document_vectors: int
+    dimensions: int
+    bytes_per_document: int
+    recall: float
+
+
+def recall_by_budget(
+    queries: torch.Tensor,
+    gallery: torch.Tensor,
+    right: Sequence[Collection[int]],
+    vectors: Sequence[tuple[int, int]] | None = None,
+    dimensions: Sequence[int] | None = None,
+) -> list[BudgetRecall]:
+    """Recall@1 at every budget, from embeddings that are computed once.
+
+    A budget keeps the first vectors of an embedding (nested groups, MetaEmbed, arXiv:2509.18095) and the first
+    dimensions of a vector (Matryoshka, arXiv:2205.13147), which is made a unit vector again.
+
+    Args:
+        queries, gallery, right: As for `retrieval_ranks`.
+        vectors: Numbers of vectors to keep, of a query and of a document; by default all of them.
+        dimensions: Numbers of dimensions to keep, each with each of `vectors`; by default all of them.
+
+    Raises:
+        ValueError: As `retrieval_ranks`; or if a budget asks for more than there is, or for less than one.
+    """
+    query_count, document_count = (embeds.shape[1] if embeds.ndim == 3 else 1 for embeds in (queries, gallery))
+    width = gallery.shape[-1]
+    vectors = [(query_count, document_count)] if vectors is None else list(vectors)
+    dimensions = [width] if dimensions is None else list(dimensions)
+    for r, m in vectors:
+        if not (1 <= r <= query_count and 1 <= m <= document_count):
+            raise ValueError(f"vectors must be within ({query_count}, {document_count}), from 1 on, got {(r, m)}")
+    if outside := [d for d in dimensions if not 1 <= d <= width]:
+        raise ValueError(f"dimensions must be from 1 to {width}, got {outside[0]}")
+
+    budgets = []
+    for r, m in vectors:
+        for d in dimensions:
+            kept_queries, kept_gallery = _kept(queries, r, d), _kept(gallery, m, d)
+            recall = recall_at(retrieval_ranks(kept_queries, kept_gallery, right), 1)
+            budgets.append(BudgetRecall(r, m, d, m * d * gallery.element_size(), recall))
+    return budgets
+
+
+def _kept(embeds: torch.Tensor, vectors: int, dimensions: int) -> torch.Tensor:
+    """(N, D) -> (N, dimensions), or (N, k, D) -> (N, vectors, dimensions); unit vectors."""
+    kept = embeds[:, :vectors] if embeds.ndim == 3 else embeds
+    return normalize(kept[..., :dimensions], dim=-1)
+
+
+def agreement(predictions: Sequence[Hashable], references: Sequence[Hashable]) -> float:
+    """The share of predictions that equal their reference."""
+    return sum(a == b for a, b in zip(predictions, references, strict=True)) / len(references)
+
+
+def caption_fidelity(captions: Sequence[str], references: Sequence[str]) -> float | None:
+    """The share of captions that speak of exactly the objects their reference speaks of, in whatever words.
+
+    Returns:
+        0 to 1 over the references that are captions of scenes, or None where none is.
+    """
+    return _fidelity(captions, references, parse_caption)
+
+
+def region_caption_fidelity(captions: Sequence[str], references: Sequence[str]) -> float | None:
+    """As `caption_fidelity`, for captions of regions."""
+    return _fidelity(captions, references, parse_region_caption)
+
+
+def answer_accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
+    """The share of answers that are their reference, but for case, punctuation and articles."""
+    return agreement([_content(answer) for answer in answers], [_content(reference) for reference in references])
+
+
+def _content(answer: str) -> tuple[str, ...]:
+    words = tuple(_words(answer).split())
+    # Nothing but an article is an answer too: "a" to "which letter is it?"
+    return tuple(word for word in words if word not in _ARTICLES) or words
+
+
+def _fidelity(captions, references, parse) -> float | None:
+    meanings = [(parse(caption), parse(reference)) for caption, reference in zip(captions, references, strict=True)]
+    judged = [pair for pair in meanings if pair[1] is not None]
+    return agreement(*zip(*judged, strict=True)) if judged else None
+
+
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726) over lower-cased words without punctuation.
+
+    Args:
+        captions: One caption for each image.
+        references: The reference captions of each image.
+
+    Returns:
+        The mean over images, 0 to 10; papers print it times 100. It depends on the whole set: a word weighs by how few
+        images have it in their references.
+
+    Raises:
+        ValueError: If there are fewer than two images: every word is then in all of them, and weighs nothing.
+        ImportError: If pycocoevalcap is not installed (`pip install mmgem[eval]`).
+    """
+    if len(captions) != len(references):
+        raise ValueError(
+            f"references must have one entry for each of the {len(captions)} captions, got {len(references)}"
+        )
+    if len(captions) < 2:
+        raise ValueError(f"captions must be of 2 images or more, CIDEr weighs words by image; got {len(captions)}")
+    from pycocoevalcap.cider.cider import Cider
+
+    candidates = {number: [_words(caption)] for number, caption in enumerate(captions)}
+    originals = {number: [_words(text) for text in texts] for number, texts in enumerate(references)}
+    return float(Cider().compute_score(originals, candidates)[0])
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))

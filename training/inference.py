@@ -1,0 +1,234 @@
+"""Batches of images, texts and regions through a model: embeddings, memories, and texts written token by token.
+
+An embedding is one vector (D,), or k vectors (k, D) of a model with `embedding_pooling="multi_vector"`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+
+from mmgem.training.distributed import is_sharded, reshard
+
+Box = Sequence[float]
+CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get captions as short as answers
+
+
+@contextmanager
+def inference(model) -> Iterator[None]:
+    """No gradients and evaluation mode within, the model's former mode after."""
+    was_training, is_in_shards = model.training, is_sharded(model)
+    model.eval()
+    try:
+        # FSDP keeps the tensors that it gathers parameters into, and could not train with those of inference mode.
+        with torch.no_grad() if is_in_shards else torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+        if is_in_shards:
+            reshard(model)
+
+
+@contextmanager
+def uncalibrated(model) -> Iterator[None]:
+    """Within, the model's embeddings are those it has without its calibrator, if it has one."""
+    calibrator, model.calibrator = model.calibrator, None
+    try:
+        yield
+    finally:
+        model.calibrator = calibrator
+
+
+def embedded_kinds(config) -> list[str]:
+    """Which of `"text"`, `"image"` and `"fused"` a model can embed: once calibrated, what it is calibrated for."""
+    kinds = ["text", "image", "fused"]
+    return kinds if config.calibrated_modalities is None else [k for k in kinds if k in config.calibrated_modalities]
+
+
+def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
+    """Embeddings of one batch of images.
+
+    Returns:
+        (B, D) or (B, k, D), normalised, float32, on the CPU.
+    """
+    inputs = _to_model(model, processor(images=list(images), return_tensors="pt"))
+    with inference(model):
+        return _unit(model.get_image_features(**inputs).pooler_output)
+
+
+def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]]) -> torch.Tensor:
+    """Embeddings of the boxes of one batch of images.
+
+    Args:
+        images: B images.
+        boxes: For each image at least one box `[x0, y0, x1, y1]`, in its pixels.
+
+    Returns:
+        (N, D) or (N, k, D), N the number of all boxes, normalised, float32, on the CPU; image after image.
+    """
+    inputs = _to_model(model, processor(images=list(images), boxes=list(boxes), return_tensors="pt"))
+    with inference(model):
+        embeddings = model.get_image_features(**inputs).pooler_output  # (B, R, D) or (B, R, k, D), padded
+    return _unit(torch.cat([row[: len(own)] for row, own in zip(embeddings, boxes, strict=True)]))
+
+
+def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
+    """Embeddings of any number of texts, batched by length so that little padding is computed.
+
+    Returns:
+        (T, D) or (T, k, D), normalised, float32, on the CPU, in the order of `texts`.
+    """
+    if not texts:
+        raise ValueError("texts must not be empty")
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
+    parts = []
+    with inference(model):
+        for start in tqdm(
+            range(0, len(order), batch_size), desc="texts", unit="batch", leave=False, disable=len(order) <= batch_size
+        ):
+            batch = [texts[row] for row in order[start : start + batch_size]]
+            inputs = _to_model(model, processor(text=batch, padding=True, return_tensors="pt"))
+            parts.append(_unit(model.get_text_features(**inputs).pooler_output))
+    embeddings = torch.cat(parts)
+    restored = torch.empty_like(embeddings)
+    restored[torch.tensor(order)] = embeddings
+    return restored
+
+
+def embed_fused(
+    model,
+    processor,
+    images: Sequence[Any],
+    texts: Sequence[str],
+    boxes: Sequence[Sequence[Box]] | None = None,
+) -> torch.Tensor:
+    """Embeddings of one batch of images, each together with a text, through the language model.
+
+    Args:
+        images: For each text its image, or a list of its images; they stand before the text.
+        texts: B texts, such as instructions behind their prompt; an empty one leaves the image alone.
+        boxes: For each image, one after the other, at least one box `[x0, y0, x1, y1]` in its pixels. The boxes then
+            take the place of the image.
+
+    Returns:
+        (B, D) or (B, k, D), normalised, float32, on the CPU.
+
+    Raises:
+        ValueError: If there are not as many images as texts, or an image has no box where there are boxes.
+    """
+    return _unit(_read_fused(model, processor, images, texts, boxes).pooler_output)
+
+
+def remember(model, processor, images: Sequence[Any]) -> torch.Tensor:
+    """The memories of one batch of images: the states of the model's k [EMB] vectors behind each image.
+
+    They are enough to caption the image and to answer questions about it, see [`answer_from_memory`]. A calibrator,
+    which is about embeddings, has no part in them.
+
+    Returns:
+        (B, k, H), float32, on the CPU; H is the width of the language model.
+    """
+    with uncalibrated(model):
+        return embed_and_remember(model, processor, images)[1]
+
+
+def embed_and_remember(model, processor, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `embed_fused` gives for the images alone, and what `remember` gives, by one pass."""
+    output = _read_fused(model, processor, images, [""] * len(images))
+    return _unit(output.pooler_output), output.last_hidden_state.float().cpu()
+
+
+def generate_captions(model, processor, images: Sequence[Any], max_new_tokens: int = CAPTION_TOKENS) -> list[str]:
+    """The caption of each image of one batch, greedily."""
+    return generate_answers(model, processor, images, [""] * len(images), max_new_tokens)
+
+
+def generate_region_captions(
+    model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]], max_new_tokens: int = ANSWER_TOKENS
+) -> list[str]:
+    """The caption of each box of one batch of images, greedily; image after image. `boxes` as in `embed_regions`."""
+    prompts = [processor.image_token] * sum(map(len, boxes))
+    inputs = processor(images=list(images), boxes=list(boxes), text=prompts, return_tensors="pt")
+    return _generate(model, inputs, processor, max_new_tokens)
+
+
+def generate_answers(
+    model, processor, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int = CAPTION_TOKENS
+) -> list[str]:
+    """The answers to one batch of questions, each about its image, greedily; of an empty question, a caption.
+
+    Raises:
+        ValueError: If there are not as many images as questions.
+    """
+    _check_as_many(images, questions, "questions")
+    prompts = [processor.image_token + question for question in questions]
+    inputs = processor(images=list(images), text=prompts, padding=True, return_tensors="pt")
+    return _generate(model, inputs, processor, max_new_tokens)
+
+
+def answer_from_memory(
+    model,
+    processor,
+    memory: torch.Tensor,
+    questions: Sequence[str] | None = None,
+    max_new_tokens: int = CAPTION_TOKENS,
+) -> list[str]:
+    """The answers to one batch of questions about images that only their memories are left of, greedily.
+
+    Args:
+        memory: (B, j, H) as `remember` gives it, j from 1 to k; a memory for each question.
+        questions: B questions, an empty one for a caption; by default each image is captioned.
+
+    Raises:
+        ValueError: If there are not as many memories as questions, or the memory does not fit the model.
+    """
+    questions = [""] * len(memory) if questions is None else list(questions)
+    if len(memory) != len(questions):
+        raise ValueError(f"memory must have one entry for each of the {len(questions)} questions, got {len(memory)}")
+    inputs = processor(text=questions, padding=True, return_tensors="pt")
+    return _generate(model, inputs, processor, max_new_tokens, embedding_tokens=memory.to(model.device, model.dtype))
+
+
+def _read_fused(model, processor, images, texts, boxes=None):
+    """What the model returns for texts behind their images."""
+    _check_as_many(images, texts, "texts")
+    own_images = [list(own) if isinstance(own, list | tuple) else [own] for own in images]
+    if boxes is not None and (bare := [number for number, own in enumerate(boxes) if len(own) == 0]):
+        raise ValueError(f"boxes must name at least one box of each image, got none for image {bare[0]}")
+    inputs = processor(
+        images=[image for own in own_images for image in own],
+        boxes=boxes,
+        text=[processor.image_token * len(own) + text for own, text in zip(own_images, texts, strict=True)],
+        padding=True,
+        return_tensors="pt",
+    )
+    with inference(model):
+        return model.get_multimodal_features(**_to_model(model, inputs))
+
+
+def _generate(model, inputs, processor, max_new_tokens: int, **memory: torch.Tensor) -> list[str]:
+    with inference(model):
+        ids = model.generate(**_to_model(model, inputs), **memory, max_new_tokens=max_new_tokens, do_sample=False)
+    # Of a memory the model returns only what is new.
+    new_ids = ids if memory else ids[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+
+
+def _check_as_many(images: Sequence[Any], texts: Sequence[str], name: str):
+    if len(images) != len(texts):
+        raise ValueError(f"images must have one entry for each of the {len(texts)} {name}, got {len(images)}")
+
+
+def _to_model(model, inputs) -> dict[str, torch.Tensor]:
+    """The tensors on the model's device; pixels in its precision (boxes and ids stay as they are)."""
+    tensors = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    if "pixel_values" in tensors:
+        tensors["pixel_values"] = tensors["pixel_values"].to(model.dtype)
+    return tensors
+
+
+def _unit(embeddings: torch.Tensor) -> torch.Tensor:
+    return normalize(embeddings.float(), dim=-1).cpu()

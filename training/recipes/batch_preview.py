@@ -1,0 +1,131 @@
+"""A batch as the model gets it, for people to look at: texts with what is learned of each, images with boxes."""
+
+import math
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from mmgem.text_rows import IGNORED_LABEL
+from mmgem.training.data.rows import COLUMNS, ID_COLUMNS, IMAGE_COLUMNS, images_of
+
+_NOT_TOLD = (*IMAGE_COLUMNS, "edited_image", *ID_COLUMNS)
+_ROLES = {"memory": "memory_row", "document": "target_row"}  # that one text has for another
+_TILE = 224  # pixels of the shorter side of an image on the sheet, at least
+_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
+
+
+def describe_row(row: Mapping[str, Any]) -> str:
+    """One line that says what a row holds, column by column."""
+    images = [("image", image) for image in images_of(row)]
+    if row.get("edited_image") is not None:
+        images.append(("edited image", row["edited_image"]))
+    parts = [f"{name} of {image.width} x {image.height}" for name, image in images]
+    for column in COLUMNS:
+        value = row.get(column)
+        if column in _NOT_TOLD or value is None or value == []:
+            continue
+        count, first = (f" ({len(value)})", value[0]) if isinstance(value, list) else ("", value)
+        first = [round(corner) for corner in first] if column == "boxes" else first
+        parts.append(f"{column}{count} {first!r:.60}")
+    return f"{row['row_key']}: {', '.join(parts)}"
+
+
+def describe_texts(batch: Mapping[str, Any], processor) -> list[str]:
+    """
+    One line for each text of a batch: which image or box it goes with, what it is for, and its tokens as text, with
+    `[[ ]]` around those that the model learns to write (and an end token after them), or to put back.
+
+    A text that is to find an image or box by another image is "embedded with" that one. An image that the language
+    model embeds has a line without text; texts may be written from this "memory", or be to find it as a "document".
+
+    Args:
+        batch: from an `MMGEMCollator`, or a `MaskingCollator`.
+        processor: its processor.
+    """
+    if "text_mask" in batch:
+        labels = batch["input_ids"].masked_fill(~batch["text_mask"], IGNORED_LABEL)
+        batch = {**batch, "labels": labels, "contrastive_mask": torch.zeros_like(batch["text_mask"][:, 0])}
+    lines = []
+    for row in range(len(batch["input_ids"])):
+        is_token = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row][is_token], batch["labels"][row][is_token]
+        pieces = []
+        is_learned = labels != IGNORED_LABEL
+        for learned, positions in groupby(range(len(ids)), key=lambda position: bool(is_learned[position])):
+            text = processor.tokenizer.decode(ids[list(positions)])
+            pieces.append(f"[[{text}]]" if learned else text)
+        uses = _uses(batch, row)
+        uses += ["put back" if "text_mask" in batch else "generated"] if is_learned.any() else []
+        lines.append(f"{_target(batch, row):22}{' + '.join(uses):24}{''.join(pieces).strip()}")
+    return lines
+
+
+def contact_sheet(batch: Mapping[str, Any], processor) -> Image.Image | None:
+    """
+    The images of a batch as the model sees them, side by side, with the boxes that are trained; None without images.
+    Masked patches are gray.
+
+    Args:
+        batch: from an `MMGEMCollator`, or a `MaskingCollator`.
+        processor: its processor.
+    """
+    if "pixel_values" not in batch:
+        return None
+    tiles = [_tile(batch, number, processor.image_processor) for number in range(len(batch["pixel_values"]))]
+    columns = math.ceil(math.sqrt(len(tiles)))
+    width, height = tiles[0].size
+    sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(tiles) / columns) * (height + 4)), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % columns * (width + 4), number // columns * (height + 4)))
+    return sheet
+
+
+def _target(batch: Mapping[str, Any], row: int) -> str:
+    """What a text describes, is to find or is written from."""
+    image, box = int(batch["image_index"][row]), int(batch["box_index"][row])
+    if image < 0:
+        return "no image"
+    role = next((f"{role} of " for role, name in _ROLES.items() if name in batch and batch[name][row] >= 0), "")
+    return f"{role}image {image}" if box < 0 else f"{role}image {image}, box {box}"
+
+
+def _uses(batch: Mapping[str, Any], row: int) -> list[str]:
+    """What a text is embedded for."""
+    uses = [role for role, name in _ROLES.items() if name in batch and bool((batch[name] == row).any())]
+    if not bool(batch["contrastive_mask"][row]):
+        return uses
+    if "hard_negative_mask" in batch and bool(batch["hard_negative_mask"][row]):
+        return [*uses, "hard negative"]
+    is_fused = "fused_index" in batch and batch["fused_index"][row] >= 0
+    return [*uses, f"embedded with image {batch['fused_index'][row]}" if is_fused else "embedded"]
+
+
+def _tile(batch: Mapping[str, Any], number: int, image_processor) -> Image.Image:
+    pixels = batch["pixel_values"][number].float()  # (3, H, W)
+    if image_processor.do_normalize:
+        mean, std = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
+        pixels = pixels * std[:, None, None] + mean[:, None, None]
+    if image_processor.do_rescale:
+        pixels = pixels / image_processor.rescale_factor
+    if "patch_mask" in batch:
+        mask = batch["patch_mask"][number, None, None].float()  # (1, 1, rows, columns)
+        is_masked = torch.nn.functional.interpolate(mask, pixels.shape[1:]).bool()[0, 0]  # (H, W)
+        pixels = pixels.masked_fill(is_masked, 128)
+    view = Image.fromarray(pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+    scale = max(1, math.ceil(_TILE / min(view.size)))
+    view = view.resize((view.width * scale, view.height * scale), Image.Resampling.NEAREST)
+    tile = Image.new("RGB", (view.width, view.height + 14), "white")
+    tile.paste(view, (0, 14))
+    draw = ImageDraw.Draw(tile)
+    draw.text((2, 1), f"image {number}", fill="black")
+    for box, corners in enumerate(batch["boxes"][number].tolist() if "boxes" in batch else []):
+        if any(corners):  # rows of zeros are padding
+            x0, x1 = (corner * (view.width - 1) for corner in corners[::2])
+            y0, y1 = (corner * (view.height - 1) + 14 for corner in corners[1::2])
+            color = _COLORS[box % len(_COLORS)]
+            draw.rectangle((x0, y0, x1, y1), outline=color, width=2)
+            draw.text((x0 + 4, y0 + 2), f"box {box}", fill=color)
+    return tile

@@ -1,0 +1,84 @@
+"""Captions of the images of an index, and answers about them, from memory: the image files may be gone."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mmgem.training.inference import answer_from_memory
+from mmgem.training.search.index import SearchIndex
+
+BATCH_SIZE = 32
+
+
+class Answer(NamedTuple):
+    """What the model writes about one image; `score` says how near the image is to what was searched for."""
+
+    path: Path
+    text: str
+    score: float | None
+
+
+def ask(
+    index: SearchIndex,
+    question: str | None = None,
+    images: Sequence[str | Path] | None = None,
+    search: str | None = None,
+    top: int = 1,
+    prompt: str | None = None,
+) -> list[Answer]:
+    """Asks about images of an index that was built with memory (CoMa's compressed tokens as a store,
+    https://arxiv.org/abs/2511.08480). No image is read and the vision tower does not run.
+
+    Args:
+        index: The index.
+        question: By default each image is captioned.
+        images: Which ones: names as in the index, or paths of files that are or were in its folder.
+        search: Instead, a text that finds them.
+        top: How many it finds.
+        prompt: Name of the model's prompt that is put before `search`.
+
+    Returns:
+        An answer for each image, in the order given, or the nearest first.
+
+    Raises:
+        ValueError: If not exactly one of `images` and `search` is given, if an image is not in the index, if the
+            index has no memory, for an empty question, and as `SearchIndex.search`.
+    """
+    if (images is None) == (search is None):
+        given = "neither is" if images is None else "both are"
+        raise ValueError(f"expected one of images and search, but {given} given")
+    if question is not None and not question.strip():
+        raise ValueError(f"question is {question!r}; expected one, or None for captions")
+    scores: list[float | None]
+    if images is not None:
+        if prompt is not None:
+            raise ValueError(f"prompt is {prompt!r}, but there is no search for it to stand before; expected None")
+        rows, scores = _find_rows(index, images), [None] * len(images)
+    else:
+        hits = index.search(search, top=top, prompt=prompt)
+        rows, scores = [hit.row for hit in hits], [hit.score for hit in hits]
+    texts: list[str] = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        memory = index.memory(rows[start : start + BATCH_SIZE])  # (B, J, H)
+        questions = None if question is None else [question] * len(memory)
+        texts += answer_from_memory(index.model, index.processor, memory, questions)
+    return [Answer(index.path(row), text, score) for row, text, score in zip(rows, texts, scores, strict=True)]
+
+
+def _find_rows(index: SearchIndex, images: Sequence[str | Path]) -> list[int]:
+    if not images:
+        raise ValueError("images is empty; expected at least one name")
+    row_of = {name: row for row, name in enumerate(index.rows["file_name"][:])}
+    rows = []
+    for image in images:
+        # A path may lead there through a link, and the file may itself be one.
+        paths = (Path(os.path.abspath(image)), Path(image).resolve())
+        inside = [path.relative_to(index.folder).as_posix() for path in paths if path.is_relative_to(index.folder)]
+        row = next((row_of[name] for name in [Path(image).as_posix(), *inside] if name in row_of), None)
+        if row is None:
+            raise ValueError(
+                f"image is {str(image)!r}, which is not in the index; expected a name such as {min(row_of)!r}"
+            )
+        rows.append(row)
+    return rows

@@ -1,0 +1,108 @@
+"""What tells whether a model is the one that made an index: its settings, its weights, and what it makes of probes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.functional import pad
+
+from mmgem.training.inference import embed_fused, embed_images, embed_texts, remember
+
+# What a model does otherwise, if its probe is another one. "text" and "weights" need no vision tower: they tell
+# whether an index may be asked with texts, and from memory.
+KINDS = {
+    "text": "embeds texts otherwise",
+    "image": "embeds images otherwise",
+    "fused": "embeds images with texts otherwise",
+    "memory": "remembers images otherwise",
+    "weights": "has other weights",
+}
+
+# Distance of two probes, relative to their length, that are taken for one. Rounding to bfloat16 leaves 0.01 of
+# embeddings (0.045 is a cosine of 0.999) and 0.0025 of weights, which a short training changes more than that.
+_TOLERANCE, _TOLERANCE_OF_WEIGHTS = 0.045, 0.005
+
+_CONFIG_FIELDS = (
+    "num_embedding_tokens",
+    "embedding_pooling",
+    "text_attention",
+    "projection_dim",
+    "num_visual_tokens",
+    "prompts",
+    "embedding_prompt_ids",
+    "calibrated_modalities",
+)
+_VALUES_PER_WEIGHT = 64
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a model is known by.
+
+    Args:
+        settings: Those that change an embedding, by name, as JSON has them.
+        probes: (rows, width) float32 by kind, see `KINDS`: evenly spaced values of every weight; embeddings of a fixed
+            text, picture, and both; the memory of the picture.
+    """
+
+    settings: dict[str, Any]
+    probes: dict[str, torch.Tensor]
+
+    @classmethod
+    def take(cls, model, processor, kinds: Iterable[str]) -> "Fingerprint":
+        """The fingerprint of a model, with probes of some kinds."""
+        settings = {name: getattr(model.config, name) for name in _CONFIG_FIELDS}
+        settings |= {"prompts": settings["prompts"] or None, "model_max_length": processor.tokenizer.model_max_length}
+        return cls(settings, {kind: _probe(model, processor, kind) for kind in kinds})
+
+    def difference(self, other: "Fingerprint") -> str | None:
+        """In which way a model with the fingerprint `other` is another one, as a clause; None if it is the same.
+
+        Probes are compared where both have them.
+        """
+        for name, value in self.settings.items():
+            if other.settings.get(name) != value:
+                return f"whose {name} is {other.settings.get(name)!r} instead of {value!r}"
+        for kind, clause in KINDS.items():
+            if kind in self.probes and kind in other.probes:
+                tolerance = _TOLERANCE_OF_WEIGHTS if kind == "weights" else _TOLERANCE
+                if not _is_same(self.probes[kind], other.probes[kind], tolerance):
+                    return f"which {clause}"
+        return None
+
+
+def _is_same(probe: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    if probe.shape != other.shape:
+        return False
+    distances = (probe - other).norm(dim=-1) / probe.norm(dim=-1).clamp(min=1e-12)  # (rows,)
+    return bool((distances <= tolerance).all())
+
+
+def _probe(model, processor, kind: str) -> torch.Tensor:
+    if kind == "weights":
+        return _sample_weights(model)
+    text = "Find the image that shows 3 small blue stars, and a RED circle (on the left)!"
+    upward, outward = Image.linear_gradient("L"), Image.radial_gradient("L")
+    # Not square, so that views of an image by other rules differ.
+    picture = Image.merge("RGB", (upward, upward.rotate(90), outward)).crop((0, 0, 256, 160))
+    if kind == "text":
+        probe = embed_texts(model, processor, [text])
+    elif kind == "image":
+        probe = embed_images(model, processor, [picture])
+    elif kind == "fused":
+        probe = embed_fused(model, processor, [picture], [text])
+    else:
+        probe = remember(model, processor, [picture])
+    return probe.reshape(-1, probe.shape[-1])  # one row, or k
+
+
+def _sample_weights(model) -> torch.Tensor:
+    """(weights, 64) Evenly spaced values of each, zeros behind those of a smaller one."""
+    rows = []
+    for weight in model.state_dict().values():
+        if weight.is_floating_point():
+            values = weight.flatten()[:: max(1, weight.numel() // _VALUES_PER_WEIGHT)][:_VALUES_PER_WEIGHT]
+            rows.append(pad(values.float().cpu(), (0, _VALUES_PER_WEIGHT - len(values))))
+    return torch.stack(rows)

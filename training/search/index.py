@@ -1,0 +1,212 @@
+"""A search index in memory, asked with text, images, or both; `index_building` makes it, `index_storage` keeps it."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from mmgem.processing.image_loading import load_image
+from mmgem.training.inference import Box, embed_fused, embed_images, embed_regions, embed_texts, embedded_kinds
+from mmgem.training.loading import load_checkpoint
+from mmgem.training.search.fingerprint import Fingerprint
+from mmgem.training.search.storage import (
+    ROWS_FILE,
+    ArrayColumn,
+    IndexFacts,
+    is_index,
+    partial_place,
+    read_rows,
+)
+from mmgem.training.search.vector_search import VectorSearch
+
+
+class Hit(NamedTuple):
+    """One answer: its score, -1 to 1, which is the cosine to the query or, of several vectors, MaxSim; the image file;
+    and its number in the index."""
+
+    score: float
+    path: Path
+    row: int
+
+
+class SearchIndex:
+    """An index in memory, with the model that answers queries from it.
+
+    Args:
+        rows: The rows of the index.
+        facts: What is known of them.
+        model: The `MMGEMModel` that embedded them.
+        processor: Its `MMGEMProcessor`.
+    """
+
+    def __init__(self, rows: Dataset, facts: IndexFacts, model, processor):
+        self.rows, self.facts, self.model, self.processor = rows, facts, model, processor
+        self.vectors = VectorSearch(ArrayColumn(rows, "embedding")[:], facts.codec)
+        self._checked: set[str] = set()
+
+    @classmethod
+    def load(cls, path: str | Path, model=None, processor=None) -> "SearchIndex":
+        """Reads an index from disk.
+
+        Settings, weights, and what the model makes of a text are compared with those of the model that built it; what
+        it makes of an image, before the first query with one. So no vision tower runs if there is none.
+
+        Args:
+            path: What `build_index` wrote.
+            model, processor: The model that built it; by default loaded from where it was loaded then.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, or the model is not where it was.
+            ValueError: If the folder is not an index, another model is given than the one that built it, or a model
+                without its processor.
+        """
+        path = Path(path)
+        if not path.exists():
+            unfinished = is_index(partial_place(path))
+            hint = "; its making was interrupted, and goes on when it is started again" if unfinished else ""
+            raise FileNotFoundError(f"index is {str(path)!r}, which is not there{hint}")
+        facts = IndexFacts.read(path, "index")
+        if (model is None) != (processor is None):
+            given, missing = ("model", "processor") if processor is None else ("processor", "model")
+            raise ValueError(f"{missing} is None, but a {given} is given; expected both, or neither")
+        if model is None:
+            model, processor = load_checkpoint(facts.model)
+        index = cls(read_rows(path / ROWS_FILE), facts, model, processor)
+        index._check("weights", *(kind for kind in embedded_kinds(model.config) if kind == "text"))
+        return index
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def folder(self) -> Path:
+        """Where the images are, or were."""
+        return Path(self.facts.folder)
+
+    def path(self, row: int) -> Path:
+        """The image file of a row."""
+        return self.folder / self.rows[row : row + 1]["file_name"][0]
+
+    def search(
+        self,
+        text: str | None = None,
+        image: Any = None,
+        top: int = 10,
+        boxes: Sequence[Box] | None = None,
+        prompt: str | None = None,
+        vectors: int | None = None,
+        query_vectors: int | None = None,
+    ) -> list[Hit]:
+        """The images nearest to a query, best first.
+
+        Args:
+            text: What to look for; with an image, what is said about the image (read after it, by the language model).
+            image: A picture of any kind `load_image` takes; with a text also a list of them.
+            top: The number of answers; fewer if the index has fewer images.
+            boxes: Of the image, the part that is looked for, or, with a text, the parts that it speaks about:
+                `[x0, y0, x1, y1]` in pixels.
+            prompt: Name of the model's prompt that is put before the text.
+            vectors: Of an index with several vectors per image, how many of the first ones are compared; by default
+                all. Nothing is embedded again: they are what an index with fewer vectors has.
+            query_vectors: Likewise of the query; by default as many as of an image.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: If `image` or `boxes` cannot be read, see `load_image` and
+                `check_boxes`; if neither text nor image is given; for a name that is not among the model's prompts,
+                or numbers that are out of range; or if the model embeds otherwise than it did.
+        """
+        if text is None and image is None:
+            raise ValueError("text and image are both None; expected at least one of them")
+        if image is None and text is not None and not text.strip():
+            raise ValueError(f"text is {text!r}; expected something to look for")
+        if top < 1:
+            raise ValueError(f"top must be 1 or more, got {top}")
+        vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0)
+        if query_vectors is None:
+            query_vectors = vectors
+        query_vectors = self._count("query_vectors", query_vectors, self.model.config.num_embedding_tokens)
+        if prompt is not None:
+            text = self._prompt(prompt, text)
+        query = self.facts.settings.shorten(self._embed_query(text, image, boxes), query_vectors)
+        scores, rows = self.vectors.search(query[0].numpy(), top, vectors)
+        names = self.rows.select_columns(["file_name"])[rows]["file_name"]
+        return [
+            Hit(float(score), self.folder / name, int(row))
+            for score, name, row in zip(scores, names, rows, strict=True)
+        ]
+
+    def memory(self, rows: Sequence[int]) -> torch.Tensor:
+        """(B, J, H) float16 The memories of some images.
+
+        Raises:
+            ValueError: If the index has none.
+        """
+        if self.facts.settings.memory is None:
+            raise ValueError(f"the index of {self.facts.folder!r} has no memory; make it anew with `--with-memory`")
+        return torch.tensor(ArrayColumn(self.rows, "memory")[list(rows)])
+
+    def _check(self, *kinds: str) -> None:
+        """Compares what the model makes of probes with what it made of them, once."""
+        if self._checked.issuperset(kinds):
+            return
+        fingerprint = Fingerprint.take(self.model, self.processor, kinds)
+        if difference := self.facts.fingerprint.difference(fingerprint):
+            raise ValueError(
+                f"model is {self.model.name_or_path!r}, {difference}, compared with {self.facts.model!r} when it made "
+                f"the index of {self.facts.folder!r}; expected the same model, or an index made anew"
+            )
+        self._checked |= {*kinds}
+
+    def _count(self, name: str, count: int | None, limit: int) -> int | None:
+        if count is None:
+            return None
+        if self.facts.settings.vectors is None:
+            raise ValueError(f"{name} is {count}, but the index has a single vector of each image; expected None")
+        if not 1 <= count <= limit:
+            raise ValueError(f"{name} is {count}; expected 1 to {limit}")
+        return count
+
+    def _prompt(self, name: str, text: str | None) -> str:
+        """The text with the prompt before it."""
+        prompts = self.model.config.prompts or {}
+        if name not in prompts:
+            known = f"one of {', '.join(map(repr, prompts))}" if prompts else "None, since the model has no prompts"
+            raise ValueError(f"prompt is {name!r}; expected {known}")
+        if text is None:
+            raise ValueError(f"prompt is {name!r}, but there is no text for it to stand before; expected one")
+        return prompts[name] + text
+
+    def _embed_query(self, text: str | None, image: Any, boxes: Sequence[Box] | None) -> torch.Tensor:
+        """(1, D) or (1, k, D)"""
+        if image is None:
+            if boxes is not None:
+                raise ValueError("boxes are given without an image; expected the one that they lie in")
+            assert text is not None
+            return embed_texts(self.model, self.processor, [text])
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if boxes is not None and len(images) > 1:
+            raise ValueError(f"boxes are given with {len(images)} images; expected the one that they lie in")
+        return self._embed_with_images(text, _load_all(images), boxes)
+
+    def _embed_with_images(
+        self, text: str | None, images: list[Image.Image], boxes: Sequence[Box] | None
+    ) -> torch.Tensor:
+        self._check("image" if text is None else "fused")
+        if text is not None:
+            return embed_fused(self.model, self.processor, [images], [text], None if boxes is None else [boxes])
+        if len(images) > 1 or (boxes is not None and len(boxes) > 1):
+            parts = f"{len(images)} images" if boxes is None else f"{len(boxes)} boxes"
+            raise ValueError(f"{parts} are given without a text; expected one, or a text that speaks about them")
+        if boxes is None:
+            return embed_images(self.model, self.processor, images)
+        return embed_regions(self.model, self.processor, images, [boxes])
+
+
+def _load_all(images: Iterable[Any]) -> list[Image.Image]:
+    images = [load_image(image) for image in images]
+    if not images:
+        raise ValueError("image is an empty list; expected at least one picture")
+    return images

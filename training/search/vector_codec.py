@@ -1,0 +1,72 @@
+"""Unit vectors as they are stored: as they are, in a byte for each value, or in a bit for each."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from mmgem.training.search.settings import Precision
+
+
+@dataclass(frozen=True)
+class VectorCodec:
+    """Between vectors and their codes, by sentence-transformers' `quantize_embeddings`.
+
+    Encoding what was decoded gives the same codes again, so that an index can be rewritten without loss.
+
+    Args:
+        precision: `"float32"`; `"int8"`, one of 256 steps (stored as `uint8`, which is what FAISS takes); `"binary"`,
+            the sign, eight to a byte.
+        dimensions: D.
+        bound: Of `"int8"`, the steps go from `-bound` to `bound`, for every dimension alike: then distances of codes
+            are distances of vectors. Values beyond are cut.
+    """
+
+    precision: Precision
+    dimensions: int
+    bound: float = 1.0
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32 if self.precision == "float32" else np.uint8)
+
+    @property
+    def width(self) -> int:
+        """W, values of one code."""
+        return -(-self.dimensions // 8) if self.precision == "binary" else self.dimensions
+
+    @property
+    def step(self) -> float:
+        """Width of one of the 256 steps."""
+        return 2 * self.bound / 255
+
+    @cached_property
+    def ranges(self) -> np.ndarray:
+        """(2, D) least and largest value, as sentence-transformers takes them."""
+        return np.array([[-self.bound], [self.bound]], np.float32).repeat(self.dimensions, axis=1)
+
+    def with_bound(self, bound: float) -> "VectorCodec":
+        return replace(self, bound=bound)
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """(..., D) float32 -> (..., W) codes"""
+        if self.precision == "float32":
+            return vectors
+        from sentence_transformers.util.quantization import quantize_embeddings  # takes seconds to import
+
+        flat = vectors.reshape(-1, self.dimensions)
+        precision = "uint8" if self.precision == "int8" else "ubinary"
+        codes = quantize_embeddings(flat, precision=precision, ranges=self.ranges)  # type: ignore[arg-type]
+        return np.asarray(codes).reshape(*vectors.shape[:-1], self.width)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """(..., W) codes -> (..., D) float32: the middle of each step, or signs at unit length"""
+        if self.precision == "float32":
+            return codes
+        if self.precision == "int8":
+            vectors = codes.astype(np.float32)
+            vectors *= self.step
+            vectors += self.step / 2 - self.bound
+            return vectors
+        bits = np.unpackbits(codes, axis=-1, count=self.dimensions)
+        return (2 * bits.astype(np.float32) - 1) / np.float32(self.dimensions**0.5)

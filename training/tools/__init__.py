@@ -1,1 +1,0 @@
-"""What is done with a trained model: search, captions of folders, averages, the demo."""

@@ -1,0 +1,72 @@
+"""What can be said about a training run, beyond what transformers' `TrainingArguments` say."""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MMGEMTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with those of the joint loss.
+
+    Args:
+        caption_loss_weight, contrastive_loss_weight: of the two losses, 0 or more. At 0 its part is not computed.
+        contrastive_objective: options of [`mmgem.training.trainer.contrastive_losses.build_objective`]; by default
+            plain InfoNCE.
+        grad_cache_chunk_size: images whose graph is held at a time (GradCache, https://arxiv.org/abs/2101.06983); by
+            default the whole batch.
+        freeze, train_only: parts of the model, see [`mmgem.training.trainer.parameter_selection.set_trainable`].
+        learning_rates: of single parts, see [`mmgem.training.trainer.parameter_selection.parameter_groups`].
+        lora: arguments of [`mmgem.training.trainer.lora.add_lora`].
+        ema_decay: of the exponential moving average of the weights, in (0, 1), with which the model is evaluated and
+            ends; by default there is none.
+        max_tokens_per_batch: visual and text tokens of a batch, which then varies in its number of rows; see
+            [`mmgem.training.data.batching.TokenBudgetBatchSampler`].
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    caption_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the captioning loss."})
+    contrastive_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the contrastive loss."})
+    contrastive_objective: dict | None = field(default=None, metadata={"help": "Options of the contrastive loss."})
+    grad_cache_chunk_size: int | None = field(default=None, metadata={"help": "Images in a chunk of GradCache."})
+    freeze: list[str] | None = field(default=None, metadata={"help": "Parts of the model that are not trained."})
+    train_only: list[str] | None = field(default=None, metadata={"help": "The only parts that are trained."})
+    learning_rates: dict | None = field(default=None, metadata={"help": "Learning rates of single parts."})
+    lora: dict | None = field(default=None, metadata={"help": "LoRA on the towers."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
+    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Token budget of a batch."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads all columns."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # Each process reads its own rows of a stream; accelerate would cut batches, whose parts differ in length.
+            self.accelerator_config.dispatch_batches = False
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter that trains has a part in every step
+        weights = ("caption_loss_weight", "contrastive_loss_weight")
+        for name in weights:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 or more.")
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError("`caption_loss_weight` and `contrastive_loss_weight` are both 0; expected one above it.")
+        for name in ("grad_cache_chunk_size", "max_tokens_per_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected 1 or more, or None.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` is {self.ema_decay}; expected a number between 0 and 1, such as 0.999.")
+        if self.contrastive_loss_weight and self.train_batch_size * self.world_size < 2:
+            raise ValueError(
+                "`per_device_train_batch_size` is 1 on one process; in-batch negatives expect at least 2 images, or "
+                "`contrastive_loss_weight` 0."
+            )
+        instructions = [is_there for name, is_there in torch.cpu.get_capabilities().items() if "bf16" in name]
+        if self.bf16 and self.device.type == "cpu" and instructions and not any(instructions):
+            logger.warning("`bf16` is True, for which this processor has no instructions; it is faster without.")

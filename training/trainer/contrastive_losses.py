@@ -1,0 +1,317 @@
+"""The forms of the contrastive loss that a recipe can ask for, each of them an option."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from mmgem.contrastive import ContrastiveObjective, Pairs, Ranking
+from mmgem.contrastive_batch import ContrastiveBatch
+from mmgem.training.argument_checks import check_arguments, check_keys, check_type
+
+TEACHERS = {"momentum": float, "pretrained": str}
+
+
+@dataclass(kw_only=True)
+class MaskedObjective(ContrastiveObjective):
+    """
+    What the forms share: which negatives are left out, and which parts of the embeddings have to do without the rest.
+
+    Args:
+        modality_aware: whether images and regions are kept from being each other's negatives (UNITE,
+            https://arxiv.org/abs/2505.19650). If not, they are, but for an image and its own regions; hard negatives
+            stay with images in any case.
+        false_negative_threshold: negatives whose similarity with the anchor is above it are left out, as they are
+            probably none; with cosines, a threshold above 1 leaves out nothing.
+        vector_groups: for embeddings of k vectors, pairs of how many of them, from the first on, the texts and the
+            targets have, such as `[[1, 1], [2, 4], [4, 8]]`, each pair with a loss of its own, so that any of them can
+            be chosen when searching (MetaEmbed, https://arxiv.org/abs/2509.18095); by default all k.
+        dimensions: how many, from the first on, an embedding has, each with a loss of its own beside that of all of
+            them (Matryoshka representations, https://arxiv.org/abs/2205.13147); of k vectors, the first group's.
+
+    Raises:
+        ValueError: if the threshold is no finite number, groups or dimensions do not grow, or groups are not pairs.
+    """
+
+    modality_aware: bool = True
+    false_negative_threshold: float | None = None
+    vector_groups: list | None = None
+    dimensions: list[int] | None = None
+
+    def __post_init__(self):
+        _check_range("false_negative_threshold", self.false_negative_threshold)
+        if self.vector_groups is not None:
+            _check_groups(self.vector_groups)
+        if self.dimensions is not None:
+            check_type(self.dimensions, list[int], "`dimensions`")
+            _check_growing("dimensions", [0, *self.dimensions])
+
+    def views(self, batch: ContrastiveBatch) -> list[ContrastiveBatch]:
+        """
+        Raises:
+            ValueError: if the embeddings have fewer vectors or dimensions than are asked for.
+        """
+        views = [batch]
+        if self.vector_groups is not None:
+            shapes = [tuple(embeds.shape[1:-1]) for embeds in (batch.query_embeds, batch.target_embeds)]
+            if any(not shape or shape[0] < count for shape, count in zip(shapes, self.vector_groups[-1], strict=True)):
+                raise ValueError(
+                    f"`vector_groups` goes up to {self.vector_groups[-1]}; expected no more vectors than texts and "
+                    f"targets have, {shapes}."
+                )
+            views = [
+                replace(
+                    batch,
+                    query_embeds=batch.query_embeds[:, :query_count],  # (Q, q, D)
+                    target_embeds=batch.target_embeds[:, :target_count],  # (P, t, D)
+                )
+                for query_count, target_count in self.vector_groups
+            ]
+        whole = batch.query_embeds.shape[-1]
+        if self.dimensions is not None and self.dimensions[-1] > whole:
+            raise ValueError(f"`dimensions` goes up to {self.dimensions[-1]}; expected at most {whole}.")
+        return [*views, *(_narrowed(views[0], width) for width in self.dimensions or () if width < whole)]
+
+    def mask(self, ranking: Ranking) -> torch.Tensor:
+        left_out = ranking.other_modality  # (A, C)
+        if not self.modality_aware:
+            left_out = left_out & ranking.same_image
+        if self.false_negative_threshold is not None:
+            left_out = left_out | (~ranking.describes & (ranking.scores > self.false_negative_threshold))
+        return left_out
+
+
+@dataclass(kw_only=True)
+class InfoNCE(MaskedObjective):
+    """
+    [`ContrastiveObjective`] with options; without any it is the same.
+
+    With s(a, c) the similarity of an anchor and a candidate, p the anchor's positive and t the inverse temperature,
+    the loss of an anchor is the cross-entropy between target probabilities q(c) and
+
+        softmax over c of  t s(a, c) + hardness * stop_gradient(s(a, c)) * [c is a negative]
+
+    Args:
+        modality_aware, false_negative_threshold: see [`MaskedObjective`].
+        all_positives: whether q is uniform over all candidates that belong to the anchor by their ids (SupCon's "out"
+            form, https://arxiv.org/abs/2004.11362); by default q(p) is 1 and the others are left out.
+        false_negative_margin: negatives with s(a, c) > s(a, p) + margin are left out (Qwen3 Embedding,
+            https://arxiv.org/abs/2506.05176, has 0.1).
+        false_negative_teacher_margin: the same with a teacher's similarities (GISTEmbed,
+            https://arxiv.org/abs/2402.16829, has 0).
+        hardness: of two negatives, how much the harder one weighs more; 0 or more (LLaVE,
+            https://arxiv.org/abs/2503.04812, has 9; RzenEmbed, https://arxiv.org/abs/2510.27350).
+        soft_targets: in [0, 1], the share of a teacher in the targets: (1 - share) q + share * softmax of its scaled
+            similarities (ALBEF, https://arxiv.org/abs/2107.07651, has 0.4).
+        teacher: `{"momentum": 0.995}`, a moving average of the model, or `{"pretrained": folder}`; for the two options
+            that ask for one.
+
+    Raises:
+        ValueError: for a value out of its range, options that exclude each other, a missing or useless teacher.
+    """
+
+    all_positives: bool = False
+    false_negative_margin: float | None = None
+    false_negative_teacher_margin: float | None = None
+    hardness: float = 0.0
+    soft_targets: float | None = None
+    teacher: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_range("false_negative_margin", self.false_negative_margin)
+        _check_range("false_negative_teacher_margin", self.false_negative_teacher_margin)
+        _check_range("hardness", self.hardness, lowest=0.0)
+        _check_range("soft_targets", self.soft_targets, lowest=0.0, highest=1.0)
+        by = ("false_negative_threshold", "false_negative_margin", "false_negative_teacher_margin")
+        given = [name for name in by if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` and `{given[1]}` exclude each other; expected one of them.")
+        if self.hardness and self.soft_targets is not None:
+            raise ValueError(
+                "`hardness` and `soft_targets` exclude each other: with soft targets no candidate is only a negative."
+            )
+        self._check_teacher()
+
+    def _check_teacher(self):
+        asking = [n for n in ("soft_targets", "false_negative_teacher_margin") if getattr(self, n) is not None]
+        if self.teacher is None:
+            if asking:
+                raise ValueError(f"`{asking[0]}` is given without a `teacher`; expected one, as {{momentum: 0.995}}.")
+            return
+        check_keys(self.teacher, TEACHERS, "`teacher`")
+        if not asking:
+            raise ValueError("`teacher` is given, but no `soft_targets` or `false_negative_teacher_margin` to ask it.")
+        if len(self.teacher) != 1:
+            raise ValueError(f"`teacher` has the keys {sorted(self.teacher)}; expected one of {', '.join(TEACHERS)}.")
+        [(name, value)] = self.teacher.items()
+        check_type(value, TEACHERS[name], f"`{name}` of the `teacher`")
+        if name == "momentum":
+            _check_range(name, value, lowest=0.0, highest=1.0)
+
+    def mask(self, ranking: Ranking) -> torch.Tensor:
+        left_out = super().mask(ranking)
+        if not self.all_positives:
+            left_out = left_out | ranking.other_positives
+        margin, scores = self.false_negative_margin, ranking.scores
+        if self.false_negative_teacher_margin is not None:
+            margin, scores = self.false_negative_teacher_margin, _teacher_of(ranking)[0]
+        if margin is not None:
+            of_positive = scores.gather(1, ranking.positive[:, None])  # (A, 1)
+            left_out = left_out | (~ranking.describes & (scores > of_positive + margin))
+        return left_out
+
+    def weights(self, ranking: Ranking) -> torch.Tensor | None:
+        if not self.hardness:
+            return None
+        return (self.hardness * ranking.scores.detach()).masked_fill(ranking.describes, 0.0)
+
+    def targets(self, ranking: Ranking, left_out: torch.Tensor) -> torch.Tensor:
+        if not self.all_positives and self.soft_targets is None:
+            return ranking.positive
+        right = (ranking.describes & ~left_out).to(ranking.scores.dtype)  # (A, C)
+        targets = right / right.sum(-1, keepdim=True)
+        if self.soft_targets is None:
+            return targets
+        scores, scale = _teacher_of(ranking)
+        logits = scale * scores
+        teacher = logits.masked_fill(left_out, torch.finfo(logits.dtype).min).softmax(-1)
+        return torch.lerp(targets, teacher, self.soft_targets)
+
+
+@dataclass(kw_only=True)
+class PairwiseSigmoid(MaskedObjective):
+    """
+    SigLIP's loss (https://arxiv.org/abs/2303.15343): every pair of a text and a target is told right from wrong alone.
+
+        -1/N * sum over texts q and targets p of  log sigmoid(z(q, p) (t s(q, p) + b))
+
+    where z is 1 if the text describes the target and -1 if not, and N is the number of texts that describe something.
+    Texts of images and of regions each have their N, and the two losses are added.
+
+    Args:
+        modality_aware, false_negative_threshold: see [`MaskedObjective`].
+    """
+
+    teacher = None
+
+    def anchors(self, pairs: Pairs) -> torch.Tensor:
+        if pairs.batch.logit_bias is None:
+            raise ValueError(
+                "The loss `sigmoid` needs a model with a logit bias; expected `logit_bias_init_value` in its "
+                "configuration, such as -10."
+            )
+        return torch.arange(len(pairs.batch.query_ids), device=pairs.describing.device)  # hard negatives too
+
+    def loss(self, pairs: Pairs, rows: torch.Tensor) -> torch.Tensor:
+        ranking = pairs.by_text(rows)
+        wrong = torch.where(ranking.describes, -ranking.logits, ranking.logits)  # (A, P)
+        losses = F.softplus(wrong).masked_fill(self.mask(ranking), 0.0).sum(-1)  # (A,)
+        return (losses / pairs.counts[rows]).sum()
+
+
+LOSSES = {"infonce": InfoNCE, "sigmoid": PairwiseSigmoid}
+
+
+def build_objective(loss: str = "infonce", **options: Any) -> InfoNCE | PairwiseSigmoid:
+    """
+    The contrastive objective that a recipe's section describes. Hard negatives are no option: they come with the data.
+
+    Args:
+        loss: `infonce` or `sigmoid`.
+        options: those of [`InfoNCE`] or [`PairwiseSigmoid`].
+
+    Returns:
+        The objective; its `teacher` says which model has to embed each batch beside the one in training, if any.
+
+    Raises:
+        ValueError: for an unknown loss or option (the nearest one is named), a value of a wrong type or out of its
+            range, or options that exclude each other.
+    """
+    if not isinstance(loss, str) or loss not in LOSSES:
+        raise ValueError(f"`loss` is {loss!r}; expected {' or '.join(LOSSES)}.")
+    check_arguments(options, LOSSES[loss], f"the objective `{loss}`")
+    return LOSSES[loss](**options)
+
+
+def check_embedding_views(objective: MaskedObjective, config) -> None:
+    """
+    Refuse parts of embeddings that a model does not have, before anything is trained.
+
+    Args:
+        objective: from [`build_objective`].
+        config: the model's.
+
+    Raises:
+        ValueError: naming the option, what it asks for and what the model has.
+    """
+    if objective.vector_groups is not None:
+        if config.embedding_pooling != "multi_vector":
+            raise ValueError(
+                f"`vector_groups` is {objective.vector_groups}, but `embedding_pooling` is "
+                f"{config.embedding_pooling!r}; expected 'multi_vector'."
+            )
+        if max(objective.vector_groups[-1]) > config.num_embedding_tokens:
+            raise ValueError(
+                f"`vector_groups` is {objective.vector_groups}; expected at most `num_embedding_tokens`, "
+                f"{config.num_embedding_tokens}."
+            )
+    if objective.dimensions is not None and objective.dimensions[-1] > config.projection_dim:
+        raise ValueError(
+            f"`dimensions` is {objective.dimensions}; expected at most `projection_dim`, {config.projection_dim}."
+        )
+
+
+def _check_groups(groups: object) -> None:
+    """Nested: each group holds the one before it, on both sides, and is larger on one."""
+    is_pair = (
+        isinstance(groups, Sequence)
+        and len(groups) > 0
+        and all(
+            isinstance(group, Sequence) and len(group) == 2 and all(type(n) is int and n > 0 for n in group)
+            for group in groups
+        )
+    )
+    if not is_pair:
+        raise ValueError(
+            f"`vector_groups` is {groups!r}; expected pairs of whole numbers above 0, such as [[1, 1], [4, 8]]."
+        )
+    assert isinstance(groups, Sequence)
+    for group, larger in zip(groups, groups[1:], strict=False):
+        if list(group) == list(larger) or any(n > m for n, m in zip(group, larger, strict=True)):
+            raise ValueError(
+                f"`vector_groups` is {groups!r}; expected nested groups, but {larger} does not hold {group}."
+            )
+
+
+def _check_growing(name: str, numbers: list[int]) -> None:
+    if len(numbers) < 2 or any(n >= m for n, m in zip(numbers, numbers[1:], strict=False)):
+        raise ValueError(f"`{name}` is {numbers[1:]}; expected whole numbers above 0 that grow.")
+
+
+def _narrowed(batch: ContrastiveBatch, width: int) -> ContrastiveBatch:
+    """The first dimensions of embeddings, of unit length again."""
+    query_embeds, target_embeds = (
+        F.normalize(embeds[..., :width], dim=-1) for embeds in (batch.query_embeds, batch.target_embeds)
+    )
+    return replace(batch, query_embeds=query_embeds, target_embeds=target_embeds)
+
+
+def _check_range(name: str, value: float | None, lowest: float = -math.inf, highest: float = math.inf):
+    if value is None:
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` is {value}; expected a finite number.")
+    if not lowest <= value <= highest:
+        between = f"between {lowest:g} and {highest:g}" if math.isfinite(highest) else f"of {lowest:g} or more"
+        raise ValueError(f"`{name}` is {value}; expected a number {between}.")
+
+
+def _teacher_of(ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its similarities (A, C) and its scale."""
+    if ranking.teacher_scores is None or ranking.teacher_scale is None:
+        raise ValueError("The objective asks a teacher, but was called without one; expected its batch as `teacher`.")
+    return ranking.teacher_scores, ranking.teacher_scale

@@ -1,0 +1,141 @@
+"""LoRA on the towers, through peft; the modules beside them train in full and are saved with the adapter."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.training.argument_checks import check_keys
+from mmgem.training.trainer.parameter_selection import is_bare, own_name, set_trainable
+
+TOWERS = ("vision_tower", "language_model")
+# The others are set here, or would have `MMGEMPeftModel` save less than it trains.
+_OWN_FIELDS = {"auto_mapping", "bias", "inference_mode", "modules_to_save", "peft_type", "target_modules", "task_type"}
+LORA_FIELDS = tuple(field.name for field in fields(LoraConfig) if field.name not in _OWN_FIELDS)
+
+
+class MMGEMPeftModel(PeftModel):
+    """
+    A PEFT model whose adapter also holds `embedding_tokens` and `logit_scale`. These are parameters of the model
+    itself, which peft neither trains nor saves: it knows modules only. They are written into the adapter's file, where
+    plain `PeftModel.from_pretrained(base_model, folder)` finds them. They have no second copy: `disable_adapter`
+    leaves them as trained.
+
+    To go on training a saved adapter, `MMGEMPeftModel.from_pretrained(base_model, folder, is_trainable=True)`.
+    """
+
+    def __init__(self, model: MMGEMModel, peft_config: LoraConfig, *args, **kwargs):
+        super().__init__(model, peft_config, *args, **kwargs)
+        for name, parameter in self.named_parameters():
+            if is_bare(name):
+                parameter.requires_grad_(not peft_config.inference_mode)
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """As [`peft.PeftModel.save_pretrained`], with the model's own parameters; always as safetensors."""
+        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        # Embeddings are not adapted; to find that out, peft would ask the Hub about the base model.
+        kwargs |= {"state_dict": state_dict, "save_embedding_layers": False}
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            file = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+            bare = {name: tensor.detach().cpu() for name, tensor in state_dict.items() if is_bare(name)}
+            save_file(load_file(file) | bare, file, metadata={"format": "pt"})
+
+
+def add_lora(
+    model: MMGEMModel,
+    towers: Sequence[str] = ("language_model",),
+    target_modules: Sequence[str] | None = None,
+    **lora_config,
+) -> MMGEMPeftModel:
+    """
+    Low-rank adapters in the blocks of the towers (LoRA, https://arxiv.org/abs/2106.09685).
+
+    The towers freeze, also one without LoRA; everything beside them goes on training, unless it was frozen before.
+    The model becomes part of what is returned, which trains, embeds and generates as it does, and whose
+    `save_pretrained` writes the adapter alone. [`merge_lora`] makes it an `MMGEMModel` again.
+
+    Args:
+        model: to be adapted, in place.
+        towers: `vision_tower`, `language_model` or both.
+        target_modules: last names of linear layers in the towers' blocks (`["q_proj", "v_proj"]`); by default all of
+            them, which are those of the attention and the MLP. Embeddings, pooling heads and the vocabulary head are
+            none of them.
+        lora_config: further fields of `peft.LoraConfig`, such as `r`, `lora_alpha`, `lora_dropout`, `use_dora`.
+
+    Raises:
+        TypeError: if `model` is no `MMGEMModel`, or `towers` or `target_modules` no list.
+        ValueError: for an unknown tower, layer or field.
+    """
+    if not isinstance(model, MMGEMModel):
+        raise TypeError(f"`model` is {type(model).__name__}; expected an MMGEMModel without adapters.")
+    _check_names("towers", towers, TOWERS)
+    check_keys(lora_config, LORA_FIELDS, "LoRA")
+    layers = [name for tower in towers for name in _block_layers(model, tower)]
+    if target_modules is not None:
+        _check_names("target_modules", target_modules, sorted({name.rpartition(".")[2] for name in layers}))
+        layers = [name for name in layers if name.rpartition(".")[2] in target_modules]
+
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    config = LoraConfig(
+        target_modules=_as_pattern(layers),
+        modules_to_save=[name for name, _ in model.named_children() if name not in TOWERS],
+        **lora_config,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # a GPT-2 stores its weights transposed, which peft sees
+        peft_model = MMGEMPeftModel(model, config)
+    for name, parameter in peft_model.named_parameters():
+        if own_name(name) in frozen:
+            parameter.requires_grad_(False)
+    return peft_model
+
+
+def merge_lora(model: PeftModel) -> MMGEMModel:
+    """
+    The model with its adapter added to the weights: an `MMGEMModel` as any other, all of it trainable. `model` is used
+    up.
+
+    Raises:
+        TypeError: if `model` has no adapter.
+        ValueError: if the adapter is not finite.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"`model` is {type(model).__name__}; expected a model with LoRA.")
+    merged = model.merge_and_unload(safe_merge=True)
+    set_trainable(merged)
+    return merged
+
+
+def _block_layers(model: MMGEMModel, tower: str) -> list[str]:
+    """Names of the linear layers in a tower's numbered blocks, whatever its architecture calls them."""
+    return [
+        f"{tower}.{name}"
+        for name, module in model.get_submodule(tower).named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and any(piece.isdigit() for piece in name.split("."))
+    ]
+
+
+def _as_pattern(names: list[str]) -> str:
+    """A regular expression for exactly these names, with one alternative for the same layer of all blocks."""
+    alternatives = (
+        r"\.".join(r"\d+" if piece.isdigit() else re.escape(piece) for piece in name.split(".")) for name in names
+    )
+    return "|".join(dict.fromkeys(alternatives))
+
+
+def _check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> None:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"`{argument}` is {names!r}; expected a list of names.")
+    if not names:
+        raise ValueError(f"`{argument}` is empty; expected some of {', '.join(known)}.")
+    check_keys(dict.fromkeys(names), known, f"`{argument}`")
