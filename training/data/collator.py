@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmgem.processing.boxes import boxes_in_view, check_boxes, is_in_view, model_views
 from mmgem.processing.image_loading import load_image
 from mmgem.text_rows import IGNORED_LABEL
-from mmgem.training.data.drawn_texts import NONE, TextDrawing, TextRow
+from mmgem.training.data.drawn_texts import TextDrawing, TextRow
 from mmgem.training.data.rows import ID_COLUMNS, check_row, edited_file_of, images_of, row_name
 
 
@@ -44,7 +44,6 @@ class MMGEMCollator(TextDrawing):
 
     Args:
         processor: an `MMGEMProcessor`.
-        num_embedding_tokens: [EMB] vectors of the model, for `count_tokens`.
         options: how much of what is drawn, see [`TextDrawing`].
 
     Raises:
@@ -53,7 +52,6 @@ class MMGEMCollator(TextDrawing):
     """
 
     processor: Any
-    num_embedding_tokens: int = 1
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
@@ -117,34 +115,6 @@ class MMGEMCollator(TextDrawing):
             "row_index": torch.tensor(row_index),
             "contrastive_mask": torch.tensor([text.is_embedded for text in texts]),
         }
-
-    def count_tokens(self, row: Mapping[str, Any]) -> int:
-        """
-        Tokens that the language model gets for a row: of each text drawn from it, once to write and once to embed it,
-        with the visual tokens or the memory before what is written, and visual tokens before and [EMB] vectors behind
-        what is embedded.
-
-        Args:
-            row: with a `draw_seed`; its images need not be loaded, so a box counts even if it will be cropped away.
-
-        Raises:
-            ValueError: if the row has no `draw_seed`, so that it is not known what will be drawn.
-        """
-        if row.get("draw_seed") is None:
-            raise ValueError(
-                f"the row has columns {sorted(row)}; expected a `draw_seed`, as the rows of a Mixture have."
-            )
-        texts, _ = self.draw_texts(row, [True] * len(row.get("boxes") or []))
-        lengths = self.tokenize(texts)["attention_mask"].sum(-1).tolist() if texts else []
-        visual, embedding, count = self.processor.num_visual_tokens, self.num_embedding_tokens, 0
-        for text, length in zip(texts, lengths, strict=True):
-            is_fused = text.fused_index != NONE  # and embedded, be it only because others point to it
-            if text.is_generated:
-                is_recalled = text.memory_row != NONE
-                count += length + (embedding if is_recalled else visual * (text.image_index != NONE))
-            if text.is_embedded or is_fused:
-                count += visual * is_fused + length + embedding
-        return count
 
     def _boxes_of(
         self, rows: Sequence[Mapping], images: list[list[Image.Image]], pixel_values: torch.Tensor

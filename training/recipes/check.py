@@ -56,7 +56,7 @@ class StageCheck:
     Args:
         name: of the stage.
         steps: optimizer steps of the whole stage.
-        rows_per_step: rows of each; where batches have a token budget, the images of the step that was taken.
+        rows_per_step: rows of each.
         parameters, trained_parameters: how many.
         memory: of the step.
         seconds: that the step took; the first of a run, which is slower than those after it.
@@ -198,12 +198,10 @@ def _take_step(
     copies = sum(parameter.nbytes for parameter in trainer.teacher.model.parameters()) if trainer.teacher else 0
     copies += 4 * trained if trainer.ema else 0
     log = next(entry for entry in trainer.state.log_history if "effective_batch_size" in entry)
-    has_budget = planned.max_tokens_per_batch is not None
-    rows = max(1, round(log["effective_batch_size"])) if has_budget else rows_per_step(planned)
     return StageCheck(
         name=name,
         steps=planned.max_steps,
-        rows_per_step=rows,
+        rows_per_step=rows_per_step(planned),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained_parameters=trained,
         memory=step_memory(model, trainer.optimizer, saved.peak, copies),

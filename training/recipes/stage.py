@@ -84,7 +84,7 @@ def stage_rows(
         skipped: where to note what cannot be read.
 
     Raises:
-        ValueError: without `max_steps`, where a source is a stream or the batches have no fixed size.
+        ValueError: without `max_steps`, where a source is a stream.
     """
     sections = stage["train_data"]
     weights = [section.get("weight", 1) for section in sections] if isinstance(sections, list) else None
@@ -93,9 +93,8 @@ def stage_rows(
 
 
 def rows_per_step(arguments: MMGEMTrainingArguments) -> int:
-    """Rows of an optimizer step, over all processes; at most so many where batches have a token budget."""
-    per_batch = arguments.max_tokens_per_batch or arguments.train_batch_size
-    return per_batch * arguments.world_size * arguments.gradient_accumulation_steps
+    """Rows of an optimizer step, over all processes."""
+    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
 
 
 def stage_trainer(
@@ -120,7 +119,6 @@ def stage_trainer(
         processing_class=processor,
         data_collator=MMGEMCollator(
             processor,
-            num_embedding_tokens=model.config.num_embedding_tokens,
             prompts=model.config.prompts,
             **stage.get("collator", {}),
         ),
@@ -144,6 +142,4 @@ def _steps_of(arguments: MMGEMTrainingArguments, sources: Sequence) -> int:
         rows = sum(len(source) for source in sources)
     except TypeError as error:
         raise ValueError(f"a stream has no length ({error}); expected `max_steps` in `training`.") from error
-    if arguments.max_tokens_per_batch is not None:
-        raise ValueError("`max_tokens_per_batch` is given, but no `max_steps`; expected both.")
     return max(1, math.ceil(rows * arguments.num_train_epochs / rows_per_step(arguments)))

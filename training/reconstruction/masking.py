@@ -108,18 +108,6 @@ class MaskingCollator:
             )
         return inputs
 
-    def count_tokens(self, row: Mapping[str, Any]) -> int:
-        """
-        Tokens that the language model gets for a row, at most: visual tokens before each text, and each image alone.
-
-        Args:
-            row: with a `draw_seed`; its images need not be loaded.
-        """
-        texts, _ = self.collator.draw_texts(row, [True] * len(row.get("boxes") or []))
-        pictures = self.collator.pictures_of(row)
-        count = self.processor.num_visual_tokens * (len(pictures) + len(texts) * bool(pictures))
-        return count + (int(self.collator.tokenize(texts)["attention_mask"].sum()) if texts else 0)
-
 
 def maskable_tokens(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, image_index: torch.Tensor, text_config

@@ -25,8 +25,6 @@ class MMGEMTrainingArguments(TrainingArguments):
         lora: arguments of [`mmgem.training.trainer.lora.add_lora`].
         ema_decay: of the exponential moving average of the weights, in (0, 1), with which the model is evaluated and
             ends; by default there is none.
-        max_tokens_per_batch: visual and text tokens of a batch, which then varies in its number of rows; see
-            [`mmgem.training.data.batching.TokenBudgetBatchSampler`].
 
     Raises:
         ValueError: for a value out of its range.
@@ -41,7 +39,6 @@ class MMGEMTrainingArguments(TrainingArguments):
     learning_rates: dict | None = field(default=None, metadata={"help": "Learning rates of single parts."})
     lora: dict | None = field(default=None, metadata={"help": "LoRA on the towers."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
-    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Token budget of a batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads all columns."})
 
     def __post_init__(self):
@@ -57,9 +54,8 @@ class MMGEMTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 or more.")
         if not any(getattr(self, name) for name in weights):
             raise ValueError("`caption_loss_weight` and `contrastive_loss_weight` are both 0; expected one above it.")
-        for name in ("grad_cache_chunk_size", "max_tokens_per_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; expected 1 or more, or None.")
+        if self.grad_cache_chunk_size is not None and self.grad_cache_chunk_size < 1:
+            raise ValueError(f"`grad_cache_chunk_size` is {self.grad_cache_chunk_size}; expected 1 or more, or None.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}; expected a number between 0 and 1, such as 0.999.")
         if self.contrastive_loss_weight and self.train_batch_size * self.world_size < 2:

@@ -10,14 +10,13 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mmgem.modeling_mmgem import MAX_LOGIT_SCALE, MMGEMOutput
 from mmgem.text_rows import IGNORED_LABEL, first_token_id
-from mmgem.training.data.batching import TokenBudgetBatchSampler
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.distributed import adapt_to_fsdp, is_sharded, whole
@@ -104,22 +103,6 @@ class MMGEMTrainer(Trainer):
 
     # Data and optimizer
 
-    def get_train_dataloader(self) -> DataLoader:
-        if self.args.max_tokens_per_batch is None:
-            return super().get_train_dataloader()
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=TokenBudgetBatchSampler(
-                self.train_dataset, self.args.max_tokens_per_batch, self.data_collator.count_tokens
-            ),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
-
     def _get_train_sampler(self, train_dataset=None):
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(train_dataset, Mixture):  # which is shuffled as it is, and resumes by position
@@ -154,11 +137,6 @@ class MMGEMTrainer(Trainer):
             count_caption_tokens(batch, text_config.eos_token_id, text_config.bos_token_id) for batch in batch_samples
         )
         return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
-
-    def set_initial_training_values(self, args, dataloader):
-        epochs, *values = super().set_initial_training_values(args, dataloader)
-        # Batches of a token budget have no number beforehand; all of a run are one epoch, after which nothing is left.
-        return (1 if self.args.max_tokens_per_batch is not None else epochs, *values)
 
     def _prepare_for_training(self, *args, **kwargs):
         checkpointing = self.args.gradient_checkpointing_kwargs or {}

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from PIL import Image
-from tiny_models import build_model
 from transformers import CLIPImageProcessorPil
 
 from mmgem.processing.processing_mmgem import MMGEMProcessor
@@ -192,32 +191,6 @@ def test_keys_are_passed_on_for_the_log(tiny_processor, image):
     rows = [{"image": image, "caption": "x", "row_key": key} for key in ("a:1", "b:2")]
     assert MMGEMCollator(tiny_processor)(rows)["row_keys"] == ["a:1", "b:2"]
     assert "row_keys" not in MMGEMCollator(tiny_processor)([*rows, {"image": image, "caption": "y"}])
-
-
-def test_tokens_are_counted_as_the_model_gets_them(tiny_processor, image, monkeypatch):
-    model, read = build_model(num_embedding_tokens=3), []
-    run_packed = model._run_packed
-
-    def counting(inputs_embeds, lengths, bidirectional):
-        read.append(int(lengths.sum()))
-        return run_packed(inputs_embeds, lengths, bidirectional)
-
-    monkeypatch.setattr(model, "_run_packed", counting)
-    options = {"hard_negatives_per_image": 1, "edits_per_image": 1, "instructed_regions_per_image": 2}
-    options |= {"memory_captions_per_image": 1, "memory_questions_per_image": 1, "match_captions_per_image": 1}
-    collator = MMGEMCollator(tiny_processor, num_embedding_tokens=3, label_template="a {label}", **options)
-    row = ROW | {"image": image, "hard_negatives": ["a blue star"], "edit": {"instruction": "make it blue"}}
-    row |= {"edited_image": image, "instructions": [{"text": "the one at the top", "box": 0}]}
-    for seed in range(5):
-        read.clear()
-        batch = collator([row | {"draw_seed": seed}])
-        model(**batch)
-        ends = (batch["labels"] != -100).any(-1).sum()  # an end token behind each text that is written
-        assert collator.count_tokens(row | {"draw_seed": seed}) == sum(read) - ends
-    ids = tiny_processor.tokenizer("only words")["input_ids"]
-    assert collator.count_tokens({"text": "only words", "draw_seed": 0}) == len(ids)
-    with pytest.raises(ValueError, match="expected a `draw_seed`"):
-        collator.count_tokens(ROW)
 
 
 @pytest.mark.parametrize(
