@@ -62,19 +62,22 @@ def token_row_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torc
 def ids_of_rows(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, fused_index: torch.Tensor, image_ids: torch.Tensor
 ) -> torch.Tensor:
-    """
-    As [`token_row_ids`], of texts that go with images: equal if both are.
+    """As [`token_row_ids`], of texts that go with images: equal if the text and all its images are, in their order.
 
     Args:
         input_ids, attention_mask: (T, L).
-        fused_index: (T,) the image of each text, -1 for none.
+        fused_index: (T, F) the images of each text, -1 for none.
         image_ids: (I,).
+
+    Returns:
+        (T,) long.
     """
     multiplier = 2862933555777941757  # odd, of another generator, so that the sum of both tells them apart
-    ids = token_row_ids(input_ids, attention_mask)  # (T,)
-    is_fused = fused_index >= 0
-    ids[is_fused] += (image_ids[fused_index[is_fused]] + 1) * multiplier
-    return ids
+    is_fused = fused_index >= 0  # (T, F)
+    power = torch.where(is_fused, multiplier, 1).cumprod(-1)  # (T, F)
+    image_ids_of_text = torch.zeros_like(fused_index)  # (T, F)
+    image_ids_of_text[is_fused] = image_ids[fused_index[is_fused]] + 1
+    return token_row_ids(input_ids, attention_mask) + (image_ids_of_text * power).sum(-1)
 
 
 def default_image_ids(num_images: int, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .input_checks import is_box
 from .packing import PackedLayout
 from .patch_grid import pair
 from .text_rows import IGNORED_LABEL, TextRows
-from .text_sequences import embedded_sequences, written_sequences
+from .text_sequences import caption_sequences, embedded_sequences, recalled_sequences
 
 LOGITS_AT_ONCE = 2**24  # vocabulary logits in memory; a caption loss with more goes chunk by chunk
 LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma 2
@@ -59,19 +59,18 @@ class JointStep:
         # Language: captions behind their visual tokens, and what is embedded before [EMB], packed into the same rows.
         text_config, embedding_tokens = self.config.text_config, self.embedding_tokens  # (k, H)
         k = len(embedding_tokens)
-        from_memory = rows.is_generated & (rows.memory_row >= 0)  # (T,)
-        from_image = rows.is_generated & ~from_memory
-        has_image = rows.image_index[from_image] >= 0  # (S_c,)
-        captions = written_sequences(rows, from_image, has_image, self.config.num_visual_tokens, text_config)
+        captions = caption_sequences(rows, self.config.num_visual_tokens, text_config)
         texts = embedded_sequences(rows, self.config.num_visual_tokens, k, text_config)
-        recalled = written_sequences(rows, from_memory, from_memory[from_memory], k, text_config)
+        recalled = recalled_sequences(rows, k, text_config)
         # All words in one lookup: the gradient of each is as large as the vocabulary.
         parts = captions, texts, recalled
         caption_embeds, text_embeds, recalled_embeds = self.get_input_embeddings()(
             torch.cat([part.token_ids for part in parts])
         ).split([len(part.token_ids) for part in parts])  # (N_c, H), (N_t, H), (N_m, H)
-        described = self._described_tokens(rows, from_image, image_tokens, box_tokens)[has_image]  # (., n, C)
-        fused = image_tokens[rows.fused_index[rows.is_embedded & (rows.fused_index >= 0)]]  # (., n, C)
+        is_described = rows.is_generated & ~rows.is_recalled & (rows.image_index >= 0)  # (T,)
+        described = self._described_tokens(rows, is_described, image_tokens, box_tokens)  # (., n, C)
+        fused_index = rows.fused_index[rows.is_embedded]  # (S_t, F)
+        fused = image_tokens[fused_index[fused_index >= 0]]  # (., n, C), text after text
         described_embeds, fused_embeds = self.token_projection(torch.cat([described, fused])).split(
             [len(described), len(fused)]
         )
@@ -91,7 +90,7 @@ class JointStep:
         # What is written from a memory stands behind states that were just read out, and sees no image.
         labels, unused = captions.labels, hidden_states.sum() + image_tokens.sum()
         if rows.reads_memory:
-            memory = read_outs[row_of_text[rows.memory_row[from_memory]]]  # (S_m, k, H)
+            memory = read_outs[row_of_text[rows.memory_row[rows.is_recalled]]]  # (S_m, k, H)
             recalled_embeds = _put(recalled_embeds, recalled.is_prefix, memory.flatten(0, 1))
             is_causal = torch.zeros_like(recalled.is_prefix)
             recalled_states = self._run_packed(recalled_embeds, recalled.lengths, is_causal)  # (N_m, H)
@@ -152,7 +151,7 @@ class JointStep:
         rows: TextRows, chosen: torch.Tensor, image_tokens: torch.Tensor, box_tokens: torch.Tensor | None
     ) -> torch.Tensor:
         """(S, n, C) visual tokens of the image or box that each of the texts `chosen`, (T,) bool, describes."""
-        image_index, box_index = rows.image_index[chosen].clamp(min=0), rows.box_index[chosen]  # (S,)
+        image_index, box_index = rows.image_index[chosen], rows.box_index[chosen]  # (S,)
         tokens = image_tokens[image_index]  # (S, n, C)
         if box_tokens is None:
             return tokens

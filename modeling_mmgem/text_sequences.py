@@ -27,18 +27,36 @@ class TextSequences:
     lengths: torch.Tensor
 
 
-def written_sequences(
+def caption_sequences(rows: TextRows, num_visual_tokens: int, text_config) -> TextSequences:
+    """[BOS] visual tokens of the image or box, text, [EOS]: what the model learns to write from images or nothing."""
+    chosen = rows.is_generated & ~rows.is_recalled  # (T,)
+    return _written_sequences(rows, chosen, rows.image_index[chosen] >= 0, num_visual_tokens, text_config)
+
+
+def recalled_sequences(rows: TextRows, num_embedding_tokens: int, text_config) -> TextSequences:
+    """[BOS] memory, text, [EOS]: what the model learns to write from the [EMB] states of other texts."""
+    chosen = rows.is_recalled  # (T,)
+    return _written_sequences(rows, chosen, chosen[chosen], num_embedding_tokens, text_config)
+
+
+def count_labels(rows: TextRows, text_config) -> int:
+    """How many tokens of all the texts are labels of the caption loss, end tokens included."""
+    sequences = caption_sequences(rows, 1, text_config), recalled_sequences(rows, 1, text_config)
+    return sum(int((part.labels != IGNORED_LABEL).sum()) for part in sequences)
+
+
+def _written_sequences(
     rows: TextRows, chosen: torch.Tensor, has_prefix: torch.Tensor, prefix_length: int, text_config
 ) -> TextSequences:
     """
-    [BOS] prefix, text, [EOS]: what the model learns to write.
+    [BOS] prefix, text, [EOS].
 
     Args:
-        rows: all texts.
+        rows: All texts.
         chosen: (T,) bool, S of them.
         has_prefix: (S,) bool.
-        prefix_length: of those that have one: visual tokens, or those of a memory.
-        text_config: of the language model, which knows [BOS] and [EOS].
+        prefix_length: Of those that have one: visual tokens, or those of a memory.
+        text_config: Of the language model, which knows [BOS] and [EOS].
     """
     input_ids, attention_mask, labels = _without_empty_columns(
         rows.attention_mask[chosen], rows.input_ids[chosen], rows.attention_mask[chosen], rows.labels[chosen]
@@ -60,13 +78,13 @@ def written_sequences(
 def embedded_sequences(
     rows: TextRows, num_visual_tokens: int, num_embedding_tokens: int, text_config
 ) -> TextSequences:
-    """[BOS] visual tokens of a fused image, text, [EMB]: what is embedded; the [EMB] vectors are the suffix."""
-    chosen = rows.is_embedded
+    """[BOS] visual tokens of fused images, text, [EMB]: what is embedded; the [EMB] vectors are the suffix."""
+    chosen = rows.is_embedded  # (T,)
     input_ids, attention_mask = _without_empty_columns(
         rows.attention_mask[chosen], rows.input_ids[chosen], rows.attention_mask[chosen]
     )  # (S, L)
-    is_fused = rows.fused_index[chosen] >= 0  # (S,)
-    prefix = is_fused[:, None].expand(-1, num_visual_tokens)  # (S, n)
+    is_fused = rows.fused_index[chosen] >= 0  # (S, F)
+    prefix = is_fused.repeat_interleave(num_visual_tokens, dim=1)  # (S, F * n)
     suffix = is_fused.new_ones(len(input_ids), num_embedding_tokens)  # (S, k)
     no_label, no_labels = torch.full_like(input_ids, IGNORED_LABEL), suffix.long().fill_(IGNORED_LABEL)
     return lay_out(input_ids, attention_mask, no_label, prefix, suffix, no_labels, text_config)

@@ -29,7 +29,7 @@ from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
 from .patch_grid import patch_grid
 from .pool_aggregator import PoolAggregator
-from .text_rows import TextRows, first_token_id, is_first_token
+from .text_rows import TEXT_COLUMNS, TextRows, documents_text_columns, first_token_id, is_first_token
 from .tower_composition import DEFAULT_MAX_NEW_TOKENS, compose_towers
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -513,6 +513,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     # Everything at once
 
     @can_return_tuple
+    @documents_text_columns
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -524,20 +525,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         return_loss: bool = False,
-        image_index: torch.LongTensor | None = None,
-        box_index: torch.LongTensor | None = None,
         image_ids: torch.LongTensor | None = None,
-        contrastive_mask: torch.BoolTensor | None = None,
-        hard_negative_mask: torch.BoolTensor | None = None,
-        fused_index: torch.LongTensor | None = None,
-        target_row: torch.LongTensor | None = None,
-        memory_row: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_contrastive_batch: bool = False,
         **kwargs,
     ) -> MMGEMOutput | BaseModelOutputWithPooling:
-        """
-        Four meanings, by what is given:
+        """Embed, compare, generate or train, by what is given:
 
         1. `pixel_values` alone: image features, as [`get_image_features`].
         2. `input_ids` with placeholders (or no `pixel_values`): next-token `logits`; with `labels` the language
@@ -545,7 +538,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         3. `input_ids` without placeholders and `pixel_values`: every image against every text, `logits_per_image`,
            `logits_per_text`, `image_embeds`, `text_embeds`, as in CLIP.
         4. the same with `return_loss`: the joint loss too. The vision tower runs once over the images and the language
-           model once over packed rows, each text standing there twice: alone, to be embedded, and behind the visual
+           model once over packed rows, where each text stands twice: alone, to be embedded, and after the visual
            tokens of its image, to be generated.
 
         Args:
@@ -556,28 +549,21 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             labels: like `input_ids`, token ids to be generated, -100 elsewhere. In meaning 4 the default is every
                 token; a row of -100 is only embedded. An end-of-sequence token is appended to each generated text.
             return_loss: compute the joint loss.
-            image_index: (T,) which image each text describes; by default text i describes image i. -1 for a text
-                without an image, of which language modelling is learned (then `pixel_values` may be missing as well).
-            box_index: (T,) which box of that image; -1 (the default) for the whole image.
             image_ids: (I,) identity of each image, so that copies of one image are never each other's negatives; by
                 default every image is different.
-            contrastive_mask: (T,) False for texts that are only generated, such as answers to a question.
-            hard_negative_mask: (T,) True for texts that describe no image: candidates that every image has to tell
-                from its own texts.
-            fused_index: (T,) which image stands before each text where it is embedded; -1 (the default) for none.
-            target_row: (T,) which text, with its image if it has one, a text is to find instead of an image or a box;
-                -1 (the default) for none.
-            memory_row: (T,) which text, with its image, a generated text is about: it is written from the states of
-                the [EMB] vectors there alone (the compression stage of CoMa, https://arxiv.org/abs/2511.08480); -1
-                for none. In a sharded run it is given on all processes or on none.
             num_items_in_batch: tokens to divide the caption loss by, over all processes and accumulation steps.
             return_contrastive_batch: leave the contrastive loss to the caller, who finds its ingredients, of this
                 process and with gradients, in `contrastive_batch`; `loss` is the caption loss then.
-            position_ids, past_key_values, inputs_embeds, kwargs: handed to the language model.
+            position_ids, past_key_values, inputs_embeds: handed to the language model.
+            kwargs: in meaning 2 handed to the language model; in meaning 4 the columns of [`TextRows`], and no other.
+            {columns}
 
         Raises:
-            ValueError: if numbers or shapes do not fit together.
+            ValueError: if numbers or shapes do not fit together, or a column is unknown.
         """
+        text_columns = {name: kwargs.pop(name) for name in TEXT_COLUMNS if name in kwargs}
+        if not return_loss:
+            _refuse_text_columns(text_columns)
         if input_ids is None and inputs_embeds is None:
             if pixel_values is None:
                 raise ValueError("`input_ids` and `pixel_values` are both None; expected at least one of them.")
@@ -618,22 +604,15 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                     "`return_loss` is given, but the embeddings are read by a prompt or calibrated, which comes after "
                     "training; expected a model without `embedding_prompt_ids` and `calibrated_modalities`."
                 )
+            if kwargs:
+                raise ValueError(
+                    f"`{next(iter(kwargs))}` is no column of the texts of a batch; expected some of "
+                    f"{', '.join(TEXT_COLUMNS)}."
+                )
             num_images = 0 if pixel_values is None else len(pixel_values)
             check_boxes(boxes, num_images)
-            rows = TextRows.complete(
-                input_ids,
-                attention_mask,
-                num_images,
-                boxes,
-                labels=labels,
-                image_index=image_index,
-                box_index=box_index,
-                contrastive_mask=contrastive_mask,
-                hard_negative_mask=hard_negative_mask,
-                fused_index=fused_index,
-                target_row=target_row,
-                memory_row=memory_row,
-            )
+            text_columns |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            rows = TextRows.from_columns(text_columns, num_images, boxes)
             if image_ids is None:
                 image_ids = default_image_ids(num_images, input_ids.device)
             if image_ids.shape != (num_images,):
@@ -744,6 +723,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 f"lost; expected {list(self.calibrator.modalities)}."
             )
         return super().save_pretrained(*args, **kwargs)
+
+
+def _refuse_text_columns(text_columns: dict):
+    given = [name for name, value in text_columns.items() if value is not None]
+    if given:
+        raise ValueError(f"`{given[0]}` came without `return_loss=True`; expected it only where the joint loss is.")
 
 
 MMGEMModel.register_for_auto_class("AutoModel")

@@ -38,6 +38,7 @@ PARTS = {  # what each of the two processes gets
     "three and one": lambda: [rows()[1:], rows()[:1]],
     "texts on one": lambda: [rows(), TEXTS],
     "texts and images on one": lambda: [TEXTS[:1] + rows()[:1] + TEXTS[1:], rows()[1:]],
+    "images on one": lambda: [rows()[:3], [{"image": rows()[3]["image"]}]],
     "distractors on one": lambda: [rows()[:2], [rows()[2], {"image": rows()[3]["image"]}]],
     "an edit and a question on one": lambda: [rows()[:2], [rows()[2] | ASKED | edited(), rows()[3]]],
     "hard negatives on one": lambda: [rows()[:2], [rows()[2] | WRONG, rows()[3]]],

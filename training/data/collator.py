@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmgem.processing.boxes import boxes_in_view, check_boxes, is_in_view, model_views
 from mmgem.processing.image_loading import load_image
-from mmgem.text_rows import IGNORED_LABEL
-from mmgem.training.data.drawn_texts import TextDrawing, TextRow
+from mmgem.text_rows import IGNORED_LABEL, TEXT_COLUMNS, Role
+from mmgem.training.data.drawn_texts import NONE, DrawnText, TextDrawing
 from mmgem.training.data.rows import ID_COLUMNS, check_row, edited_file_of, images_of, row_name
 
 
@@ -31,8 +31,9 @@ class MMGEMCollator(TextDrawing):
     | `label` | embedded, in words of `label_template` |
     | `qa`, of `{"question": ..., "answer": ...}` | the answer is generated |
     | `hard_negatives` | embedded, as texts that describe nothing |
-    | `edit`, `{"instruction": ...}`, and `edited_image` | embedded with the image, to find the edited one |
+    | `edit`, `{"instruction": ...}`, and `edited_image` | embedded after the image(s), to find the edited one |
     | `instructions`, of `{"text": ..., "box": ...}` | embedded with the image, to find that box of its `boxes` |
+    | `prompt_name` | the model's prompt of that name stands before the texts that are embedded, such as `query` |
     | `image_id`, or `scene_id` or `file_name` | rows of equal id show one image: never each other's negatives |
     | `draw_seed` | an integer that alone decides what is drawn from the row, whoever collates it |
     | `row_key` | what errors and logs call the row |
@@ -48,7 +49,7 @@ class MMGEMCollator(TextDrawing):
 
     Raises:
         ValueError: for options that [`TextDrawing`] refuses; for rows that `check_row` refuses, images that cannot be
-            read, several images of a sample without an id, or a batch without any text.
+            read, several images of a sample without an id, or a `prompt_name` that the model does not have.
     """
 
     processor: Any
@@ -59,13 +60,16 @@ class MMGEMCollator(TextDrawing):
             rows: at least one row.
 
         Returns:
-            For I images and T texts: `pixel_values` (I, 3, H, W) if there are images, `boxes` (I, R, 4) if there are
-            any, `image_ids` (I,) if the rows name their images, `input_ids`, `attention_mask` and `labels` (T, L),
-            `image_index` (-1 for a text without image), `box_index` (-1 for the whole image), `row_index` (the row it
-            is from) and `contrastive_mask` (T,), `hard_negative_mask` (T,) if there are any, `row_keys` (a list) if
-            the rows have them, `return_loss` True. In every batch, or in none, as the options need them:
-            `fused_index`, `target_row` and `memory_row` (T,).
+            For I images and T texts, of which there may be none: `pixel_values` (I, 3, H, W) if there are images,
+            `boxes` (I, R, 4) if there are any, `image_ids` (I,) if the rows name their images, the columns of
+            [`mmgem.text_rows.TextRows`] that the options need, `row_keys` (a list) if the rows have them, and
+            `return_loss` True.
         """
+        inputs, _ = self.collate(rows)
+        return inputs
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[int]]:
+        """A batch, and for each of its texts the number of the row that it is from."""
         names = [row_name(row, number) for number, row in enumerate(rows)]
         images: list[list[Image.Image]] = []  # of each row
         for row, name in zip(rows, names, strict=True):
@@ -78,7 +82,7 @@ class MMGEMCollator(TextDrawing):
         uses_boxes = self.uses_boxes and any(row.get("boxes") for row in rows)
         boxes, views = self._boxes_of(rows, images, inputs["pixel_values"]) if uses_boxes else ([], [])
 
-        texts: list[TextRow] = []
+        texts: list[DrawnText] = []
         row_index: list[int] = []  # of each text
         first = 0  # image of the row
         for number, (row, row_images) in enumerate(zip(rows, images, strict=True)):
@@ -89,39 +93,21 @@ class MMGEMCollator(TextDrawing):
             if uses_boxes and in_view:
                 boxes[first] = boxes[first][drawn]
             first += len(row_images)
-        if not texts:
-            raise ValueError(f"{', '.join(names)} have no text; expected a caption in at least one row of a batch.")
-
         if any(len(drawn_boxes) for drawn_boxes in boxes):
             inputs["boxes"] = torch.from_numpy(boxes_in_view(boxes, views))
         if (image_ids := self._image_ids(rows, names)) is not None:
             inputs["image_ids"] = image_ids
-        if any(text.is_hard_negative for text in texts):
-            inputs["hard_negative_mask"] = torch.tensor([text.is_hard_negative for text in texts])
         if all(row.get("row_key") is not None for row in rows):
             inputs["row_keys"] = [row["row_key"] for row in rows]
-        # By the options, not by what was drawn: all processes of a run take the same steps.
-        for name, is_used in {
-            "fused_index": self.uses_fused_images,
-            "target_row": self.uses_target_rows,
-            "memory_row": self.uses_memory_rows,
-        }.items():
-            if is_used:
-                inputs[name] = torch.tensor([getattr(text, name) for text in texts])
-        return inputs | {
-            **self.tokenize(texts),
-            "image_index": torch.tensor([text.image_index for text in texts]),
-            "box_index": torch.tensor([text.box_index for text in texts]),
-            "row_index": torch.tensor(row_index),
-            "contrastive_mask": torch.tensor([text.is_embedded for text in texts]),
-        }
+        columns = {name: _column(name, texts) for name in self.text_columns}
+        return inputs | self.tokenize(texts) | columns, row_index
 
     def _boxes_of(
         self, rows: Sequence[Mapping], images: list[list[Image.Image]], pixel_values: torch.Tensor
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """For each image its boxes, `(R_i, 4)` in its pixels, and what of it the model sees, `(x0, y0, x1, y1)`."""
         boxes = [
-            (row.get("boxes") or []) if number == 0 else []  # behind the image they lie in there is an edited one
+            (row.get("boxes") or []) if number == 0 else []  # after the image they lie in, there may be an edited one
             for row, own in zip(rows, images, strict=True)
             for number in range(len(own))
         ]
@@ -148,9 +134,11 @@ class MMGEMCollator(TextDrawing):
             )
         return None
 
-    def tokenize(self, texts: list[TextRow]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels` (T, L) of T texts, at least one."""
+    def tokenize(self, texts: list[DrawnText]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels` (T, L) of T texts."""
         tokenizer = self.processor.tokenizer
+        if not texts:
+            return {name: torch.zeros(0, 0, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
         truncation = self.processor.text_kwargs["truncation"]
         plain = tokenizer([text.prompt or text.text for text in texts], truncation=truncation)["input_ids"]
         rows, labels = [], []
@@ -169,6 +157,19 @@ class MMGEMCollator(TextDrawing):
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
         }
+
+
+def _column(name: str, texts: list[DrawnText]) -> torch.Tensor:
+    """(T,) the values of one column of texts, or (T, F) of one that can point to several."""
+    column = TEXT_COLUMNS[name]
+    default = False if column.role is Role.FLAG else NONE
+    dtype = torch.bool if column.role is Role.FLAG else torch.long
+    values = [text.columns.get(name, [] if column.several else default) for text in texts]
+    if column.several:
+        width = max([1, *map(len, values)])
+        values = [[*own, *[NONE] * (width - len(own))] for own in values]
+        return torch.tensor(values, dtype=dtype).reshape(len(texts), width)
+    return torch.tensor(values, dtype=dtype)
 
 
 def _number(name: str) -> int:

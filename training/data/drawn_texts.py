@@ -1,46 +1,33 @@
 """The texts of a batch: what is drawn from each row, and what the model learns of every text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from string import Formatter
 from typing import Any
 
 import torch
 
-from mmgem.training.data.rows import captions_of, edit_of, images_of
+from mmgem.training.data.rows import captions_of, edit_of, images_of, row_name
 
-WHOLE_IMAGE = -1
 NONE = -1
 
 
 @dataclass
-class TextRow:
-    """
-    One text of a batch.
+class DrawnText:
+    """One text of a batch.
 
     Args:
-        image_index: the image it describes, is to find, or is about; -1 for none.
-        text: what is embedded and generated.
-        prompt: what stands before it and is neither embedded nor generated; only without `is_embedded`.
-        box_index: the box of that image it describes, or -1 for the whole image.
-        is_generated: whether the model learns to write it.
-        is_embedded: whether the model learns to find its image by it, and it by its image.
-        is_hard_negative: whether it is wrong on purpose, so that the image has to be told from it.
-        fused_index: the image it is embedded with, or -1 for none.
-        target_row: the text that it is to find instead of an image, or -1 for none.
-        memory_row: the text from whose [EMB] vectors it is generated instead of from an image, or -1 for none.
+        text: What is embedded and generated.
+        prompt: What stands before it and is neither embedded nor generated; only for a text that is not embedded.
+        is_generated: Whether the model learns to write it.
+        columns: Values of columns of [`mmgem.text_rows.TextRows`], by name; the others are -1 and False. A column
+            that can point to several has a list.
     """
 
-    image_index: int
     text: str
     prompt: str = ""
-    box_index: int = WHOLE_IMAGE
     is_generated: bool = True
-    is_embedded: bool = True
-    is_hard_negative: bool = False
-    fused_index: int = NONE
-    target_row: int = NONE
-    memory_row: int = NONE
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -66,7 +53,8 @@ class TextDrawing:
         match_captions_per_image: captions drawn for each image; each is to find the image as the language model
             embeds it, by the [EMB] vectors that also are its memory (the match stage of CoMa).
         prompts: instructions by name, those of the model's configuration; "edit" stands before the instructions of
-            edits, "object" before those that name a box.
+            edits, "object" before those that name a box, and the one that the `prompt_name` of a row names before the
+            other texts of the row, where they are embedded.
 
     Raises:
         ValueError: for a number below 0, a probability above 1, or a template without `{label}` or with anything else.
@@ -86,7 +74,7 @@ class TextDrawing:
     prompts: Mapping[str, str] | None = None
 
     def __post_init__(self):
-        for name in (field.name for field in fields(TextDrawing) if field.name.endswith("_per_image")):
+        for name in (option.name for option in fields(TextDrawing) if option.name.endswith("_per_image")):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 or more.")
         if not 0 <= self.long_caption_probability <= 1:
@@ -102,20 +90,24 @@ class TextDrawing:
         return self.regions_per_image > 0 or self.instructed_regions_per_image > 0
 
     @property
-    def uses_target_rows(self) -> bool:
-        """Whether texts are to find other texts."""
-        return self.match_captions_per_image > 0
+    def text_columns(self) -> list[str]:
+        """The columns of [`mmgem.text_rows.TextRows`] that batches have, beside the tokens.
 
-    @property
-    def uses_memory_rows(self) -> bool:
-        """Whether texts are generated from the memory of images."""
-        return self.memory_captions_per_image > 0 or self.memory_questions_per_image > 0
-
-    @property
-    def uses_fused_images(self) -> bool:
-        """Whether texts, empty ones included, are embedded with images."""
-        is_query = self.edits_per_image > 0 or self.instructed_regions_per_image > 0
-        return is_query or self.uses_target_rows or self.uses_memory_rows
+        They follow from the options, not from what was drawn, so that all processes of a run take the same steps.
+        """
+        writes_memories = self.memory_captions_per_image > 0 or self.memory_questions_per_image > 0
+        finds_memories = self.match_captions_per_image > 0
+        is_fused = self.edits_per_image > 0 or self.instructed_regions_per_image > 0
+        is_used = {
+            "image_index": True,
+            "box_index": True,
+            "contrastive_mask": True,
+            "hard_negative_mask": self.hard_negatives_per_image > 0,
+            "fused_index": is_fused or writes_memories or finds_memories,
+            "target_row": finds_memories,
+            "memory_row": writes_memories,
+        }
+        return [name for name, used in is_used.items() if used]
 
     def pictures_of(self, row: Mapping[str, Any]) -> list:
         """The images that a row brings into a batch: its own, and behind them the edited one if its edit is drawn."""
@@ -124,7 +116,7 @@ class TextDrawing:
 
     def draw_texts(
         self, row: Mapping[str, Any], in_view: Sequence[bool], first_image: int = 0, first_text: int = 0
-    ) -> tuple[list[TextRow], list[int]]:
+    ) -> tuple[list[DrawnText], list[int]]:
         """
         Draw from a row: by its `draw_seed`, or else with torch's generator.
 
@@ -160,49 +152,52 @@ class _RowDraw:
 
     def __init__(self, options: TextDrawing, row: Mapping[str, Any], first_image: int, first_text: int):
         self.options, self.row, self.prompts = options, row, options.prompts or {}
+        self.prompt = self._prompt(row.get("prompt_name"))
         self.images = range(first_image, first_image + len(images_of(row)))
         self.first_text = first_text
         seed = row.get("draw_seed")
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
-        self.texts: list[TextRow] = []
+        self.texts: list[DrawnText] = []
         self.boxes: list[int] = []
 
     def descriptions(self):
         """Captions, the long one, the label, questions; each of one of the row's images."""
         options, row, has_image = self.options, self.row, len(self.images) > 0
         for caption in self._some(captions_of(row), options.captions_per_image):
-            self._add(self._image(), caption, is_embedded=has_image)
+            if has_image:
+                self._describe(self._image(), caption)
+            else:
+                self._add(caption, image_index=NONE)
         if has_image and row.get("long_caption"):
             if float(torch.rand((), generator=self.generator)) < options.long_caption_probability:
-                self._add(self._image(), row["long_caption"], is_generated=False)
+                self._embed(row["long_caption"], image_index=self._image())
         if has_image and options.label_template is not None and row.get("label") is not None:
-            self._add(self._image(), options.label_template.format(label=row["label"]), is_generated=False)
+            self._embed(options.label_template.format(label=row["label"]), image_index=self._image())
         for turn in self._some(row.get("qa") or [], options.questions_per_image):
-            self._add(self._image(), " " + turn["answer"], prompt=turn["question"], is_embedded=False)
+            self._answer(turn, image_index=self._image())
 
     def regions(self, in_view: Sequence[bool]):
         self.box_order = [box for box in self._some(range(len(in_view)), len(in_view)) if in_view[box]]
         for box in self.box_order[: self.options.regions_per_image]:
-            self._add(self.images[0], self.row["region_captions"][box], box_index=self._place_of(box))
+            self._describe(self.images[0], self.row["region_captions"][box], box_index=self._place_of(box))
 
     def hard_negatives(self):
         for text in self._some(self.row.get("hard_negatives") or [], self.options.hard_negatives_per_image):
-            self._add(self._image(), text, is_generated=False, is_hard_negative=True)
+            self._embed(text, image_index=self._image(), hard_negative_mask=True)
 
     def instructed_regions(self, in_view: Sequence[bool]):
         instructions = [one for one in self.row.get("instructions") or [] if in_view[one["box"]]]
         drawn = self._some(instructions, self.options.instructed_regions_per_image)
         for one in drawn:
-            image, text = self.images[0], self.prompts.get("object", "") + one["text"]
-            self._add(image, text, box_index=self._place_of(one["box"]), is_generated=False, fused_index=image)
+            image, box = self.images[0], self._place_of(one["box"])
+            self._embed(one["text"], "object", image_index=image, box_index=box, fused_index=[image])
         if drawn:  # something of the same image has to be there that is not meant
             self.boxes += [box for box in self.box_order if box not in self.boxes][:1]
 
     def edit(self):
         edit = edit_of(self.row)
         if self.options.edits_per_image and edit is not None:
-            text = self.prompts.get("edit", "") + edit[0]
-            self._add(self.images.stop, text, is_generated=False, fused_index=self.images[0])
+            self._embed(edit[0], "edit", image_index=self.images.stop, fused_index=list(self.images))
 
     def from_memory(self):
         """Captions and answers from the memory of images, and captions that are to find it."""
@@ -212,22 +207,44 @@ class _RowDraw:
         def memory_of(image: int) -> int:
             if image not in memories:
                 memories[image] = self.first_text + len(self.texts)
-                self._add(image, "", is_generated=False, is_embedded=False, fused_index=image)
+                self._add("", is_generated=False, image_index=image, fused_index=[image])
             return memories[image]
 
         for caption in self._some(captions, options.memory_captions_per_image):
             image = self._image()
-            self._add(image, caption, is_embedded=False, memory_row=memory_of(image))
+            self._add(caption, image_index=image, memory_row=memory_of(image))
         for turn in self._some(self.row.get("qa") or [], options.memory_questions_per_image):
             image = self._image()
-            answer = " " + turn["answer"]
-            self._add(image, answer, prompt=turn["question"], is_embedded=False, memory_row=memory_of(image))
+            self._answer(turn, image_index=image, memory_row=memory_of(image))
         for caption in self._some(captions, options.match_captions_per_image):
             image = self._image()
-            self._add(image, caption, is_generated=False, target_row=memory_of(image))
+            target_row = memory_of(image)
+            self._embed(caption, image_index=image, target_row=target_row)
 
-    def _add(self, image_index: int, text: str, **uses):
-        self.texts.append(TextRow(image_index, text, **uses))
+    def _describe(self, image: int, text: str, **columns):
+        """A text that is embedded, with the row's prompt before it, and generated, without."""
+        if self.prompt:
+            self._embed(text, image_index=image, **columns)
+            self._add(text, image_index=image, **columns)
+        else:
+            self._add(text, image_index=image, contrastive_mask=True, **columns)
+
+    def _embed(self, text: str, prompt: str | None = None, **columns):
+        """A text that is only embedded, with one of the model's prompts before it, or else the row's."""
+        text = (self.prompt if prompt is None else self.prompts.get(prompt, "")) + text
+        self._add(text, is_generated=False, contrastive_mask=True, **columns)
+
+    def _answer(self, turn: Mapping[str, str], **columns):
+        self.texts.append(DrawnText(" " + turn["answer"], prompt=turn["question"], columns=columns))
+
+    def _add(self, text: str, is_generated: bool = True, **columns):
+        self.texts.append(DrawnText(text, is_generated=is_generated, columns=columns))
+
+    def _prompt(self, name: str | None) -> str:
+        if name is not None and name not in self.prompts:
+            known = f"one of {', '.join(self.prompts)}" if self.prompts else "None, since the model has no prompts"
+            raise ValueError(f"`prompt_name` of {row_name(self.row, 0)} is {name!r}; expected {known}.")
+        return "" if name is None else self.prompts[name]
 
     def _place_of(self, box: int) -> int:
         """Its number among the boxes drawn, of which it becomes one."""

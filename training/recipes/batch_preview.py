@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from mmgem.text_rows import IGNORED_LABEL
+from mmgem.text_rows import IGNORED_LABEL, TEXT_COLUMNS, Role, pointers
 from mmgem.training.data.rows import COLUMNS, ID_COLUMNS, IMAGE_COLUMNS, images_of
 
 _NOT_TOLD = (*IMAGE_COLUMNS, "edited_image", *ID_COLUMNS)
-_ROLES = {"memory": "memory_row", "document": "target_row"}  # that one text has for another
 _TILE = 224  # pixels of the shorter side of an image on the sheet, at least
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
@@ -88,19 +87,23 @@ def _target(batch: Mapping[str, Any], row: int) -> str:
     image, box = int(batch["image_index"][row]), int(batch["box_index"][row])
     if image < 0:
         return "no image"
-    role = next((f"{role} of " for role, name in _ROLES.items() if name in batch and batch[name][row] >= 0), "")
+    texts = pointers(batch, Role.TEXT)
+    role = next((f"{TEXT_COLUMNS[name].pointed_to_as} of " for name, rows in texts.items() if rows[row] >= 0), "")
     return f"{role}image {image}" if box < 0 else f"{role}image {image}, box {box}"
 
 
 def _uses(batch: Mapping[str, Any], row: int) -> list[str]:
     """What a text is embedded for."""
-    uses = [role for role, name in _ROLES.items() if name in batch and bool((batch[name] == row).any())]
-    if not bool(batch["contrastive_mask"][row]):
+    texts = pointers(batch, Role.TEXT)
+    uses = [TEXT_COLUMNS[name].pointed_to_as for name, rows in texts.items() if (rows == row).any()]
+    if not batch["contrastive_mask"][row]:
         return uses
-    if "hard_negative_mask" in batch and bool(batch["hard_negative_mask"][row]):
+    if "hard_negative_mask" in batch and batch["hard_negative_mask"][row]:
         return [*uses, "hard negative"]
-    is_fused = "fused_index" in batch and batch["fused_index"][row] >= 0
-    return [*uses, f"embedded with image {batch['fused_index'][row]}" if is_fused else "embedded"]
+    fused = [int(image) for image in batch["fused_index"][row] if image >= 0] if "fused_index" in batch else []
+    if not fused:
+        return [*uses, "embedded"]
+    return [*uses, f"embedded with image{'s' * (len(fused) > 1)} {', '.join(map(str, fused))}"]
 
 
 def _tile(batch: Mapping[str, Any], number: int, image_processor) -> Image.Image:

@@ -79,10 +79,12 @@ class MaskingCollator:
             and `row_keys`, as far as there are any; `text_mask` (T, L) and, with images, `patch_mask` (I, rows,
             columns), bool.
         """
-        batch = self.collator(rows)
+        batch, row_of_text = self.collator.collate(rows)
         inputs = {name: batch[name] for name in (*_MODEL_INPUTS, "row_keys") if name in batch}
-        fused_index = batch.get("fused_index", torch.full_like(batch["image_index"], -1))
-        is_fused = fused_index >= 0
+        # Of several images before a text, the first one stays there; the others are put back by themselves.
+        no_image = torch.full_like(batch["image_index"], -1)  # (T,)
+        fused_index = batch["fused_index"][:, 0] if "fused_index" in batch else no_image  # (T,)
+        is_fused = fused_index >= 0  # (T,)
         inputs["image_index"] = torch.where(is_fused, fused_index, batch["image_index"])
         inputs["box_index"] = batch["box_index"].masked_fill(is_fused, -1)
         if "hard_negative_mask" in batch:
@@ -96,9 +98,9 @@ class MaskingCollator:
         maskable &= ~torch.isin(inputs["input_ids"], self._special_ids)  # (T, L)
         masks = [
             _draw(row, self.options.text_mask_ratio, generators[number])
-            for row, number in zip(maskable, batch["row_index"].tolist(), strict=True)
+            for row, number in zip(maskable, row_of_text, strict=True)
         ]
-        inputs["text_mask"] = torch.stack(masks)
+        inputs["text_mask"] = torch.stack(masks) if masks else maskable
         if "pixel_values" in batch:
             sides = zip(batch["pixel_values"].shape[2:], self.patch_size, strict=True)
             every_patch = torch.ones([size // patch_size for size, patch_size in sides], dtype=torch.bool)

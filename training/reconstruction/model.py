@@ -170,18 +170,15 @@ class MMGEMForReconstruction(MMGEMModel):
             raise ValueError(
                 "`text_mask` is True for padding, or for a token before which nothing stands; expected False there."
             )
-        return TextRows.complete(
-            input_ids,
-            attention_mask,
-            num_images,
-            boxes,
-            labels=input_ids.masked_fill(~text_mask, IGNORED_LABEL),
-            image_index=image_index,
-            contrastive_mask=torch.zeros_like(image_index, dtype=torch.bool),
-            box_index=box_index,
-            fused_index=None,
-            target_row=None,
-        )
+        columns = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": input_ids.masked_fill(~text_mask, IGNORED_LABEL),
+            "image_index": image_index,
+            "box_index": box_index,
+            "contrastive_mask": torch.zeros_like(image_index, dtype=torch.bool),
+        }
+        return TextRows.from_columns(columns, num_images, boxes)
 
     def _reconstruct(
         self,

@@ -13,90 +13,81 @@ from typing import Any
 import torch
 
 from mmgem.contrastive_batch import ContrastiveBatch, default_image_ids, gather_sizes
-from mmgem.text_rows import IGNORED_LABEL
+from mmgem.text_rows import IGNORED_LABEL, TEXT_COLUMNS, Role, pointers, select_texts
 
 PER_IMAGE = ("pixel_values", "boxes", "image_ids")
-PER_TEXT = (
-    "input_ids",
-    "attention_mask",
-    "labels",
-    "image_index",
-    "box_index",
-    "contrastive_mask",
-    "hard_negative_mask",
-    "fused_index",
-    "target_row",
-    "memory_row",
-)
 
 
 def split_batch(inputs: Mapping[str, Any], chunk_size: int) -> list[dict[str, Any]]:
-    """
-    Divide a batch of the joint loss into chunks of about `chunk_size` images, each with the texts about its images;
-    texts without an image are dealt out evenly. Images that a text joins, as one that it goes with and one that it is
-    to find, stay together, so that a chunk may be larger. Every process gets as many chunks as the one with the most
-    images.
+    """Divide a batch of the joint loss into chunks of about `chunk_size` images, each with the texts about its images.
+
+    Texts without an image are dealt out evenly. What points to each other stays together: the images that a text has
+    to do with, and texts that point to texts. So a chunk may be larger. Every process gets as many chunks as the one
+    with the most images.
 
     Args:
-        inputs: as `MMGEMCollator` gives them.
-        chunk_size: images, at least 1.
+        inputs: As `MMGEMCollator` gives them.
+        chunk_size: Images, at least 1.
 
     Returns:
         The chunks; in each, images and texts that others point to count within the chunk.
-
-    Raises:
-        ValueError: if a text points to one about an image that no text joins with its own.
     """
-    image_index, device = inputs["image_index"], inputs["image_index"].device
-    num_images, num_texts = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0, len(image_index)
+    device, num_texts = inputs["input_ids"].device, len(inputs["input_ids"])
+    inputs = {"image_index": torch.arange(num_texts, device=device), **inputs}
+    num_images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
     num_chunks = max(gather_sizes(-(-max(num_images, 1) // chunk_size), device))
     if "image_ids" not in inputs and num_images:
         inputs = {**inputs, "image_ids": default_image_ids(num_images, device)}
-    images = _split_images(inputs, num_images, num_chunks)
+    first, last = _images_of_texts(inputs, num_images)  # (T,) each
+    images = _split_images(first, last, num_images, num_chunks)
     sizes = torch.tensor([len(part) for part in images], device=device)
     chunk_of_image = torch.repeat_interleave(torch.arange(num_chunks, device=device), sizes)  # (I,)
-    chunk_of_text = torch.arange(num_texts, device=device) * num_chunks // max(num_texts, 1)  # (T,)
-    image_of_text = _image_of_text(inputs)  # (T,)
-    has_image = image_of_text >= 0
-    chunk_of_text[has_image] = chunk_of_image[image_of_text[has_image]]
-    number_in_chunk = torch.empty_like(chunk_of_text)  # (T,)
-    for number in range(num_chunks):
-        texts = (chunk_of_text == number).nonzero()[:, 0]  # (T_c,)
-        number_in_chunk[texts] = torch.arange(len(texts), device=device)
+    chunk_of_text = _first_of_group(inputs, torch.arange(num_texts, device=device)) * num_chunks // max(num_texts, 1)
+    has_image = last >= 0  # (T,)
+    chunk_of_text[has_image] = chunk_of_image[first[has_image]]  # (T,)
 
+    others = {name: value for name, value in inputs.items() if name not in (*PER_IMAGE, *TEXT_COLUMNS)}
     chunks = []
     for number, part in enumerate(images):
         texts = (chunk_of_text == number).nonzero()[:, 0]  # (T_c,)
-        chunk = {name: value for name, value in inputs.items() if name not in PER_IMAGE + PER_TEXT}
-        chunk |= {name: inputs[name][texts] for name in PER_TEXT if name in inputs}
-        for name in {"target_row", "memory_row"} & chunk.keys():
-            rows = chunk[name]
-            if (chunk_of_text[rows[rows >= 0]] != number).any():
-                raise ValueError(f"`{name}` points to a text about another image; expected one about the same image.")
-            chunk[name] = torch.where(rows >= 0, number_in_chunk[rows], -1)
-        if len(part):
-            first, end = part.start, part.stop
-            chunk |= {name: inputs[name][first:end] for name in PER_IMAGE if name in inputs}  # views, not copies
-            for name in {"image_index", "fused_index"} & chunk.keys():
-                chunk[name] = torch.where(chunk[name] >= 0, chunk[name] - first, -1)
+        chunk = others | select_texts(inputs, texts, part)
+        if len(part):  # slices are views, not copies
+            chunk |= {name: inputs[name][part.start : part.stop] for name in PER_IMAGE if name in inputs}
         chunks.append(chunk)
     return chunks
 
 
-def _image_of_text(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """(T,) the image that a text describes, or goes with; -1 for none."""
-    image_index = inputs["image_index"]
-    return torch.where(image_index >= 0, image_index, inputs.get("fused_index", image_index))
+def _images_of_texts(inputs: Mapping[str, Any], num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T,) first and last image that a text, or one that is joined with it, points to; last is -1 without any."""
+    columns = pointers(inputs, Role.IMAGE).values()
+    index = torch.cat([index if index.ndim == 2 else index[:, None] for index in columns], dim=1)  # (T, pointers)
+    first = index.masked_fill(index < 0, num_images).amin(dim=1)  # (T,)
+    return _first_of_group(inputs, first), -_first_of_group(inputs, -index.amax(dim=1))
 
 
-def _split_images(inputs: Mapping[str, Any], num_images: int, num_chunks: int) -> list[range]:
-    """About equal parts of the images, cut only where no text joins one before with one behind."""
+def _first_of_group(inputs: Mapping[str, Any], numbers: torch.Tensor) -> torch.Tensor:
+    """(T,) the smallest of the numbers, (T,), of the texts that are joined by pointers to texts."""
+    edges = [
+        torch.stack([(rows >= 0).nonzero()[:, 0], rows[rows >= 0]]) for rows in pointers(inputs, Role.TEXT).values()
+    ]
+    if not edges:
+        return numbers
+    source, target = torch.cat(edges, dim=1)  # (E,) each
+    while True:
+        smallest = numbers.scatter_reduce(0, source, numbers[target], "amin")
+        smallest = smallest.scatter_reduce(0, target, smallest[source], "amin")
+        if torch.equal(smallest, numbers):
+            return numbers
+        numbers = smallest
+
+
+def _split_images(first: torch.Tensor, last: torch.Tensor, num_images: int, num_chunks: int) -> list[range]:
+    """About equal parts of the images, cut only where no text joins one before the cut with one after it."""
+    has_image = last >= 0  # (T,)
+    first, last = first[has_image].cpu(), last[has_image].cpu()
     joined = torch.zeros(num_images + 1, dtype=torch.long)
-    if "fused_index" in inputs:
-        pairs = torch.stack([inputs["image_index"], inputs["fused_index"]]).cpu()  # (2, T)
-        first, last = pairs[:, (pairs >= 0).all(0)].aminmax(dim=0)
-        joined.index_add_(0, first + 1, torch.ones_like(first))
-        joined.index_add_(0, last + 1, -torch.ones_like(last))
+    joined.index_add_(0, first + 1, torch.ones_like(first))
+    joined.index_add_(0, last + 1, -torch.ones_like(last))
     cuttable = (joined.cumsum(0) == 0).tolist()  # before image i
     parts, start = [], 0
     for number in range(1, num_chunks + 1):

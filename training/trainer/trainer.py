@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
@@ -16,7 +17,8 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mmgem.modeling_mmgem import MAX_LOGIT_SCALE, MMGEMOutput
-from mmgem.text_rows import IGNORED_LABEL, first_token_id
+from mmgem.text_rows import IGNORED_LABEL, TextRows
+from mmgem.text_sequences import count_labels
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.distributed import adapt_to_fsdp, is_sharded, whole
@@ -132,10 +134,7 @@ class MMGEMTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Caption tokens of all processes and accumulation steps, with the end tokens that the model appends."""
-        text_config = self.model.config.text_config
-        count = sum(
-            count_caption_tokens(batch, text_config.eos_token_id, text_config.bos_token_id) for batch in batch_samples
-        )
+        count = sum(count_caption_tokens(batch, self.model.config.text_config) for batch in batch_samples)
         return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -337,34 +336,15 @@ class MMGEMTrainer(Trainer):
         return metrics
 
 
-def count_caption_tokens(
-    batch: Mapping[str, torch.Tensor],
-    eos_token_id: int | list[int] | None,
-    bos_token_id: int | list[int] | None = None,
-) -> int:
-    """
-    Labels of the joint loss in a batch: the given ones without a leading [BOS], which goes before the image, or the
-    first token of a text without image or memory, and an appended end token for each text generated to its end.
+def count_caption_tokens(batch: Mapping[str, Any], text_config) -> int:
+    """Labels of the joint loss in a batch, with the end tokens that the model appends.
 
     Args:
-        batch: `input_ids`, `labels`, `attention_mask` (T, L), `image_index` and perhaps `memory_row` (T,), as for
-            `MMGEMModel.forward`.
-        eos_token_id, bos_token_id: of the language model.
+        batch: As for `MMGEMModel.forward`.
+        text_config: Of the language model.
     """
-    input_ids, labels, is_token = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
-    if len(input_ids) == 0:
-        return 0
-    is_label = labels != IGNORED_LABEL  # (T, L)
-    is_generated = is_label.any(-1)  # (T,)
-    is_first = is_token & (is_token.cumsum(-1) == 1)  # (T, L)
-    has_prefix = batch["image_index"] >= 0  # (T,)
-    if "memory_row" in batch:
-        has_prefix = has_prefix | (batch["memory_row"] >= 0)
-    is_unscored = (input_ids == first_token_id(bos_token_id)) | ~has_prefix[:, None]
-    starts = (is_label & is_first & is_unscored).any(-1)  # (T,)
-    eos = first_token_id(eos_token_id)
-    appends_eos = is_generated & ~(is_label & (input_ids == eos)).any(-1) & (eos >= 0)
-    return int(is_label.sum() - starts.sum() + appends_eos.sum())
+    num_images = len(batch["pixel_values"]) if "pixel_values" in batch else 0
+    return count_labels(TextRows.from_columns(batch, num_images, batch.get("boxes")), text_config)
 
 
 @contextmanager

@@ -62,14 +62,14 @@ def scene_rows(count, **arguments):
 
 def test_an_edit_finds_the_edited_image_by_the_image(tiny_processor):
     rows = [edited("a"), row("b"), edited("c", "white")]
-    batch = MMGEMCollator(tiny_processor, edits_per_image=1, prompts=PROMPTS)(rows)
+    batch, row_of_text = MMGEMCollator(tiny_processor, edits_per_image=1, prompts=PROMPTS).collate(rows)
+    assert row_of_text == [0, 0, 1, 2, 2]
     assert texts_of(batch, tiny_processor) == [
         *("caption of a", "change it: paint a red", "caption of b"),
         *("caption of c", "change it: paint c white"),
     ]
     assert batch["image_index"].tolist() == [0, 1, 2, 3, 4]  # each edited image follows its row's own
-    assert batch["fused_index"].tolist() == [-1, 0, -1, -1, 3]
-    assert batch["row_index"].tolist() == [0, 0, 1, 2, 2]
+    assert batch["fused_index"].tolist() == [[-1], [0], [-1], [-1], [3]]
     assert batch["contrastive_mask"].all() and (batch["box_index"] == -1).all()
     assert written_of(batch, tiny_processor)[1::3] == ["", ""]
     colors = tiny_processor(images=[picture(color) for color in ("red", "white")], return_tensors="pt")
@@ -80,11 +80,49 @@ def test_an_edit_finds_the_edited_image_by_the_image(tiny_processor):
     assert plain["image_ids"].tolist() == [ids[0], ids[2], ids[3]] and len(plain["pixel_values"]) == 3
 
 
+def test_an_edit_stands_after_all_images_of_its_row(tiny_processor):
+    several = {"images": [picture("red"), picture("blue")], "edit": {"instruction": "mix them"}}
+    rows = [row("a"), several | {"edited_image": picture("purple"), "image_id": "b"}, edited("c")]
+    batch = MMGEMCollator(tiny_processor, edits_per_image=1)(rows)
+    assert texts_of(batch, tiny_processor) == ["caption of a", "mix them", "caption of c", "paint c red"]
+    assert batch["image_index"].tolist() == [0, 3, 4, 5]
+    assert batch["fused_index"].tolist() == [[-1, -1], [1, 2], [-1, -1], [4, -1]]
+    model = build_model().eval()
+    found = model(**batch, return_contrastive_batch=True).contrastive_batch
+    n, image_token = model.config.num_visual_tokens, model.config.image_token_id
+    text = torch.tensor([[image_token] * 2 * n + batch["input_ids"][1][batch["attention_mask"][1].bool()].tolist()])
+    alone = model.get_multimodal_features(text, pixel_values=batch["pixel_values"][1:3]).pooler_output
+    torch.testing.assert_close(found.query_embeds[1], torch.nn.functional.normalize(alone[0], dim=-1))
+    assert found.target_index.tolist() == [0, 3, 4, 5]
+
+
+def test_the_prompt_of_a_row_stands_before_what_is_embedded(tiny_processor):
+    prompts = PROMPTS | {"query": "find: "}
+    options = {"hard_negatives_per_image": 1, "label_template": "a {label}", "long_caption_probability": 1.0}
+    columns = {"label": "star", "long_caption": "a long text", "hard_negatives": ["not it"], "prompt_name": "query"}
+    rows = [boxed("a") | columns, row("b"), {"text": "words", "prompt_name": "query"}]
+    collator = MMGEMCollator(tiny_processor, prompts=prompts, regions_per_image=1, **options)
+    batch = collator(rows)
+    texts, written = texts_of(batch, tiny_processor), written_of(batch, tiny_processor)
+    is_embedded = batch["contrastive_mask"].tolist()
+    region = texts[5]
+    assert region.startswith("region ") and [text for text, used in zip(texts, is_embedded, strict=True) if used] == [
+        *("find: caption of a", "find: a long text", "find: a star"),
+        *(f"find: {region}", "find: not it", "caption of b"),
+    ]
+    # What is written, and what is written of nothing, has no prompt.
+    assert [text for text in written if text] == ["caption of a", region, "caption of b", "words"]
+    plain = collator([one | {"prompt_name": None} for one in rows])
+    assert len(plain["input_ids"]) == len(batch["input_ids"]) - 2
+    with pytest.raises(ValueError, match="`prompt_name` of row 'x:1' is 'ask'; expected one of edit, object, query"):
+        collator([row("a", prompt_name="ask", row_key="x:1")])
+
+
 def test_an_edit_without_its_image_is_left_alone(tiny_processor):
     rows = [row("a", edit={"instruction": "paint it red"}), row("b", edit={"instruction": None, "file_name": None})]
     batch = MMGEMCollator(tiny_processor, edits_per_image=1)(rows)
     assert len(batch["pixel_values"]) == len(batch["input_ids"]) == 2
-    assert batch["fused_index"].tolist() == [-1, -1]
+    assert batch["fused_index"].tolist() == [[-1], [-1]]
 
 
 def test_edited_images_beside_boxes_have_none(tiny_processor):
@@ -106,7 +144,7 @@ def test_an_instruction_finds_the_box_it_names(tiny_processor):
             box = int(text.removeprefix("where is box ").removeprefix("region ")[0])
             torch.testing.assert_close(batch["boxes"][1, found] * 32, torch.tensor(BOXES[box], dtype=torch.float32))
         assert instruction in ("where is box 0 of a", "where is box 2 of a")
-        assert batch["image_index"].tolist() == [1, 1] and batch["fused_index"].tolist() == [-1, 1]
+        assert batch["image_index"].tolist() == [1, 1] and batch["fused_index"].tolist() == [[-1], [1]]
         assert batch["contrastive_mask"].all() and written_of(batch, tiny_processor) == [region, ""]
         boxes = [tuple(box) for box in batch["boxes"][1].tolist() if any(box)]
         assert len(set(boxes)) == len(boxes)
@@ -144,7 +182,7 @@ def test_captions_and_answers_are_written_from_one_memory(tiny_processor):
     assert written[:3] == ["", "caption of a", "it is 0"] and written[6] == "it is " + texts[6][-1]
     assert batch["memory_row"].tolist() == [-1, 0, 0, -1, 3, 3, 3]
     assert batch["image_index"].tolist() == [0, 0, 0, 1, 1, 1, 1]
-    assert batch["fused_index"].tolist() == [0, -1, -1, 1, -1, -1, -1]
+    assert batch["fused_index"][:, 0].tolist() == [0, -1, -1, 1, -1, -1, -1]
     assert not batch["contrastive_mask"].any() and "target_row" not in batch
 
 
@@ -155,7 +193,7 @@ def test_a_caption_finds_its_image_as_the_language_model_embeds_it(tiny_processo
     assert batch["target_row"].tolist() == [-1, -1, 0, 0, -1, -1, 4]
     assert batch["memory_row"].tolist() == [-1, 0, -1, -1, -1, 4, -1]
     assert batch["contrastive_mask"].tolist() == [False, False, True, True, False, False, True]
-    assert batch["fused_index"].tolist() == [0, -1, -1, -1, 1, -1, -1]
+    assert batch["fused_index"][:, 0].tolist() == [0, -1, -1, -1, 1, -1, -1]
     texts, written = texts_of(batch, tiny_processor), written_of(batch, tiny_processor)
     assert texts[4:] == ["", "caption of b", "caption of b"] and written[4:] == ["", "caption of b", ""]
     assert set(texts[2:4]) < {"one", "two", "three"}
@@ -165,18 +203,19 @@ def test_each_image_of_a_sample_has_a_memory_of_its_own(tiny_processor):
     several = {"images": [picture("red"), picture("blue")], "captions": [f"text {i}" for i in range(20)]}
     options = NOTHING | {"memory_captions_per_image": 20, "match_captions_per_image": 20}
     batch = MMGEMCollator(tiny_processor, **options)([row("a"), several | {"image_id": "b"}])
-    sources = (batch["fused_index"] >= 0).nonzero()[:, 0]
-    assert batch["fused_index"][sources].tolist() in ([0, 1, 2], [0, 2, 1])
+    fused_index = batch["fused_index"][:, 0]
+    sources = (fused_index >= 0).nonzero()[:, 0]
+    assert fused_index[sources].tolist() in ([0, 1, 2], [0, 2, 1])
     for name in ("memory_row", "target_row"):
         pointing = batch[name] >= 0
         assert pointing.sum() == 21
-        assert torch.equal(batch["fused_index"][batch[name][pointing]], batch["image_index"][pointing])
+        assert torch.equal(fused_index[batch[name][pointing]], batch["image_index"][pointing])
 
 
 @pytest.mark.parametrize(
     ("option", "keys"),
     [
-        ("hard_negatives_per_image", set()),
+        ("hard_negatives_per_image", {"hard_negative_mask"}),
         ("edits_per_image", {"fused_index"}),
         ("instructed_regions_per_image", {"fused_index"}),
         ("memory_captions_per_image", {"fused_index", "memory_row"}),
@@ -187,14 +226,14 @@ def test_each_image_of_a_sample_has_a_memory_of_its_own(tiny_processor):
 def test_what_a_batch_has_follows_from_the_options_alone(tiny_processor, option, keys):
     collator = MMGEMCollator(tiny_processor, **{option: 1})
     for rows in ([edited("a") | boxed("a")], [{"text": "alone"}]):
-        assert collator(rows).keys() & {"fused_index", "target_row", "memory_row"} == keys
+        assert collator(rows).keys() & {"fused_index", "target_row", "memory_row", "hard_negative_mask"} == keys
 
 
 def test_what_is_drawn_first_does_not_depend_on_what_is_drawn_after_it(tiny_processor):
     rows = scene_rows(4)
     plain = MMGEMCollator(tiny_processor)(rows)
     rich = MMGEMCollator(tiny_processor, **EVERYTHING)(rows)
-    is_new = (rich["fused_index"] >= 0) | (rich["target_row"] >= 0) | (rich["memory_row"] >= 0)
+    is_new = (rich["fused_index"][:, 0] >= 0) | (rich["target_row"] >= 0) | (rich["memory_row"] >= 0)
     expected = texts_of(plain, tiny_processor)
     assert [text for text, new in zip(texts_of(rich, tiny_processor), is_new, strict=True) if not new] == expected
     assert is_new.sum() > 5 * len(rows)

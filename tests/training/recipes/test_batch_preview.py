@@ -94,7 +94,7 @@ def test_each_text_says_by_which_image_it_finds_another_and_what_is_written_from
     assert lines == [
         ("image 0, box 0", "embedded with image 0", "the corner"),
         ("image 1", "embedded with image 0", "edit: make the star blue"),
-        ("image 0", "memory + document"),
+        ("image 0", "document + memory"),
         ("memory of image 0", "generated", "[[ a red star]]"),
         ("document of image 0", "embedded", "a red star"),
     ]

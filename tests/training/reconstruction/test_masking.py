@@ -104,9 +104,10 @@ def test_texts_stand_behind_what_they_are_about(tiny_processor, config, image):
 
 def test_a_text_embedded_with_an_image_stands_behind_that_one(tiny_processor, config, image):
     class Composing(MMGEMCollator):
-        def __call__(self, rows):
-            batch = super().__call__(rows)
-            return batch | {"fused_index": torch.tensor([-1, 0]), "box_index": torch.tensor([-1, 0])}
+        def collate(self, rows):
+            batch, row_of_text = super().collate(rows)
+            columns = {"fused_index": torch.tensor([[-1], [0]]), "box_index": torch.tensor([-1, 0])}
+            return batch | columns, row_of_text
 
     batch = masking(tiny_processor, config, Composing(tiny_processor))([row(image, 1), row(image, 2)])
     assert batch["image_index"].tolist() == [0, 0] and batch["box_index"].tolist() == [-1, -1]

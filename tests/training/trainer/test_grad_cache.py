@@ -91,10 +91,36 @@ def test_texts_that_join_images_stay_with_them(chunk_size):
         torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_text_that_points_to_another_chunk_is_refused():
+def test_texts_that_point_to_texts_of_other_images_join_them():
     batch = joint_batch(fused_index=torch.full((9,), -1), memory_row=torch.tensor([-1] * 4 + [6, 0] + [-1] * 3))
-    with pytest.raises(ValueError, match="`memory_row` points to a text about another image"):
-        split_batch(batch, 1)
+    chunks = split_batch(batch, 1)
+    assert [len(chunk["input_ids"]) for chunk in chunks] == [9, 0]
+    torch.testing.assert_close(chunks[0]["memory_row"], batch["memory_row"])
+
+
+def test_texts_without_images_stay_with_the_texts_that_they_point_to():
+    texts = torch.arange(8)
+    batch = {
+        "input_ids": texts[:, None] + 10,
+        "attention_mask": torch.ones(8, 1, dtype=torch.long),
+        "labels": torch.full((8, 1), -100),
+        "pixel_values": torch.zeros(4, 3, 8, 8),
+        "image_index": torch.tensor([-1, -1, 1, -1, -1, -1, -1, -1]),
+        "target_row": torch.tensor([7, -1, -1, 2, -1, 4, -1, -1]),  # 3 finds the text of image 1; 0 and 5 texts alone
+    }
+    chunks = split_batch(batch, 2)
+    words = [(chunk["input_ids"][:, 0] - 10).tolist() for chunk in chunks]
+    assert sorted(sum(words, [])) == texts.tolist() and all(words)
+    for own, chunk in zip(words, chunks, strict=True):
+        pointing = (chunk["target_row"] >= 0).nonzero()[:, 0].tolist()
+        assert {own[text]: own[chunk["target_row"][text]] for text in pointing}.items() <= {0: 7, 3: 2, 5: 4}.items()
+    assert sum(int((chunk["target_row"] >= 0).sum()) for chunk in chunks) == 3
+
+
+def test_pairs_need_no_numbers_of_images(pixel_values, text_batch):
+    """Without `image_index`, text i describes image i."""
+    chunks = split_batch({"pixel_values": pixel_values, **text_batch}, 2)
+    assert [chunk["image_index"].tolist() for chunk in chunks] == [[0], [0, 1]]
 
 
 def test_dropout_is_drawn_again_in_the_second_run(batch):

@@ -251,7 +251,7 @@ def test_counted_tokens_are_those_the_model_divides_by(bos, eos, pixel_values):
         "return_loss": True,
     }
     mean = model(**batch).caption_loss
-    count = count_caption_tokens(batch, eos, bos)
+    count = count_caption_tokens(batch, model.config.text_config)
     torch.testing.assert_close(model(**batch, num_items_in_batch=count).caption_loss, mean)
 
 
@@ -259,6 +259,8 @@ def test_end_tokens_are_counted_once():
     input_ids = torch.tensor([[5, 6, 7], [5, 6, 0], [5, 6, 7], [5, 6, 7]])
     labels = torch.tensor([[5, 6, 7], [5, 6, 0], [-100, -100, 7], [-100, -100, -100]])
     batch = {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(input_ids)}
-    assert count_caption_tokens(batch | {"image_index": torch.arange(4)}, eos_token_id=0) == 4 + 3 + 2 + 0
-    assert count_caption_tokens(batch | {"image_index": torch.tensor([0, 1, 2, -1])}, eos_token_id=0) == 9
-    assert count_caption_tokens(batch | {"image_index": torch.tensor([-1, 1, 2, 3])}, eos_token_id=0) == 8
+    batch["pixel_values"], text_config = torch.zeros(4, 3, 8, 8), build_model().config.text_config
+    text_config.eos_token_id = 0
+    for image_index, expected in (([0, 1, 2, 3], 4 + 3 + 2 + 0), ([0, 1, 2, -1], 9), ([-1, 1, 2, 3], 8)):
+        columns = {"image_index": torch.tensor(image_index), "contrastive_mask": torch.zeros(4, dtype=torch.bool)}
+        assert count_caption_tokens(batch | columns, text_config) == expected
