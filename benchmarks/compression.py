@@ -4,7 +4,7 @@ generated scenes.
 
     python -m benchmarks.compression --out runs/compression
 
-An image is embedded through the language model, by k [EMB] vectors behind its visual tokens. The match stage teaches
+An image is embedded through the language model, by k [EMB] vectors after its visual tokens. The match stage teaches
 that with pairs of a caption and an image; the compress stage, before it, with captions and answers that are written
 from the states of the [EMB] vectors alone, and with no pair at all. Every run starts from `mmgem-tiny` as it is after
 the second stage of its recipe (`make retrain` leaves it where `--checkpoint` expects it): its text embeddings are

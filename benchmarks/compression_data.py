@@ -82,7 +82,7 @@ class Setting:
 
 class GridModel(MMGEMModel):
     """
-    The model behind its vision tower: wherever it takes `pixel_values`, it takes the patch grid that the frozen tower
+    The model after its vision tower: wherever it takes `pixel_values`, it takes the patch grid that the frozen tower
     made of them, (B, C, rows, columns).
     """
 

@@ -5,7 +5,7 @@ What a fused embedding costs beside the prefill of the language model that it co
 
 Two comparisons, in time and in counted FLOPs, over numbers of images and of [EMB] vectors:
 
-- The language model: reading an embedding behind the visual tokens and the text, against the decoder of the same
+- The language model: reading an embedding after the visual tokens and the text, against the decoder of the same
   language model on the same vectors, without [EMB]. This is the part that a fused embedding adds to.
 - From pixels: `get_multimodal_features` against `forward` on the same prompt, as `generate` calls it before it writes
   the first token: vision tower, decoder, the vocabulary head at the last place.
@@ -99,7 +99,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs at a time.")] = 4,
     images: Annotated[list[int], typer.Option(min=1, help="Of an input; may be given again.")] = [1, 4],  # noqa: B006
     vectors: Annotated[list[int], typer.Option(min=1, help="[EMB] vectors; may be given again.")] = [1, 4, 16],  # noqa: B006
-    text_tokens: Annotated[int, typer.Option(min=1, help="Of the text behind the images.")] = 64,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Of the text after the images.")] = 64,
     visual_tokens: Annotated[int, typer.Option(help="Of an image; a square number.")] = 16,
 ):
     lengths = text_tokens, text_tokens

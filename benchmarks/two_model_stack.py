@@ -69,7 +69,7 @@ def clip_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def llava_inputs(batch: dict[str, torch.Tensor], llava: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """A batch of `build_batch` behind image placeholders, with labels on the captions and their end tokens."""
+    """A batch of `build_batch` after image placeholders, with labels on the captions and their end tokens."""
     eos_token_id, num_patches = llava.config.text_config.eos_token_id, llava.config.image_seq_length
     captions, attention_mask = end_captions(batch["input_ids"], batch["attention_mask"], eos_token_id)
     labels = captions.masked_fill(attention_mask == 0, IGNORED_LABEL)

@@ -43,7 +43,7 @@ def two_pass_losses(
 def end_captions(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, eos_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, L) captions padded on the right -> (B, L + 1), an end token behind each, and their mask."""
+    """(B, L) captions padded on the right -> (B, L + 1), an end token after each, and their mask."""
     ended = F.pad(attention_mask, (1, 0), value=1)  # (B, L + 1)
     is_end = ended.cumsum(-1) == ended.sum(-1, keepdim=True)
     is_end &= ended == 1

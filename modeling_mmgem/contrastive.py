@@ -1,4 +1,4 @@
-"""InfoNCE over the batch of all processes, as a class with four hooks."""
+"""InfoNCE over the batch of all processes, as a class with five hooks."""
 
 from dataclasses import dataclass
 
@@ -14,20 +14,21 @@ SCORES_AT_ONCE = 2**20  # similarities in memory: above, the loss goes block by 
 
 @dataclass
 class Ranking:
-    """
-    Anchors against candidates, one direction of the loss: A texts against all targets, or A targets against all texts.
+    """Anchors against candidates, one direction of the loss: A texts against all targets, or A targets against all
+    texts.
 
     Args:
         scores: (A, C) similarities, from the hook `score`.
         describes: (A, C) bool, whether text and target belong together by their ids.
         other_modality: (A, C) bool, whether one is of an image and the other of a region, or of a document.
         same_image: (A, C) bool, whether the image is the same, if only in part; True for documents, whose ids do not
-            tell of which image they are, and for hard negatives, which stand
-            against nothing but targets of their own modality.
+            tell of which image they are, and for hard negatives, which are compared with targets of their own modality
+            only.
         positive: (A,) long, the candidate that makes a pair with the anchor.
-        logit_scale: scalar, the inverse temperature; logit_bias: scalar or None.
+        logit_scale: Scalar, the inverse temperature.
+        logit_bias: Scalar, or None.
         teacher_scores: (A, C) similarities of a teacher's embeddings, without gradients, or None.
-        teacher_scale: scalar, the teacher's inverse temperature, or None.
+        teacher_scale: Scalar, the teacher's inverse temperature, or None.
     """
 
     scores: torch.Tensor
@@ -53,12 +54,11 @@ class Ranking:
 
 
 class Pairs:
-    """
-    The texts and targets of all processes, as rankings of some of them against all others.
+    """The texts and targets of all processes, as rankings of some of them against all others.
 
     Args:
-        objective: whose `score` compares them.
-        batch, teacher: gathered, in float32.
+        objective: The objective whose `score` compares them.
+        batch, teacher: Gathered, in float32.
 
     Attributes:
         describing: (S,) long, the texts that describe something.
@@ -125,20 +125,19 @@ class Pairs:
 
 
 class ContrastiveObjective:
-    """
-    Symmetric InfoNCE (CLIP, https://arxiv.org/abs/2103.00020) over the texts, images and regions of all processes.
+    """Symmetric InfoNCE (CLIP, https://arxiv.org/abs/2103.00020) over the texts, images and regions of all processes.
 
     For a text q with its target p, score s and inverse temperature t:
 
         loss(q) = -1/2 log( exp(t s(q, p)) / sum over targets p' of exp(t s(q, p')) )
                   -1/2 log( exp(t s(q, p)) / sum over texts q' of exp(t s(q', p)) )
 
-    and the loss is its mean over the texts of images, plus its mean over those of regions and over those of documents.
-    A text describes a
-    target if it is one of the captions of a target with that id, or says the same as one of them; what belongs
-    together is never a negative: of it, only p and q stand in the sums. Images and regions are never each other's
-    negatives (modality-aware masking, UNITE, https://arxiv.org/abs/2505.19650). Hard negatives are candidates for
-    images, never anchors (NegCLIP, https://arxiv.org/abs/2210.01936). With one caption per image, and no boxes, this
+    The loss of the batch is the mean over the texts of images, plus the mean over those of regions, plus the mean over
+    those of documents. A text describes a target if it is one of the captions of a target with that id, or is equal to
+    one of them. A text and a target that belong together are never negatives of each other: only p and q stand in the
+    sums. Images and regions are never each other's negatives (modality-aware masking, UNITE,
+    https://arxiv.org/abs/2505.19650). Hard negatives are candidates for images, never anchors (NegCLIP,
+    https://arxiv.org/abs/2210.01936). With one caption per image, and no boxes, this
     is CLIP's loss.
 
     Subclasses change it by five hooks: `views`, `score`, `mask`, `weights` and `targets`.
@@ -165,16 +164,17 @@ class ContrastiveObjective:
         return ranking.positive
 
     def __call__(self, batch: ContrastiveBatch, teacher: ContrastiveBatch | None = None) -> torch.Tensor:
-        """
+        """Compute the loss over the batches of all processes.
+
         Args:
-            batch: of this process.
-            teacher: the same texts and targets in the same order, embedded by a teacher; where a hook asks for it.
+            batch: Of this process.
+            teacher: The same texts and targets in the same order, embedded by a teacher; where a hook asks for it.
 
         Returns:
             Scalar, computed in float32, the same on every process; a 0 with gradients if no text describes anything.
 
         Raises:
-            ValueError: if the shapes of the batch, or of its teacher's, do not fit together.
+            ValueError: If the shapes of the batch, or of its teacher's, do not fit together.
         """
         batch.check()
         if teacher is not None:

@@ -1,4 +1,4 @@
-"""What the contrastive loss is computed from, and how the processes of a distributed run put it together."""
+"""The inputs of the contrastive loss, and how the processes of a distributed run put them together."""
 
 from dataclasses import dataclass, replace
 
@@ -24,8 +24,7 @@ def gather_sizes(size: int, device: torch.device) -> list[int]:
 
 
 def gather_rows(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """
-    Concatenate the rows of all processes, in the order of ranks; gradients flow back to the process they came from.
+    """Concatenate the rows of all processes, in the order of ranks; gradients flow back to the process they came from.
 
     Args:
         rows: (N_rank, ...), N_rank may differ between processes.
@@ -45,8 +44,7 @@ def gather_rows(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 
 def token_row_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """
-    A 64-bit fingerprint of each token row, equal for equal texts whatever their padding.
+    """A 64-bit fingerprint of each token row, equal for equal texts whatever their padding.
 
     Args:
         input_ids: (T, L); attention_mask: (T, L).
@@ -93,8 +91,7 @@ def ids_of_regions(image_ids: torch.Tensor, num_boxes: int) -> torch.Tensor:
 
 @dataclass
 class ContrastiveBatch(ModelOutput):
-    """
-    The texts (queries) and the images, regions and documents (targets) of one process, or after `gather` of all of
+    """The texts (queries) and the images, regions and documents (targets) of one process, or after `gather` of all of
     them. Both may be fused: a text with an image.
 
     Args:
@@ -106,8 +103,8 @@ class ContrastiveBatch(ModelOutput):
         target_ids: (P,) long, equal for copies of one image; for regions [`ids_of_regions`].
         query_modality: (Q,) long, `IMAGE`, `REGION` or `DOCUMENT`: the kind of target that a text was written for.
         target_modality: (P,) long, likewise.
-        logit_scale: scalar, the inverse temperature.
-        logit_bias: scalar or None; the sigmoid form needs it, to InfoNCE it makes no difference.
+        logit_scale: Scalar, the inverse temperature.
+        logit_bias: Scalar or None; the sigmoid form needs it, to InfoNCE it makes no difference.
     """
 
     query_embeds: torch.Tensor = None
@@ -121,8 +118,7 @@ class ContrastiveBatch(ModelOutput):
     logit_bias: torch.Tensor | None = None
 
     def gather(self) -> "ContrastiveBatch":
-        """
-        The batch of all processes, in the order of ranks, on each of them; gradients flow back.
+        """The batch of all processes, in the order of ranks, on each of them; gradients flow back.
 
         Processes may hold different numbers of rows, none included; all run the same sequence of collectives.
         """
@@ -153,9 +149,10 @@ class ContrastiveBatch(ModelOutput):
         )
 
     def check(self):
-        """
+        """Refuse a batch whose parts do not fit together.
+
         Raises:
-            ValueError: if shapes do not fit together, or an index points to no target or to one of the other modality.
+            ValueError: If shapes do not fit together, or an index points to no target or to one of the other modality.
         """
         for side, names in {
             "query": ("target_index", "query_ids", "query_modality"),

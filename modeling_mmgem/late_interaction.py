@@ -4,8 +4,7 @@ import torch
 
 
 def maxsim(query_embeds: torch.Tensor, document_embeds: torch.Tensor) -> torch.Tensor:
-    """
-    Mean over the vectors of a query of their largest dot product with a vector of the document (ColBERT,
+    """Mean over the vectors of a query of their largest dot product with a vector of the document (ColBERT,
     https://arxiv.org/abs/2004.12832, which has the sum). One after the other, so that memory holds k times less than
     all products.
 
@@ -24,16 +23,17 @@ def maxsim(query_embeds: torch.Tensor, document_embeds: torch.Tensor) -> torch.T
 
 
 def similarity(query_embeds: torch.Tensor, document_embeds: torch.Tensor) -> torch.Tensor:
-    """
+    """Score every query against every document, by the cosine or by `maxsim`.
+
     Args:
         query_embeds: (Q, D) or (Q, k, D) unit vectors.
         document_embeds: (P, D) or (P, m, D), likewise.
 
     Returns:
-        (Q, P), from -1 to 1: the cosine, or `maxsim`.
+        (Q, P), from -1 to 1.
 
     Raises:
-        ValueError: if one side has single vectors and the other several, or widths differ.
+        ValueError: If one side has single vectors and the other several, or widths differ.
     """
     if query_embeds.ndim != document_embeds.ndim or query_embeds.ndim not in (2, 3):
         raise ValueError(

@@ -10,8 +10,7 @@ MODALITIES = ("image", "text", "fused")
 
 
 class ModalityCalibrator(nn.Module):
-    """
-    Takes from every embedding the mean of its modality (GR-CLIP, https://arxiv.org/abs/2507.19054).
+    """Takes from every embedding the mean of its modality (GR-CLIP, https://arxiv.org/abs/2507.19054).
 
     Contrastive training leaves each modality in a cone of its own (https://arxiv.org/abs/2203.02053). A text may then
     be nearer to the texts of others than to its own image, and in a corpus of both, texts come first. With m the mean
@@ -23,12 +22,12 @@ class ModalityCalibrator(nn.Module):
     vectors, each has a mean of its own, so that the first of them are calibrated as they would be without the rest.
 
     Args:
-        dim: width D of the embeddings.
-        modalities: at least two of `"image"`, `"text"` and `"fused"`, each once.
-        num_vectors: k, for embeddings (k, D); by default an embedding is one vector, (D,).
+        dim: Width D of the embeddings.
+        modalities: At least two of `"image"`, `"text"` and `"fused"`, each once.
+        num_vectors: K, for embeddings (k, D); by default an embedding is one vector, (D,).
 
     Raises:
-        ValueError: for other modalities, or a width or a number of vectors below 1.
+        ValueError: For other modalities, or a width or a number of vectors below 1.
     """
 
     def __init__(self, dim: int, modalities: list[str], num_vectors: int | None = None):
@@ -57,12 +56,11 @@ class ModalityCalibrator(nn.Module):
         return (self.dim,) if self.num_vectors is None else (self.num_vectors, self.dim)
 
     def mean(self, modality: str) -> torch.Tensor:
-        """
-        (D,) mean of the unit vectors of a modality, or (k, D) one for each of k vectors; lengths are from 0 (no gap)
-        to 1 (all embeddings are equal).
+        """(D,) mean of the unit vectors of a modality, or (k, D) one for each of k vectors; lengths are from 0 (no
+        gap) to 1 (all embeddings are equal).
 
         Raises:
-            ValueError: for a modality that this calibrator is not for, or that it was not fitted on.
+            ValueError: For a modality that this calibrator is not for, or that it was not fitted on.
         """
         if modality not in self.modalities:
             raise ValueError(
@@ -75,15 +73,14 @@ class ModalityCalibrator(nn.Module):
 
     @torch.no_grad()
     def fit(self, embeds_by_modality: dict[str, torch.Tensor]):
-        """
-        Learn the means from a sample. The calibrator stays as it was if the sample is refused.
+        """Learn the means from a sample. The calibrator stays as it was if the sample is refused.
 
         Args:
-            embeds_by_modality: for each modality, and no other, (N, D) or (N, k, D) embeddings that are not
+            embeds_by_modality: For each modality, and no other, (N, D) or (N, k, D) embeddings that are not
                 calibrated, of any length other than 0; N at least 2, and its own for each modality.
 
         Raises:
-            ValueError: for other modalities, shapes that do not fit, vectors that are not finite or zero, and
+            ValueError: For other modalities, shapes that do not fit, vectors that are not finite or zero, and
                 embeddings, or n-th vectors of them, that are all alike, of which nothing would be left.
         """
         if set(embeds_by_modality) != set(self.modalities):
@@ -114,16 +111,17 @@ class ModalityCalibrator(nn.Module):
         return mean
 
     def forward(self, embeds: torch.Tensor, modality: str) -> torch.Tensor:
-        """
+        """Calibrate embeddings of one modality.
+
         Args:
             embeds: (..., D) or (..., k, D) embeddings of one modality, of any length.
-            modality: of all of them.
+            modality: Of all of them.
 
         Returns:
             Unit vectors of the same shape, in the precision of `embeds`.
 
         Raises:
-            ValueError: for a modality as [`mean`] says, or embeddings of another width or number of vectors.
+            ValueError: For a modality as [`mean`] says, or embeddings of another width or number of vectors.
         """
         mean = self.mean(modality)
         if embeds.shape[-len(self.embedding_shape) :] != self.embedding_shape:

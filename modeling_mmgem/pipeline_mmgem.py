@@ -45,9 +45,9 @@ class MMGEMImageToTextPipeline(Pipeline):
         """Generates text for images.
 
         Args:
-            images: a picture of any kind the processor takes (path, URL, PIL image, array, ...), a list of them, or a
+            images: A picture of any kind the processor takes (path, URL, PIL image, array, ...), a list of them, or a
                 generator or dataset, for which results are generated as they are asked for.
-            boxes: boxes to caption instead of the image: for one image a list of `[x0, y0, x1, y1]` in its pixels, for
+            boxes: Boxes to caption instead of the image: for one image a list of `[x0, y0, x1, y1]` in its pixels, for
                 a list of images a list of such lists.
             kwargs: `prompt` (a question, or the beginning of a caption), `max_new_tokens`, `generate_kwargs`,
                 `batch_size`.
@@ -57,7 +57,7 @@ class MMGEMImageToTextPipeline(Pipeline):
             list of images, a list of such lists.
 
         Raises:
-            ValueError: no image at all, boxes that do not fit the list of images, or as the processor raises.
+            ValueError: No image at all, boxes that do not fit the list of images, or as the processor raises.
         """
         if isinstance(images, list):
             if not images:

@@ -8,12 +8,11 @@ from torch import nn
 
 
 def adaptive_windows(size: int, bins: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Windows of `F.adaptive_avg_pool1d` along one axis.
+    """Windows of `F.adaptive_avg_pool1d` along one axis.
 
     Args:
-        size: cells along the axis.
-        bins: windows wanted.
+        size: Cells along the axis.
+        bins: Windows wanted.
 
     Returns:
         `index` (bins, width) of the cells of each window, and `valid` (bins, width), False where a window is
@@ -29,8 +28,7 @@ def adaptive_windows(size: int, bins: int, device: torch.device) -> tuple[torch.
 
 
 def roi_align(grid: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """
-    Resample every box to a grid of the full size (RoIAlign, https://arxiv.org/abs/1703.06870, aligned, one
+    """Resample every box to a grid of the full size (RoIAlign, https://arxiv.org/abs/1703.06870, aligned, one
     bilinear sample per cell). The box (0, 0, 1, 1) gives the grid back.
 
     Args:
@@ -58,16 +56,15 @@ def roi_align(grid: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 
 class PoolAggregator(nn.Module):
-    """
-    Average pooling that looks again (MM-GEM, https://arxiv.org/abs/2405.19333): the grid is pooled to g x g tokens
+    """Average pooling that looks again (MM-GEM, https://arxiv.org/abs/2405.19333): the grid is pooled to g x g tokens
     by adaptive average pooling, then each token attends to the patches of its own window and adds what it finds.
     The output layer starts at zero, so an untrained aggregator *is* average pooling. A box goes through the same
     parameters, on the grid that RoIAlign cuts out of the patch grid.
 
     Args:
-        hidden_size: channels C of the patch features.
-        num_heads: attention heads; divides `hidden_size`.
-        num_visual_tokens: n = g * g tokens per image or box.
+        hidden_size: Channels C of the patch features.
+        num_heads: Attention heads; divides `hidden_size`.
+        num_visual_tokens: N = g * g tokens per image or box.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_visual_tokens: int):
@@ -80,7 +77,8 @@ class PoolAggregator(nn.Module):
         self.output = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, grid: torch.Tensor, boxes: torch.Tensor | None = None) -> torch.Tensor:
-        """
+        """Pool a patch grid, for whole images or for boxes in them.
+
         Args:
             grid: (B, C, h, w) patch features.
             boxes: (B, R, 4) xyxy in [0, 1] of the image, or None for the whole image.

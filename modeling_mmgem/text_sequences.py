@@ -9,8 +9,7 @@ from .text_rows import IGNORED_LABEL, TextRows, first_token_id, is_first_token
 
 @dataclass
 class TextSequences:
-    """
-    S sequences, N tokens in all. Of a prefix or suffix the token ids mean nothing: vectors take their place.
+    """S sequences, N tokens in all. Of a prefix or suffix the token ids mean nothing: vectors take their place.
 
     Args:
         token_ids: (N,) long.
@@ -48,8 +47,7 @@ def count_labels(rows: TextRows, text_config) -> int:
 def _written_sequences(
     rows: TextRows, chosen: torch.Tensor, has_prefix: torch.Tensor, prefix_length: int, text_config
 ) -> TextSequences:
-    """
-    [BOS] prefix, text, [EOS].
+    """[BOS] prefix, text, [EOS].
 
     Args:
         rows: All texts.

@@ -13,7 +13,7 @@ def check_boxes(boxes, image_sizes: list[tuple[int, int]]) -> list[np.ndarray]:
     """Checks boxes given in pixels and clips them to their images.
 
     Args:
-        boxes: for each image its boxes, absolute `(x0, y0, x1, y1)` with `x0 < x1` and `y0 < y1`: a list of lists, or
+        boxes: For each image its boxes, absolute `(x0, y0, x1, y1)` with `x0 < x1` and `y0 < y1`: a list of lists, or
             of `(R_i, 4)` arrays, or an array of shape `(B, R, 4)`. For a single image its `(R, 4)` boxes will do.
         image_sizes: `(width, height)` of each image, in pixels.
 
@@ -21,7 +21,7 @@ def check_boxes(boxes, image_sizes: list[tuple[int, int]]) -> list[np.ndarray]:
         One float64 array `(R_i, 4)` for each image; an image may have none, but not all of them.
 
     Raises:
-        ValueError: a wrong number or shape, NaN, corners in the wrong order, no area, or a box outside its image.
+        ValueError: A wrong number or shape, NaN, corners in the wrong order, no area, or a box outside its image.
     """
     try:
         # `np.asarray` on each image's part, since numbers of boxes may differ from image to image.
@@ -80,14 +80,14 @@ def boxes_in_view(boxes: list[np.ndarray], views: list[np.ndarray]) -> np.ndarra
     """Boxes in pixels as fractions of the model's view.
 
     Args:
-        boxes: for each image `(R_i, 4)`, as `check_boxes` returns them.
-        views: for each image the rectangle that the model sees, `(x0, y0, x1, y1)` in the same pixels.
+        boxes: For each image `(R_i, 4)`, as `check_boxes` returns them.
+        views: For each image the rectangle that the model sees, `(x0, y0, x1, y1)` in the same pixels.
 
     Returns:
         `(B, R, 4)` float32 in [0, 1], R the largest R_i; missing boxes are all zeros.
 
     Raises:
-        ValueError: a box lies wholly in what the image processor crops away.
+        ValueError: A box lies wholly in what the image processor crops away.
     """
     result = np.zeros((len(boxes), max(map(len, boxes)), 4), dtype=np.float32)
     for i, (row, view) in enumerate(zip(boxes, views)):
@@ -110,16 +110,16 @@ def model_views(image_processor, image_sizes, view_sizes, **kwargs) -> list[np.n
     CLIP, SigLIP, ViT, DeiT, DINOv2 and DINOv3 do.
 
     Args:
-        image_processor: the one that made the pixel values.
+        image_processor: The one that made the pixel values.
         image_sizes: `(width, height)` of each image before it.
         view_sizes: `(width, height)` of each image's pixel values.
-        kwargs: the arguments it was called with, beside the images.
+        kwargs: The arguments it was called with, beside the images.
 
     Returns:
         For each image `(x0, y0, x1, y1)` in its original pixels; beyond the image where it was padded.
 
     Raises:
-        ValueError: the image processor crops in a way that cannot be followed.
+        ValueError: The image processor crops in a way that cannot be followed.
     """
     if getattr(image_processor, "crop_pct", None):
         raise ValueError(

@@ -24,11 +24,10 @@ def code_files() -> list[Path]:
 
 
 def copy_code(folder: str | Path) -> None:
-    """
-    Make the code in a Hub folder that of this package.
+    """Make the code in a Hub folder that of this package.
 
     Args:
-        folder: an existing folder. Its Python files are replaced; one that nothing imports any more goes.
+        folder: An existing folder. Its Python files are replaced; one that nothing imports any more goes.
     """
     folder, files = Path(folder), code_files()
     for old in folder.glob("*.py"):

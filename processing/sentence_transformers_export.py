@@ -35,7 +35,7 @@ def save_sentence_transformer(model, processor, folder: str | Path):
     Args:
         model: `MMGEMModel`.
         processor: `MMGEMProcessor`.
-        folder: where to; made if it is not there.
+        folder: Where to; made if it is not there.
     """
     folder = Path(folder)
     model.save_pretrained(folder)

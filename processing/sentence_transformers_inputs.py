@@ -11,17 +11,17 @@ def read_input(item, prompt: str, processor, modalities: list) -> tuple[object, 
     """Brings one input into a form from which sentence-transformers can tell its modality.
 
     Args:
-        item: of any kind that `MMGEMTransformer` takes.
-        prompt: put before the text, behind the images that it begins with.
+        item: Of any kind that `MMGEMTransformer` takes.
+        prompt: Put before the text, after the images that it begins with.
         processor: `MMGEMProcessor`.
-        modalities: those to tell apart.
+        modalities: Those to tell apart.
 
     Returns:
         The input: a text as `{"text": ...}`, with images as `{"image": [...], "text": ...}` with as many placeholders
         as images or boxes, an image as it came. Its boxes, for each image (R, 4) with R at least 1, or None.
 
     Raises:
-        ValueError: for another kind, a text that is no string, a number of placeholders, boxes or images that does not
+        ValueError: For another kind, a text that is no string, a number of placeholders, boxes or images that does not
             fit, and boxes that are none.
     """
     boxes = None

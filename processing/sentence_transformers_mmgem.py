@@ -36,7 +36,7 @@ class MMGEMTransformer(Transformer):
     images a list of such lists, which are then seen instead of the whole images; `{"image": ..., "boxes": ...}` with
     one box, a region; or a conversation in the format of chat templates.
 
-    A prompt is put before the text and behind the images that it begins with. An image without a text has no place for
+    A prompt is put before the text and after the images that it begins with. An image without a text has no place for
     one: `{"image": ..., "text": ""}` does.
     """
 
@@ -59,9 +59,9 @@ class MMGEMTransformer(Transformer):
         """Prepares a batch.
 
         Args:
-            inputs: the inputs, of any kinds.
-            prompt: put before every text, also that beside an image.
-            processing_kwargs, kwargs: as for the parent.
+            inputs: The inputs, of any kinds.
+            prompt: Put before every text, also that beside an image.
+            processing_kwargs, kwargs: As for the parent.
 
         Returns:
             For inputs of one kind the model's inputs. For mixed ones those of the first kind, those of further kinds
@@ -69,7 +69,7 @@ class MMGEMTransformer(Transformer):
             of each input's embedding in the concatenation of the parts.
 
         Raises:
-            ValueError, TypeError: for an input of another kind, or as the processor raises.
+            ValueError, TypeError: For an input of another kind, or as the processor raises.
         """
         groups, rows = defaultdict(list), defaultdict(list)
         for row, item in enumerate(inputs):
@@ -101,8 +101,8 @@ class MMGEMTransformer(Transformer):
         """Embeds a batch.
 
         Args:
-            features: what `preprocess` returns.
-            max_rationale_tokens: how many tokens the model may write about each text, and image with text, and read
+            features: What `preprocess` returns.
+            max_rationale_tokens: How many tokens the model may write about each text, and image with text, and read
                 with it before it is embedded. An image without a text is embedded as ever.
 
         Returns:
@@ -110,7 +110,7 @@ class MMGEMTransformer(Transformer):
             several vectors. `attention_mask` (B, k): all of them count.
 
         Raises:
-            ValueError: a mixed batch was cut into pieces, as losses with a gradient cache do; and as the model.
+            ValueError: A mixed batch was cut into pieces, as losses with a gradient cache do; and as the model.
         """
         modality = features.get("modality", "text")
         if modality != MIXED:
@@ -170,11 +170,11 @@ class NestedVectors(Dense):
     `Dense`, it adds a random one.
 
     Args:
-        embedding_dimension: width D of the vectors.
-        num_vectors: how many to keep; by default all.
+        embedding_dimension: Width D of the vectors.
+        num_vectors: How many to keep; by default all.
 
     Raises:
-        ValueError: if `num_vectors` is not a whole number of at least 1.
+        ValueError: If `num_vectors` is not a whole number of at least 1.
     """
 
     config_keys = ["embedding_dimension", "num_vectors"]
@@ -191,11 +191,11 @@ class NestedVectors(Dense):
         """Cuts `token_embeddings` (B, k, D) and `attention_mask` (B, k) to (B, r, D) and (B, r).
 
         Args:
-            features: with both.
-            num_vectors: r, by default that of the module, or k.
+            features: With both.
+            num_vectors: R, by default that of the module, or k.
 
         Raises:
-            ValueError: if r is not a whole number from 1 to k.
+            ValueError: If r is not a whole number from 1 to k.
         """
         num_vectors = self.num_vectors if num_vectors is None else num_vectors
         _check_num_vectors(num_vectors, features[self.module_input_name].shape[1])

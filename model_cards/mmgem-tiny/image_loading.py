@@ -23,21 +23,21 @@ def load_image(source, name: str = "image") -> Image.Image:
     """Loads one picture.
 
     Args:
-        source: a `PIL.Image.Image`; a path (`str` or `os.PathLike`); an `http(s)://` URL; a `data:image/...` URI or
+        source: A `PIL.Image.Image`; a path (`str` or `os.PathLike`); an `http(s)://` URL; a `data:image/...` URI or
             the base64 text of an image file; the `bytes` of an image file; a numpy array or torch tensor of shape
             `(H, W)`, `(H, W, C)` or `(C, H, W)` with C in 1..4, of floats in [0, 1], integers in [0, 255], 16-bit
             unsigned integers in [0, 65535] or booleans. Where both layouts fit, an array is read as `(H, W, C)` and a
             tensor as `(C, H, W)`.
-        name: what error messages call the picture.
+        name: What error messages call the picture.
 
     Returns:
         An RGB image, decoded, EXIF rotation applied, transparency laid on white; of an animation the current frame,
         which for a file is the first.
 
     Raises:
-        FileNotFoundError: the path is not there.
+        FileNotFoundError: The path is not there.
         TypeError: `source` is none of the kinds above.
-        ValueError: the file is empty, truncated, not an image or larger than `PIL.Image.MAX_IMAGE_PIXELS` (PIL itself
+        ValueError: The file is empty, truncated, not an image or larger than `PIL.Image.MAX_IMAGE_PIXELS` (PIL itself
             only warns up to twice that), the URL does not answer, or the array has NaN, a wrong shape or range.
     """
     label = f"`{name}`"
@@ -57,7 +57,7 @@ def load_image(source, name: str = "image") -> Image.Image:
 
 
 def _read(source: str | os.PathLike, label: str) -> bytes:
-    """The bytes behind a URL, a path or base64 text."""
+    """The bytes that a URL, a path or base64 text stands for."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         try:
             # Some hosts refuse the default agent of urllib.

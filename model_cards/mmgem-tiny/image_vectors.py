@@ -8,16 +8,15 @@ QUERY_STD = 3.0  # at the beginning, so that no two queries look at the same
 
 
 class ImageVectors(nn.Module):
-    """
-    k vectors of an image or region, each a weighted mean of its visual tokens, as the vector of a region is. The first
-    weighs all of them alike: it is what an image with a single vector has. Each further one has a learned query, by
-    which it takes a share of every token and leaves the rest to those behind it (the stick-breaking of
+    """k vectors of an image or region, each a weighted mean of its visual tokens, as the vector of a region is. The
+    first weighs all of them alike: it is what an image with a single vector has. Each further one has a learned query,
+    by which it takes a share of every token and leaves the rest to those after it (the stick-breaking of
     https://arxiv.org/abs/2410.17980, from query to query). So they are about different parts of the image, and the
     first r of them are what r queries give.
 
     Args:
         hidden_size: C of the visual tokens.
-        num_vectors: k.
+        num_vectors: K.
     """
 
     def __init__(self, hidden_size: int, num_vectors: int):

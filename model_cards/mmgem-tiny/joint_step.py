@@ -56,7 +56,7 @@ class JointStep:
         image_tokens = self.pool_aggregator(grid)  # (I, n, C)
         box_tokens = None if boxes is None else self.pool_aggregator(grid, boxes)  # (I, R, n, C)
 
-        # Language: captions behind their visual tokens, and what is embedded before [EMB], packed into the same rows.
+        # Language: captions after their visual tokens, and what is embedded before [EMB], packed into the same rows.
         text_config, embedding_tokens = self.config.text_config, self.embedding_tokens  # (k, H)
         k = len(embedding_tokens)
         captions = caption_sequences(rows, self.config.num_visual_tokens, text_config)
@@ -87,7 +87,7 @@ class JointStep:
         read_outs = text_states[texts.is_suffix].view(len(texts.lengths), *embedding_tokens.shape)  # (S_t, k, H)
         row_of_text = rows.is_embedded.cumsum(0) - 1  # (T,), row in `read_outs`
 
-        # What is written from a memory stands behind states that were just read out, and sees no image.
+        # A text that is written from a memory stands after states that were just read out, and sees no image.
         labels, unused = captions.labels, hidden_states.sum() + image_tokens.sum()
         if rows.reads_memory:
             memory = read_outs[row_of_text[rows.memory_row[rows.is_recalled]]]  # (S_m, k, H)
@@ -222,7 +222,7 @@ class JointStep:
         return torch.stack(losses).sum()
 
     def _vocabulary_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The language model's head on single states, with the scalings some families put behind it."""
+        """The language model's head on single states, with the scalings that some families put after it."""
         text_config = self.config.text_config
         logits = self.get_output_embeddings()(hidden_states)
         if getattr(text_config, "logits_scaling", None) is not None:  # Granite

@@ -50,14 +50,14 @@ class MMGEMProcessor(ProcessorMixin):
     model gets visual tokens. The prompt of a caption is `"<image>"`, that of an answer `"<image>"` and the question.
 
     Args:
-        image_processor: the vision tower's, for `(B, 3, H, W)` pixel values.
-        tokenizer: the language model's; it must have a padding token and `image_token` in its vocabulary.
-        num_visual_tokens: image tokens for one image or box, as in the model's config.
-        image_token: the placeholder.
+        image_processor: The vision tower's, for `(B, 3, H, W)` pixel values.
+        tokenizer: The language model's; it must have a padding token and `image_token` in its vocabulary.
+        num_visual_tokens: Image tokens for one image or box, as in the model's config.
+        image_token: The placeholder.
         chat_template: Jinja; by default the contents of all messages, one after the other.
 
     Raises:
-        ValueError: the tokenizer lacks one of the tokens, or `num_visual_tokens` is not positive.
+        ValueError: The tokenizer lacks one of the tokens, or `num_visual_tokens` is not positive.
     """
 
     valid_processor_kwargs = MMGEMProcessorKwargs  # type: ignore[assignment]
@@ -88,15 +88,15 @@ class MMGEMProcessor(ProcessorMixin):
 
         `image_token` is added to the vocabulary (the model's embeddings must grow with it); a missing padding token
         becomes the end token; padding goes to the left, as generation needs it (embeddings do not depend on it). Texts
-        are truncated so that the model's [EMB] vectors still fit behind them.
+        are truncated so that the model's [EMB] vectors still fit after them.
 
         Args:
-            vision: name or folder of a checkpoint with an image processor, or the image processor.
-            text: name or folder of a checkpoint with a tokenizer, or the tokenizer, whose `model_max_length` is then
+            vision: Name or folder of a checkpoint with an image processor, or the image processor.
+            text: Name or folder of a checkpoint with a tokenizer, or the tokenizer, whose `model_max_length` is then
                 what the language model takes.
-            num_visual_tokens: image tokens for one image or box.
+            num_visual_tokens: Image tokens for one image or box.
             num_embedding_tokens: [EMB] vectors of the model.
-            image_token: the placeholder.
+            image_token: The placeholder.
         """
         if isinstance(vision, (str, os.PathLike)):
             vision = AutoImageProcessor.from_pretrained(vision, backend="pil")
@@ -127,11 +127,11 @@ class MMGEMProcessor(ProcessorMixin):
         """Prepares a batch.
 
         Args:
-            images: one picture or a list of them (lists of lists are flattened), each of a kind `load_image` takes; or
+            images: One picture or a list of them (lists of lists are flattened), each of a kind `load_image` takes; or
                 a batch of them as a 4-dimensional array or tensor.
-            text: a string or a list of strings, with as many `<image>` in all as there are images, or as there are
+            text: A string or a list of strings, with as many `<image>` in all as there are images, or as there are
                 boxes; or without any, where texts and images are to be compared.
-            boxes: for each image a list of absolute `[x0, y0, x1, y1]` in pixels of the image as displayed, for each
+            boxes: For each image a list of absolute `[x0, y0, x1, y1]` in pixels of the image as displayed, for each
                 of which the model then sees that region instead of the image. Clipped to the image. With as many
                 `<image>` as images, the one of image i becomes the tokens of all its boxes.
             kwargs: `return_tensors="pt"`, `padding`, `truncation`, `max_length`, `images_kwargs` and whatever else
@@ -143,7 +143,7 @@ class MMGEMProcessor(ProcessorMixin):
             zeros where an image has fewer than R boxes.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: an input that cannot be used, see `load_image` and `check_boxes`;
+            FileNotFoundError, TypeError, ValueError: An input that cannot be used, see `load_image` and `check_boxes`;
                 an empty batch; placeholders without images or images without placeholders; truncation that would cut
                 image tokens.
         """

@@ -1,4 +1,4 @@
-"""Rows of a data set become one batch of images and of texts that know which image, or box, they describe."""
+"""The collator: rows of a data set as one batch of images, and of texts that point to an image or a box."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,9 @@ from mmgem.training.data.rows import ID_COLUMNS, check_row, edited_file_of, imag
 
 @dataclass(eq=False, repr=False)
 class MMGEMCollator(TextDrawing):
-    """
-    Batches rows for the joint loss (meaning 4 of `MMGEMModel.forward`). What a row may have:
+    """Batch rows for the joint loss (meaning 4 of `MMGEMModel.forward`). A row may have these columns:
 
-    | column | what is trained |
+    | column | use |
     |---|---|
     | `image`, or `images` for several of one sample | any kind `load_image` takes; without, texts are only generated |
     | `captions` (a list), or `caption` or `text` | embedded and generated; without, the image is only a distractor |
@@ -38,26 +37,27 @@ class MMGEMCollator(TextDrawing):
     | `draw_seed` | an integer that alone decides what is drawn from the row, whoever collates it |
     | `row_key` | what errors and logs call the row |
 
-    Without `draw_seed`, what is drawn at random is drawn with torch's generator, so that runs repeat. Boxes that the
-    image processor crops away are not drawn. Several images of one sample share its id, and each text goes to one of
+    Without `draw_seed`, texts are drawn with torch's generator, so that runs repeat. Boxes that the image processor
+    crops away are not drawn. Several images of one sample share its id, and each text goes to one of
     them. An edited image follows the image of its row, with an id of its own: where a file name is the id, that of
     `edit`, which may be another row's image.
 
     Args:
-        processor: an `MMGEMProcessor`.
-        options: how much of what is drawn, see [`TextDrawing`].
+        processor: An `MMGEMProcessor`.
+        options: How many texts of each kind are drawn, see [`TextDrawing`].
 
     Raises:
-        ValueError: for options that [`TextDrawing`] refuses; for rows that `check_row` refuses, images that cannot be
+        ValueError: For options that [`TextDrawing`] refuses; for rows that `check_row` refuses, images that cannot be
             read, several images of a sample without an id, or a `prompt_name` that the model does not have.
     """
 
     processor: Any
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """
+        """Make a batch.
+
         Args:
-            rows: at least one row.
+            rows: At least one row.
 
         Returns:
             For I images and T texts, of which there may be none: `pixel_values` (I, 3, H, W) if there are images,
@@ -69,7 +69,7 @@ class MMGEMCollator(TextDrawing):
         return inputs
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[int]]:
-        """A batch, and for each of its texts the number of the row that it is from."""
+        """Make a batch, and say for each of its texts the number of the row that it is from."""
         names = [row_name(row, number) for number, row in enumerate(rows)]
         images: list[list[Image.Image]] = []  # of each row
         for row, name in zip(rows, names, strict=True):

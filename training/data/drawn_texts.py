@@ -1,4 +1,4 @@
-"""The texts of a batch: what is drawn from each row, and what the model learns of every text."""
+"""The texts that are drawn from each row of a batch, and what the model learns from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,8 +17,8 @@ class DrawnText:
     """One text of a batch.
 
     Args:
-        text: What is embedded and generated.
-        prompt: What stands before it and is neither embedded nor generated; only for a text that is not embedded.
+        text: The text that is embedded and generated.
+        prompt: The text before it that is neither embedded nor generated; only for a text that is not embedded.
         is_generated: Whether the model learns to write it.
         columns: Values of columns of [`mmgem.text_rows.TextRows`], by name; the others are -1 and False. A column
             that can point to several has a list.
@@ -32,32 +32,31 @@ class DrawnText:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TextDrawing:
-    """
-    How many texts of which kind are drawn from a row. A row that lacks what one asks for has none of it.
+    """How many texts of each kind are drawn from a row. A row without the column has none of them.
 
     Args:
-        captions_per_image: captions drawn for each image; each is embedded and generated.
-        regions_per_image: boxes drawn for each image; their captions are embedded and generated.
-        questions_per_image: questions drawn for each image; the answers are generated.
-        long_caption_probability: share of the images whose long caption is embedded.
-        label_template: text to embed for a `label`, such as "a photo of a {label}"; None to leave labels out.
-        hard_negatives_per_image: hard negatives drawn for each image.
-        edits_per_image: edits drawn for each image, of which a row has at most one. Embedded with the image, the
+        captions_per_image: Captions drawn for each image; each is embedded and generated.
+        regions_per_image: Boxes drawn for each image; their captions are embedded and generated.
+        questions_per_image: Questions drawn for each image; the answers are generated.
+        long_caption_probability: Share of the images whose long caption is embedded.
+        label_template: Text to embed for a `label`, such as "a photo of a {label}"; None to leave labels out.
+        hard_negatives_per_image: Hard negatives drawn for each image.
+        edits_per_image: Edits drawn for each image, of which a row has at most one. Embedded with the image, the
             instruction is to find the edited image (composed retrieval).
-        instructed_regions_per_image: instructions drawn for each image. Embedded with the image, each is to find the
+        instructed_regions_per_image: Instructions drawn for each image. Embedded with the image, each is to find the
             box it names, which has at least one other box of the image beside it, where there is one (ABC,
             https://arxiv.org/abs/2503.00329).
-        memory_captions_per_image: captions drawn for each image; each is generated from the [EMB] vectors of the
+        memory_captions_per_image: Captions drawn for each image; each is generated from the [EMB] vectors of the
             image alone, its memory (the compress stage of CoMa, https://arxiv.org/abs/2511.08480).
-        memory_questions_per_image: questions drawn for each image; the answers are generated from its memory.
-        match_captions_per_image: captions drawn for each image; each is to find the image as the language model
+        memory_questions_per_image: Questions drawn for each image; the answers are generated from its memory.
+        match_captions_per_image: Captions drawn for each image; each is to find the image as the language model
             embeds it, by the [EMB] vectors that also are its memory (the match stage of CoMa).
-        prompts: instructions by name, those of the model's configuration; "edit" stands before the instructions of
+        prompts: Instructions by name, those of the model's configuration; "edit" stands before the instructions of
             edits, "object" before those that name a box, and the one that the `prompt_name` of a row names before the
             other texts of the row, where they are embedded.
 
     Raises:
-        ValueError: for a number below 0, a probability above 1, or a template without `{label}` or with anything else.
+        ValueError: For a number below 0, a probability above 1, or a template without `{label}` or with anything else.
     """
 
     captions_per_image: int = 1
@@ -110,20 +109,19 @@ class TextDrawing:
         return [name for name, used in is_used.items() if used]
 
     def pictures_of(self, row: Mapping[str, Any]) -> list:
-        """The images that a row brings into a batch: its own, and behind them the edited one if its edit is drawn."""
+        """The images that a row brings into a batch: its own, and after them the edited one if its edit is drawn."""
         edit = edit_of(row) if self.edits_per_image else None
         return images_of(row) if edit is None else [*images_of(row), edit[1]]
 
     def draw_texts(
         self, row: Mapping[str, Any], in_view: Sequence[bool], first_image: int = 0, first_text: int = 0
     ) -> tuple[list[DrawnText], list[int]]:
-        """
-        Draw from a row: by its `draw_seed`, or else with torch's generator.
+        """Draw from a row: by its `draw_seed`, or else with torch's generator.
 
         Args:
-            row: its columns.
-            in_view: for each of its boxes, whether the model sees it.
-            first_image, first_text: number that its first image, and its first text, have in the batch.
+            row: Its columns.
+            in_view: For each of its boxes, whether the model sees it.
+            first_image, first_text: Number that its first image, and its first text, have in the batch.
 
         Returns:
             The texts, and the numbers of the boxes to find, in the order that `box_index` gives.

@@ -1,5 +1,4 @@
-"""
-GradCache: contrastive batches larger than memory, https://arxiv.org/abs/2101.06983.
+"""GradCache: contrastive batches larger than memory, https://arxiv.org/abs/2101.06983.
 
 1. Every chunk is embedded without gradients. 2. The contrastive loss of all embeddings, of all processes, gives the
 gradient of each embedding. 3. Every chunk runs again, with gradients, and its embeddings are pulled along theirs. So
@@ -147,11 +146,10 @@ class RandomState:
 
 
 class GradCache:
-    """
-    One forward and backward pass over a batch, chunk by chunk.
+    """One forward and backward pass over a batch, chunk by chunk.
 
     Args:
-        chunk_size: images whose graph is held at a time.
+        chunk_size: Images whose graph is held at a time.
     """
 
     def __init__(self, chunk_size: int):
@@ -159,8 +157,7 @@ class GradCache:
         self._draws: bool | None = None
 
     def embed(self, model, chunks: Sequence[Mapping[str, Any]]) -> tuple[list[ContrastiveBatch], list[RandomState]]:
-        """
-        Step 1: the embeddings of each chunk, without gradients, and the random state each began with.
+        """Step 1: the embeddings of each chunk, without gradients, and the random state each began with.
 
         Captions are left out, unless something in the model is drawn at random: then the second run has to be a
         repetition of the first.
@@ -187,12 +184,11 @@ class GradCache:
     def loss_and_gradients(
         self, batches: Sequence[ContrastiveBatch], loss_of: Callable[[ContrastiveBatch], torch.Tensor]
     ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
-        """
-        Step 2.
+        """Step 2.
 
         Args:
-            batches: from [`embed`].
-            loss_of: the contrastive loss of a batch of this process, which gathers those of the others.
+            batches: From [`embed`].
+            loss_of: The contrastive loss of a batch of this process, which gathers those of the others.
 
         Returns:
             The loss, detached, and for each chunk the gradients of its `query_embeds`, `target_embeds`, `logit_scale`
