@@ -11,9 +11,8 @@ image with its texts and boxes.
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from transformers import PrinterCallback, TrainerCallback
@@ -21,8 +20,8 @@ from transformers import PrinterCallback, TrainerCallback
 from benchmarks.measure import machine_facts, markdown_table
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.recipes.recipe import load_recipe
-from mmgem.training.recipes.run import open_sources, stage_arguments, stage_rows, stage_trainer
+from mmgem.training.recipes.recipe import Recipe, load_recipe
+from mmgem.training.recipes.stage import open_sources, stage_arguments, stage_rows, stage_trainer
 from mmgem.training.trainer.trainer import MMGEMTrainer
 
 CHECKPOINT = Path(__file__).parents[1] / "model_cards" / "mmgem-tiny"
@@ -49,15 +48,15 @@ class StepClock(TrainerCallback):
         return self._last - last
 
 
-def build_trainer(recipe: Mapping[str, Any], number: int, folder: Path, num_steps: int, **changes) -> MMGEMTrainer:
+def build_trainer(recipe: Recipe, number: int, folder: Path, num_steps: int, **changes) -> MMGEMTrainer:
     """The trainer that the recipe describes for a stage, at the published weights."""
+    stage = recipe.stages[number]
     arguments = stage_arguments(
-        recipe, number, folder, max_steps=num_steps, save_strategy="no", disable_tqdm=True, **changes
+        recipe, stage, folder, max_steps=num_steps, save_strategy="no", disable_tqdm=True, **changes
     )
-    stage = recipe["stages"][number]
     rows = stage_rows(stage, open_sources(stage), arguments, arguments.seed + number, SkippedLog())
     model, processor = load_checkpoint(CHECKPOINT, device="cpu")
-    return stage_trainer(recipe, number, model, processor, arguments, rows)
+    return stage_trainer(recipe, stage, model, processor, arguments, rows)
 
 
 def loader_rate(trainer: MMGEMTrainer) -> float:
@@ -89,7 +88,7 @@ def compare(num_batches: int, num_steps: int, **changes) -> str:
     """
     recipe, rows = load_recipe(CHECKPOINT / "recipe.yaml"), []
     with tempfile.TemporaryDirectory() as folder:
-        for number, stage in enumerate(recipe["stages"]):
+        for number, stage in enumerate(recipe.stages):
             out = Path(folder)
             loader = loader_rate(build_trainer(recipe, number, out, num_batches, **changes))
             trainer = build_trainer(recipe, number, out, WARM_UP_STEPS + num_steps, **changes)
@@ -98,7 +97,7 @@ def compare(num_batches: int, num_steps: int, **changes) -> str:
             rate = trainer.args.train_batch_size / statistics.median(steps)
             waiting = sum(waits) / (sum(waits) + sum(steps))
             row = (f"{loader:.0f}", f"{rate:.0f}", f"{loader / rate:.1f}", f"{waiting:.1%}")
-            rows.append((f"{stage['name']}, {trainer.args.dataloader_num_workers} worker", *row))
+            rows.append((f"{stage.name}, {trainer.args.dataloader_num_workers} worker", *row))
     return markdown_table(HEADER, rows)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -16,8 +17,25 @@ _TILE = 224  # pixels of the shorter side of an image on the sheet, at least
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
+@dataclass
+class Preview:
+    """A batch as people look at it.
+
+    Args:
+        batch: A batch for the joint loss; its `labels` (T, L) say which tokens are learned.
+        use: What is done with these tokens, of each text that has some.
+        legend: Words for the tokens between `[[ ]]`, which are these.
+        hidden_patches: (I, rows, columns) bool, the patches of its images that the model does not see.
+    """
+
+    batch: Mapping[str, Any]
+    use: str
+    legend: str
+    hidden_patches: torch.Tensor | None = None
+
+
 def describe_row(row: Mapping[str, Any]) -> str:
-    """One line that says what a row holds, column by column."""
+    """Say in a line what a row holds, column by column."""
     images = [("image", image) for image in images_of(row)]
     if row.get("edited_image") is not None:
         images.append(("edited image", row["edited_image"]))
@@ -32,22 +50,18 @@ def describe_row(row: Mapping[str, Any]) -> str:
     return f"{row['row_key']}: {', '.join(parts)}"
 
 
-def describe_texts(batch: Mapping[str, Any], processor) -> list[str]:
-    """
-    One line for each text of a batch: which image or box it goes with, what it is for, and its tokens as text, with
-    `[[ ]]` around those that the model learns to write (and an end token after them), or to put back.
+def describe_texts(preview: Preview, processor) -> list[str]:
+    """Say in a line for each text of a batch which image or box it goes with, what it is for, and what its tokens are,
+    with `[[ ]]` around those that are learned.
 
     A text that is to find an image or box by another image is "embedded with" that one. An image that the language
     model embeds has a line without text; texts may be written from this "memory", or be to find it as a "document".
 
     Args:
-        batch: from an `MMGEMCollator`, or a `MaskingCollator`.
-        processor: its processor.
+        preview: The batch.
+        processor: The `MMGEMProcessor` that made it.
     """
-    if "text_mask" in batch:
-        labels = batch["input_ids"].masked_fill(~batch["text_mask"], IGNORED_LABEL)
-        batch = {**batch, "labels": labels, "contrastive_mask": torch.zeros_like(batch["text_mask"][:, 0])}
-    lines = []
+    batch, lines = preview.batch, []
     for row in range(len(batch["input_ids"])):
         is_token = batch["attention_mask"][row].bool()
         ids, labels = batch["input_ids"][row][is_token], batch["labels"][row][is_token]
@@ -57,23 +71,26 @@ def describe_texts(batch: Mapping[str, Any], processor) -> list[str]:
             text = processor.tokenizer.decode(ids[list(positions)])
             pieces.append(f"[[{text}]]" if learned else text)
         uses = _uses(batch, row)
-        uses += ["put back" if "text_mask" in batch else "generated"] if is_learned.any() else []
+        uses += [preview.use] if is_learned.any() else []
         lines.append(f"{_target(batch, row):22}{' + '.join(uses):24}{''.join(pieces).strip()}")
     return lines
 
 
-def contact_sheet(batch: Mapping[str, Any], processor) -> Image.Image | None:
-    """
-    The images of a batch as the model sees them, side by side, with the boxes that are trained; None without images.
-    Masked patches are gray.
+def contact_sheet(preview: Preview, processor) -> Image.Image | None:
+    """Draw the images of a batch as the model sees them, side by side, with the boxes that are trained. Hidden patches
+    are gray.
 
     Args:
-        batch: from an `MMGEMCollator`, or a `MaskingCollator`.
-        processor: its processor.
+        preview: The batch.
+        processor: The `MMGEMProcessor` that made it.
+
+    Returns:
+        The sheet, or None if the batch has no images.
     """
-    if "pixel_values" not in batch:
+    if "pixel_values" not in preview.batch:
         return None
-    tiles = [_tile(batch, number, processor.image_processor) for number in range(len(batch["pixel_values"]))]
+    count = len(preview.batch["pixel_values"])
+    tiles = [_tile(preview, number, processor.image_processor) for number in range(count)]
     columns = math.ceil(math.sqrt(len(tiles)))
     width, height = tiles[0].size
     sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(tiles) / columns) * (height + 4)), "white")
@@ -106,17 +123,18 @@ def _uses(batch: Mapping[str, Any], row: int) -> list[str]:
     return [*uses, f"embedded with image{'s' * (len(fused) > 1)} {', '.join(map(str, fused))}"]
 
 
-def _tile(batch: Mapping[str, Any], number: int, image_processor) -> Image.Image:
+def _tile(preview: Preview, number: int, image_processor) -> Image.Image:
+    batch, hidden = preview.batch, preview.hidden_patches
     pixels = batch["pixel_values"][number].float()  # (3, H, W)
     if image_processor.do_normalize:
         mean, std = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
         pixels = pixels * std[:, None, None] + mean[:, None, None]
     if image_processor.do_rescale:
         pixels = pixels / image_processor.rescale_factor
-    if "patch_mask" in batch:
-        mask = batch["patch_mask"][number, None, None].float()  # (1, 1, rows, columns)
-        is_masked = torch.nn.functional.interpolate(mask, pixels.shape[1:]).bool()[0, 0]  # (H, W)
-        pixels = pixels.masked_fill(is_masked, 128)
+    if hidden is not None:
+        mask = hidden[number, None, None].float()  # (1, 1, rows, columns)
+        is_hidden = torch.nn.functional.interpolate(mask, pixels.shape[1:]).bool()[0, 0]  # (H, W)
+        pixels = pixels.masked_fill(is_hidden, 128)
     view = Image.fromarray(pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
     scale = max(1, math.ceil(_TILE / min(view.size)))
     view = view.resize((view.width * scale, view.height * scale), Image.Resampling.NEAREST)

@@ -6,28 +6,27 @@ from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-LOSSES = {
-    "caption_loss": "caption loss",
-    "contrastive_loss": "contrastive loss",
-    "text_loss": "loss of masked text",
-    "patch_loss": "loss of masked patches",
-}
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.training.recipes.recipe import Recipe
+from mmgem.training.recipes.stage_kinds import stage_kind
+
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
-def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str, float], log_history: list[dict]):
-    """
-    Write `README.md` into a checkpoint's folder.
+def write_model_card(
+    folder: Path, model: MMGEMModel, recipe: Recipe, metrics: Mapping[str, float], log_history: list[dict]
+) -> None:
+    """Write `README.md` into a checkpoint's folder.
 
     Args:
-        folder: of the checkpoint; its name becomes the model's.
-        model: the `MMGEMModel`.
-        recipe: as loaded by `mmgem.training.recipes.recipe.load_recipe`.
-        metrics: name to value, of the final evaluation.
-        log_history: what the trainer logged, stage after stage.
+        folder: The folder of the checkpoint; its name becomes the model's.
+        model: The trained model.
+        recipe: The recipe that it was trained with.
+        metrics: The figures of the final evaluation, by name.
+        log_history: The entries that the trainers logged, stage after stage.
     """
     name = folder.resolve().name
-    data = f"Measured on `{recipe['eval_data']}`." if metrics else "Not measured: the recipe has no `eval_data`."
+    data = f"Measured on `{recipe.eval_data}`." if metrics else "Not measured: the recipe has no `eval_data`."
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=name,
         vision=model.config.vision_config.model_type,
@@ -38,8 +37,8 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
         visual_tokens=model.config.num_visual_tokens,
         data=data,
         results="\n".join(f"| {measure} | {value:.3f} |" for measure, value in metrics.items()),
-        steps=" + ".join(str(stage["training"].get("max_steps", "all")) for stage in recipe["stages"]),
-        losses=_describe_losses(log_history),
+        steps=" + ".join(str(stage.training.get("max_steps", "all")) for stage in recipe.stages),
+        losses=_describe_losses(recipe, log_history),
     )
     card_data = ModelCardData(
         model_name=name,
@@ -51,7 +50,7 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
             EvalResult(
                 task_type="image-text-to-text",
                 dataset_type="image-folder",
-                dataset_name=str(recipe["eval_data"]),
+                dataset_name=str(recipe.eval_data),
                 metric_type=measure,
                 metric_value=round(value, 4),
             )
@@ -62,10 +61,11 @@ def write_model_card(folder: Path, model, recipe: Mapping, metrics: Mapping[str,
     ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
 
-def _describe_losses(log_history: list[dict]) -> str:
+def _describe_losses(recipe: Recipe, log_history: list[dict]) -> str:
     """Where the losses that were logged last ended; a short run logs none."""
-    last: dict = next((entry for entry in reversed(log_history) if any(name in entry for name in LOSSES)), {})
-    return "".join(f" The {LOSSES[name]} ended at {float(last[name]):.3f}." for name in LOSSES if name in last)
+    losses = {name: words for stage in recipe.stages for name, words in stage_kind(stage).losses.items()}
+    last: dict = next((entry for entry in reversed(log_history) if any(name in entry for name in losses)), {})
+    return "".join(f" The {losses[name]} ended at {float(last[name]):.3f}." for name in losses if name in last)
 
 
 def _describe_embedding(config) -> str:

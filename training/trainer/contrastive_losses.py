@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.contrastive import ContrastiveObjective, Pairs, Ranking
 from mmgem.contrastive_batch import ContrastiveBatch
 from mmgem.training.argument_checks import check_arguments, check_keys, check_type
@@ -40,6 +41,7 @@ class MaskedObjective(ContrastiveObjective):
     false_negative_threshold: float | None = None
     vector_groups: list | None = None
     dimensions: list[int] | None = None
+    teacher: dict[str, Any] | None = field(default=None, init=False)
 
     def __post_init__(self):
         _check_range("false_negative_threshold", self.false_negative_threshold)
@@ -48,6 +50,31 @@ class MaskedObjective(ContrastiveObjective):
         if self.dimensions is not None:
             check_type(self.dimensions, list[int], "`dimensions`")
             _check_growing("dimensions", [0, *self.dimensions])
+
+    def check(self, config: MMGEMConfig) -> None:
+        """Refuse a model that lacks what the loss needs, before anything is trained.
+
+        Args:
+            config: The configuration of the model.
+
+        Raises:
+            ValueError: If the model does not have it; the message names the option and what the model has.
+        """
+        if self.vector_groups is not None:
+            if config.embedding_pooling != "multi_vector":
+                raise ValueError(
+                    f"`vector_groups` is {self.vector_groups}, but `embedding_pooling` is "
+                    f"{config.embedding_pooling!r}; expected 'multi_vector'."
+                )
+            if max(self.vector_groups[-1]) > config.num_embedding_tokens:
+                raise ValueError(
+                    f"`vector_groups` is {self.vector_groups}; expected at most `num_embedding_tokens`, "
+                    f"{config.num_embedding_tokens}."
+                )
+        if self.dimensions is not None and self.dimensions[-1] > config.projection_dim:
+            raise ValueError(
+                f"`dimensions` is {self.dimensions}; expected at most `projection_dim`, {config.projection_dim}."
+            )
 
     def views(self, batch: ContrastiveBatch) -> list[ContrastiveBatch]:
         """
@@ -196,13 +223,19 @@ class PairwiseSigmoid(MaskedObjective):
         modality_aware, false_negative_threshold: see [`MaskedObjective`].
     """
 
-    teacher = None
+    def check(self, config: MMGEMConfig) -> None:
+        super().check(config)
+        if config.logit_bias_init_value is None:
+            raise ValueError(
+                "`logit_bias_init_value` is None; expected a number in the configuration of the model, such as -10, "
+                "for the loss `sigmoid`."
+            )
 
     def anchors(self, pairs: Pairs) -> torch.Tensor:
         if pairs.batch.logit_bias is None:
             raise ValueError(
-                "The loss `sigmoid` needs a model with a logit bias; expected `logit_bias_init_value` in its "
-                "configuration, such as -10."
+                "`logit_bias` of the batch is None; expected a model with `logit_bias_init_value`, such as -10, for "
+                "the loss `sigmoid`."
             )
         return torch.arange(len(pairs.batch.query_ids), device=pairs.describing.device)  # hard negatives too
 
@@ -213,10 +246,10 @@ class PairwiseSigmoid(MaskedObjective):
         return (losses / pairs.counts[rows]).sum()
 
 
-LOSSES = {"infonce": InfoNCE, "sigmoid": PairwiseSigmoid}
+LOSSES: dict[str, type[MaskedObjective]] = {"infonce": InfoNCE, "sigmoid": PairwiseSigmoid}
 
 
-def build_objective(loss: str = "infonce", **options: Any) -> InfoNCE | PairwiseSigmoid:
+def build_objective(loss: str = "infonce", **options: Any) -> MaskedObjective:
     """
     The contrastive objective that a recipe's section describes. Hard negatives are no option: they come with the data.
 
@@ -235,34 +268,6 @@ def build_objective(loss: str = "infonce", **options: Any) -> InfoNCE | Pairwise
         raise ValueError(f"`loss` is {loss!r}; expected {' or '.join(LOSSES)}.")
     check_arguments(options, LOSSES[loss], f"the objective `{loss}`")
     return LOSSES[loss](**options)
-
-
-def check_embedding_views(objective: MaskedObjective, config) -> None:
-    """
-    Refuse parts of embeddings that a model does not have, before anything is trained.
-
-    Args:
-        objective: from [`build_objective`].
-        config: the model's.
-
-    Raises:
-        ValueError: naming the option, what it asks for and what the model has.
-    """
-    if objective.vector_groups is not None:
-        if config.embedding_pooling != "multi_vector":
-            raise ValueError(
-                f"`vector_groups` is {objective.vector_groups}, but `embedding_pooling` is "
-                f"{config.embedding_pooling!r}; expected 'multi_vector'."
-            )
-        if max(objective.vector_groups[-1]) > config.num_embedding_tokens:
-            raise ValueError(
-                f"`vector_groups` is {objective.vector_groups}; expected at most `num_embedding_tokens`, "
-                f"{config.num_embedding_tokens}."
-            )
-    if objective.dimensions is not None and objective.dimensions[-1] > config.projection_dim:
-        raise ValueError(
-            f"`dimensions` is {objective.dimensions}; expected at most `projection_dim`, {config.projection_dim}."
-        )
 
 
 def _check_groups(groups: object) -> None:

@@ -25,7 +25,7 @@ from mmgem.training.distributed import adapt_to_fsdp, is_sharded, whole
 from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer.checkpoints import is_disk_full, last_complete_checkpoint, mark_complete, mark_unfinished
-from mmgem.training.trainer.contrastive_losses import PairwiseSigmoid, build_objective, check_embedding_views
+from mmgem.training.trainer.contrastive_losses import build_objective
 from mmgem.training.trainer.grad_cache import GradCache, split_batch
 from mmgem.training.trainer.parameter_selection import freeze_unused, parameter_groups, set_trainable
 from mmgem.training.trainer.teacher import Teacher
@@ -83,12 +83,7 @@ class MMGEMTrainer(Trainer):
         if args.freeze is not None or args.train_only is not None:
             set_trainable(model, args.freeze, args.train_only)
         self.objective = build_objective(**(args.contrastive_objective or {}))
-        check_embedding_views(self.objective, model.config)
-        if isinstance(self.objective, PairwiseSigmoid) and model.logit_bias is None:
-            raise ValueError(
-                "`contrastive_objective` is the sigmoid loss, which needs a bias, but `logit_bias_init_value` in the "
-                "model's configuration is None; expected a number, such as -10."
-            )
+        self.objective.check(model.config)
         self.grad_cache = GradCache(args.grad_cache_chunk_size) if args.grad_cache_chunk_size else None
         self.teacher = Teacher(model, processing_class, **self.objective.teacher) if self.objective.teacher else None
         self.ema = EMACallback(args.ema_decay) if args.ema_decay is not None else None

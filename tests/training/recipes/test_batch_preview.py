@@ -5,9 +5,15 @@ from tiny_models import build_model
 
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.recipes.batch_preview import contact_sheet, describe_row, describe_texts
+from mmgem.training.recipes.recipe import Stage
+from mmgem.training.recipes.stage_kinds import stage_kind
 from mmgem.training.reconstruction.masking import MaskingCollator, Reconstruction
 
 SIDE = 40
+
+
+def preview_of(batch, kind="objective"):
+    return stage_kind(Stage(name="first", train_data=[], training={}, kind=kind)).preview(batch)
 
 
 @pytest.fixture
@@ -35,7 +41,9 @@ def batch(rows, tiny_processor):
 
 
 def test_each_text_says_where_it_belongs_and_what_is_learned(batch, tiny_processor):
-    lines = [tuple(line.split(maxsplit=0)[0].split("  ")) for line in describe_texts(batch, tiny_processor)]
+    lines = [
+        tuple(line.split(maxsplit=0)[0].split("  ")) for line in describe_texts(preview_of(batch), tiny_processor)
+    ]
     lines = [tuple(part.strip() for part in line if part.strip()) for line in lines]
     assert sorted(lines) == sorted(
         [
@@ -53,14 +61,15 @@ def test_what_is_masked_is_marked_and_gray(rows, tiny_processor):
     config = build_model(text_attention="bidirectional").config
     options = Reconstruction(text_mask_ratio=0.9, patch_mask_ratio=0.25)
     batch = MaskingCollator(MMGEMCollator(tiny_processor, regions_per_image=0), config, options)(rows)
-    lines = [line.split(maxsplit=2) for line in describe_texts(batch, tiny_processor)]
+    preview = preview_of(batch, "reconstruction")
+    lines = [line.split(maxsplit=2) for line in describe_texts(preview, tiny_processor)]
     assert [line[:2] for line in lines] == [["image", "0"], ["image", "0"], ["no", "image"]]
     for line, mask in zip(lines, batch["text_mask"], strict=True):
         assert (
             line[2].startswith("put back")
             and line[2].count("[[") == int(mask.diff(prepend=mask[:1] & False).sum() + 1) // 2
         )
-    sheet = contact_sheet(batch, tiny_processor)
+    sheet = contact_sheet(preview, tiny_processor)
     count = sum(count for count, color in sheet.getcolors(2**16) if color == (128, 128, 128))
     assert count == 2 * 4 * 56 * 56  # of two images of 224, 4 of 16 patches
 
@@ -89,7 +98,7 @@ def test_each_text_says_by_which_image_it_finds_another_and_what_is_written_from
     )
     lines = [
         tuple(filter(None, map(str.strip, line.split("  "))))
-        for line in describe_texts(collator([row]), tiny_processor)
+        for line in describe_texts(preview_of(collator([row])), tiny_processor)
     ]
     assert lines == [
         ("image 0, box 0", "embedded with image 0", "the corner"),
@@ -101,7 +110,7 @@ def test_each_text_says_by_which_image_it_finds_another_and_what_is_written_from
 
 
 def test_the_sheet_shows_the_images_as_they_were_and_their_boxes(batch, tiny_processor):
-    sheet = contact_sheet(batch, tiny_processor)
+    sheet = contact_sheet(preview_of(batch), tiny_processor)
     tile = (sheet.width - 8) // 2  # two images side by side
     assert sheet.getpixel((tile * 3 // 4, tile * 3 // 4)) == (255, 0, 0)
     assert sheet.getpixel((tile + 4 + tile // 2, tile // 2)) == (0, 0, 255)
@@ -113,6 +122,7 @@ def test_the_sheet_shows_the_images_as_they_were_and_their_boxes(batch, tiny_pro
 
 def test_texts_alone_have_no_sheet(tiny_processor):
     batch = MMGEMCollator(tiny_processor)([{"captions": ["a red star"]}])
-    assert contact_sheet(batch, tiny_processor) is None
-    assert "pixel_values" not in batch and len(describe_texts(batch, tiny_processor)) == 1
+    preview = preview_of(batch)
+    assert contact_sheet(preview, tiny_processor) is None
+    assert "pixel_values" not in batch and len(describe_texts(preview, tiny_processor)) == 1
     assert torch.equal(batch["image_index"], torch.tensor([-1]))

@@ -1,10 +1,13 @@
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mmgem.training.recipes.recipe import first_difference, load_recipe, stage_number
+from mmgem.training.recipes.recipe import first_difference, load_recipe, parse_recipe, read_yaml
+from mmgem.training.recipes.validation import check_sections
 
 CARDS = Path(__file__).parents[3] / "model_cards"
 SCENES = {"scenes": {"seed": 1, "count": 8}}
@@ -46,7 +49,7 @@ def recipe():
 
 @pytest.fixture
 def load(recipe, tmp_path):
-    """Loads the recipe with a value at a path of keys put in; `DELETE` takes it out."""
+    """Loads and checks the recipe with a value at a path of keys put in; `DELETE` takes it out."""
 
     def load(*path, value=None):
         changed = copy.deepcopy(recipe)
@@ -59,7 +62,9 @@ def load(recipe, tmp_path):
             section[path[-1]] = value
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(changed))
-        return load_recipe(file)
+        loaded = load_recipe(file)
+        check_sections(loaded)
+        return loaded
 
     return load
 
@@ -67,30 +72,53 @@ def load(recipe, tmp_path):
 DELETE = object()
 
 
-def test_a_recipe_is_what_its_file_says(load, recipe):
-    assert load() == recipe
+def test_a_recipe_is_what_its_file_says(load, recipe, tmp_path):
+    loaded = load()
+    assert read_yaml(tmp_path / "recipe.yaml") == recipe
+    for name in ("image_processor", "tokenizer", "prompts", "eval_data"):
+        assert getattr(loaded, name) == recipe[name]
+    assert loaded.seed == 0 and loaded.model.config == {"projection_dim": 8} and loaded.model.pretrained is None
+    assert loaded.model.vision_config == recipe["model"]["vision_config"]
+    first, second, third = loaded.stages
+    assert [stage.kind for stage in loaded.stages] == ["objective", "objective", "reconstruction"]
+    assert first.options == {} and first.train_data == [SCENES] and first.embedding is first.image_size is None
+    assert second.options == {"hardness": 9} and second.train_data == recipe["stages"][1]["train_data"]
+    for name in ("name", "image_size", "text_attention", "embedding", "collator", "training"):
+        assert getattr(second, name) == recipe["stages"][1][name]
+    assert third.options == recipe["stages"][2]["reconstruction"]
 
 
-@pytest.mark.parametrize("name", ["mmgem-tiny", "mmgem-mini", "mmgem-coma", "mm-gem"])
+def test_a_recipe_is_read_without_a_model_or_a_trainer():
+    heavy = ["peft", "transformers", "mmgem.modeling_mmgem", "mmgem.training.trainer.trainer"]
+    code = (
+        "import sys; from mmgem.training.recipes.recipe import load_recipe; "
+        f"print(load_recipe(sys.argv[1]).stages[0].name, [name for name in {heavy} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(CARDS / "mm-gem" / "recipe.yaml")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["align", "[]"]
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in CARDS.glob("*/recipe.yaml")))
 def test_recipes_of_the_repository_are_valid(name):
     recipe = load_recipe(CARDS / name / "recipe.yaml")
-    assert all(stage["training"]["learning_rate"] > 0 for stage in recipe["stages"])
+    check_sections(recipe)
+    assert all(stage.training["learning_rate"] > 0 for stage in recipe.stages)
 
 
 def test_the_miniature_has_the_stages_of_mm_gem():
-    mini, full = (load_recipe(CARDS / name / "recipe.yaml")["stages"] for name in ("mmgem-mini", "mm-gem"))
-    assert [stage["name"] for stage in mini] == [stage["name"] for stage in full]
+    mini, full = (load_recipe(CARDS / name / "recipe.yaml").stages for name in ("mmgem-mini", "mm-gem"))
+    assert [stage.name for stage in mini] == [stage.name for stage in full]
     for small, large in zip(mini, full, strict=True):
-        assert small["training"].get("train_only") == large["training"].get("train_only")
-        assert isinstance(small["train_data"], list) == isinstance(large["train_data"], list)
-        assert ("image_size" in small) == ("image_size" in large)
+        assert small.training.get("train_only") == large.training.get("train_only")
+        assert (len(small.train_data) > 1) == (len(large.train_data) > 1)
+        assert (small.image_size is None) == (large.image_size is None)
 
 
 def test_numbers_may_be_written_without_a_point(load, tmp_path):
     file = tmp_path / "recipe.yaml"
     load()
     file.write_text(file.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3"))
-    assert load_recipe(file)["stages"][1]["training"]["learning_rate"] == 1e-3
+    assert load_recipe(file).stages[1].training["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -176,10 +204,11 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path):
 
 
 def test_stages_go_by_name_and_by_number(recipe):
-    assert [stage_number(recipe, stage) for stage in ("first", "second", 1, "2")] == [0, 1, 0, 1]
+    loaded = parse_recipe(recipe)
+    assert [loaded.stage_number(stage) for stage in ("first", "second", 1, "2")] == [0, 1, 0, 1]
     for unknown in ("fourth", 0, 4):
         with pytest.raises(ValueError, match="expected a number from 1 to 3 or one of first, second, third"):
-            stage_number(recipe, unknown)
+            loaded.stage_number(unknown)
 
 
 def test_the_first_difference_is_named(recipe):

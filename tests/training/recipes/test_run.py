@@ -14,6 +14,7 @@ from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data import mixture as mixture_module
 from mmgem.training.data.skipped import SkippedLog
+from mmgem.training.recipes.recipe import ModelSection, Recipe, Stage
 from mmgem.training.recipes.run import train
 from mmgem.training.recipes.stage import open_sources, stage_arguments, stage_rows
 
@@ -287,8 +288,8 @@ def test_what_cannot_be_read_is_counted(write, tmp_path):
 
 def test_epochs_are_those_of_all_sources(tmp_path):
     training = {"num_train_epochs": 2, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
-    stage = {"name": "x", "train_data": [SCENES | {"weight": 3}, SCENES], "training": training}
-    arguments = stage_arguments({"stages": [stage]}, 0, tmp_path)
+    stage = Stage(name="x", train_data=[SCENES | {"weight": 3}, SCENES], training=training)
+    arguments = stage_arguments(Recipe(model=ModelSection(), stages=[stage]), stage, tmp_path)
     rows = stage_rows(stage, open_sources(stage), arguments, 0, SkippedLog())
     assert arguments.max_steps == 7 and len(rows) == 70  # 2 * 32 rows are 6.4 steps of 10
 

@@ -8,6 +8,8 @@ from tiny_models import build_model
 from torchrun import torchrun
 
 from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.recipes.recipe import Stage
+from mmgem.training.recipes.stage_kinds import stage_kind
 from mmgem.training.reconstruction.masking import MaskingCollator, Reconstruction
 from mmgem.training.reconstruction.model import MMGEMForReconstruction
 from mmgem.training.reconstruction.trainer import USED_PARTS, ReconstructionTrainer
@@ -103,8 +105,6 @@ def test_the_model_in_training_is_evaluated_as_any_other(tiny_processor, tmp_pat
 
 
 def test_lora_trains_the_head_and_leaves_a_plain_model(tiny_processor, tmp_path):
-    from mmgem.training.recipes.stage import plain_model
-
     arguments = arguments_in(
         tmp_path, max_steps=2, per_device_train_batch_size=3, save_strategy="no", lora={"r": 2}, learning_rate=0.01
     )
@@ -115,7 +115,8 @@ def test_lora_trains_the_head_and_leaves_a_plain_model(tiny_processor, tmp_path)
     assert any("reconstruction_head" in name for name in trained) and any("lora_" in name for name in trained)
     assert not any("text_projection" in name or "embedding_tokens" in name for name in trained)
     trainer.train()
-    after = dict(plain_model(trainer.model).named_parameters())
+    kind = stage_kind(Stage(name="first", train_data=[], training={}, kind="reconstruction"))
+    after = dict(kind.released(trainer.model).named_parameters())
     assert after.keys() == before.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert "language_model.model.layers.0.self_attn.q_proj.weight" in moved

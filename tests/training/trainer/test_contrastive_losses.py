@@ -419,7 +419,7 @@ def test_options_that_make_no_sense_are_refused_at_construction(options, message
 
 
 def test_a_sigmoid_without_a_bias_says_where_it_comes_from():
-    with pytest.raises(ValueError, match="expected `logit_bias_init_value`"):
+    with pytest.raises(ValueError, match="`logit_bias` of the batch is None; expected .*`logit_bias_init_value`"):
         build_objective(loss="sigmoid")(image_batch(unit_rows(2), unit_rows(2)))
 
 

@@ -9,7 +9,7 @@ from contrastive_batches import mixed_batch, unit_rows
 from joint_batches import joint_batch, joint_model
 
 from mmgem.contrastive import ContrastiveObjective
-from mmgem.training.trainer.contrastive_losses import build_objective, check_embedding_views
+from mmgem.training.trainer.contrastive_losses import build_objective
 
 
 def several_vectors(k: int = 4, dim: int = 8):
@@ -133,11 +133,13 @@ def test_parts_that_are_none_are_refused(options, message):
             "at most `num_embedding_tokens`, 3",
         ),
         ({"dimensions": [16, 1000]}, {}, "at most `projection_dim`"),
+        ({"loss": "sigmoid"}, {}, "`logit_bias_init_value` is None"),
+        ({"loss": "sigmoid", "dimensions": [1000]}, {"logit_bias_init_value": -1.0}, "at most `projection_dim`"),
     ],
 )
 def test_parts_that_the_model_does_not_have_are_refused(options, config, message):
     with pytest.raises(ValueError, match=message):
-        check_embedding_views(build_objective(**options), joint_model(**config).config)
+        build_objective(**options).check(joint_model(**config).config)
 
 
 def test_embeddings_without_the_parts_are_refused():

@@ -1,0 +1,131 @@
+"""What can be known about a recipe before any data or weights are loaded: whether names and values are those of the
+classes that take them, and whether every stage fits the model that it gets."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig
+from transformers import CONFIG_MAPPING, AutoConfig, SiglipImageProcessorPil
+
+from mmgem.configuration_mmgem import MMGEMConfig
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.training.argument_checks import check_arguments, check_keys, check_type
+from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.loading import load_config
+from mmgem.training.recipes.recipe import TRAINED_WITH, ModelSection, Recipe, Stage
+from mmgem.training.recipes.stage_kinds import stage_kind
+from mmgem.training.recipes.starting_model import check_image_size
+from mmgem.training.recipes.tokenizer import train_tokenizer
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer.lora import add_lora
+from mmgem.training.trainer.parameter_selection import parameter_groups
+
+# Arguments of the trainer that the run sets itself, or that have a place of their own in a stage.
+_NOT_IN_TRAINING = ("output_dir", "resume_from_checkpoint", "train_sampling_strategy", "contrastive_objective")
+# Fields of the configuration that have a place of their own in a recipe, or are no choice of its author.
+_NOT_IN_MODEL = ("vision_config", "text_config", "image_token_id", "prompts", "calibrated_modalities")
+
+
+def check_sections(recipe: Recipe) -> None:
+    """Check the arguments in a recipe against the signatures of what takes them, to the last key.
+
+    Raises:
+        ValueError: If a key is unknown (the nearest known one is named), an argument is missing, or a value is of a
+            wrong type or out of its range.
+    """
+    _check_model(recipe)
+    for stage in recipe.stages:
+        _check_stage(stage)
+
+
+def check_stages(recipe: Recipe) -> None:
+    """Try what every stage does to the model on one without weights.
+
+    Raises:
+        FileNotFoundError: If the model that the recipe starts from is not there.
+        ValueError: If a stage does not fit the model: a name that it does not have, an image size that its patches do
+            not tile, an objective that it cannot have.
+    """
+    config = _starting_config(recipe.model)
+    for stage in recipe.stages:
+        with torch.device("meta"):
+            model = MMGEMModel(config)
+        try:
+            if stage.image_size is not None:
+                check_image_size(config, stage.image_size)
+            if stage.embedding is not None:
+                model.set_embedding_tokens(**stage.embedding)  # which `config` remembers for the stages after it
+            if config.calibrated_modalities is not None or config.embedding_prompt_ids is not None:
+                raise ValueError(
+                    "the model's embeddings are calibrated or read by a prompt, which comes after training; expected "
+                    "another checkpoint or, for a calibrated one, `embedding` in the stage, which ends that."
+                )
+            if stage.text_attention is not None:
+                config.text_attention = stage.text_attention
+            trained = stage_kind(stage).try_on_meta(model)
+            parameter_groups(trained, 1.0, stage.training.get("learning_rates"), 0.0, [])
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise ValueError(f"stage `{stage.name}`: {' '.join(str(error).split())}") from error
+
+
+def _starting_config(section: ModelSection) -> MMGEMConfig:
+    """The configuration of the model that a recipe starts from."""
+    if section.pretrained is not None:
+        return load_config(section.pretrained)
+    if section.is_fresh:
+        return MMGEMConfig(vision_config=section.vision_config, text_config=section.text_config, **section.config)
+    towers = {}
+    for name, tower in (("vision_config", section.vision), ("text_config", section.text)):
+        tower_config = AutoConfig.from_pretrained(tower)
+        towers[name] = getattr(tower_config, name, tower_config).to_dict()
+    return MMGEMConfig(**towers, **section.config)
+
+
+def _check_model(recipe: Recipe) -> None:
+    section = recipe.model
+    if recipe.tokenizer is not None:
+        check_arguments(recipe.tokenizer, train_tokenizer, "`tokenizer`", given=["texts"])
+    if recipe.image_processor is not None:
+        check_keys(recipe.image_processor, SiglipImageProcessorPil.valid_kwargs.__annotations__, "`image_processor`")
+    required = ("vision_config", "text_config") if section.is_fresh else ("vision", "text")
+    own_fields = [name for name in MMGEMConfig.__annotations__ if name not in _NOT_IN_MODEL]
+    check_keys(section.config, [*required, *own_fields, *TRAINED_WITH], "`model`")
+    config: dict[str, Any] = dict(section.config)
+    if recipe.prompts is not None:
+        config["prompts"] = dict(recipe.prompts)
+    for name in required if section.is_fresh else ():
+        tower_section = getattr(section, name)
+        _check_tower_config(tower_section, f"`{name}` in `model`")
+        config[name] = dict(tower_section)
+    try:
+        MMGEMConfig(**config)
+    except StrictDataclassError as error:
+        raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
+
+
+def _check_tower_config(section: Mapping[str, Any], where: str) -> None:
+    model_type = section.get("model_type")
+    if model_type is None:
+        raise ValueError(f"{where} is {dict(section)!r:.80}; expected a mapping with a `model_type` and its fields.")
+    check_keys({model_type: None}, CONFIG_MAPPING, f"`model_type` of {where}")
+    config_class = CONFIG_MAPPING[model_type]
+    check_keys(section, ["model_type", *config_class.__dataclass_fields__, *config_class.attribute_map], where)
+
+
+def _check_stage(stage: Stage) -> None:
+    of_stage = f"of stage `{stage.name}`"
+    if stage.embedding is not None:
+        check_arguments(stage.embedding, MMGEMModel.set_embedding_tokens, f"`embedding` {of_stage}", given=["self"])
+    given = ["processor", "prompts"]  # by the model
+    check_arguments(stage.collator, MMGEMCollator, f"`collator` {of_stage}", given=given)
+    stage_kind(stage).check()
+    training = stage.training
+    # `fsdp: true` is what the library asks for, but not what its annotation says.
+    typed = {name: value for name, value in training.items() if name != "fsdp"}
+    check_arguments(typed, MMGEMTrainingArguments, f"`training` {of_stage}", given=_NOT_IN_TRAINING)
+    if training.get("lora") is not None:
+        check_arguments(training["lora"], add_lora, f"`lora` {of_stage}", given=["model"], rest=LoraConfig)
+    for part, rate in (training.get("learning_rates") or {}).items():
+        check_type(rate, float, f"`{part}` in `learning_rates` {of_stage}")
