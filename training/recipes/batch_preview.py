@@ -1,4 +1,4 @@
-"""A batch as the model gets it, for people to look at: texts with what is learned of each, images with boxes."""
+"""A batch as the model gets it, for people to look at: texts with the tokens that are learned, images with boxes."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Preview:
 
     Args:
         batch: A batch for the joint loss; its `labels` (T, L) say which tokens are learned.
-        use: What is done with these tokens, of each text that has some.
+        use: A word for the use of a text with such tokens, as "generated".
         legend: Words for the tokens between `[[ ]]`, which are these.
         hidden_patches: (I, rows, columns) bool, the patches of its images that the model does not see.
     """

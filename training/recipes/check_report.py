@@ -12,7 +12,7 @@ from mmgem.training.trainer.parameter_selection import own_name
 
 @dataclass
 class StageCheck:
-    """What a dry run found out about a stage, on one process.
+    """The findings about a stage, on one process.
 
     Args:
         name: The name of the stage.

@@ -1,4 +1,4 @@
-"""The Hub card of a trained model, written from its recipe and what was measured."""
+"""The Hub card of a trained model, written from its recipe, its figures and its log."""
 
 from collections.abc import Mapping
 from pathlib import Path

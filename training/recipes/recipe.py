@@ -62,7 +62,7 @@ class Stage:
         train_data: Data sections, each perhaps with a `weight`.
         collator: Arguments of `MMGEMCollator`.
         training: Arguments of `MMGEMTrainingArguments`.
-        kind: What it trains, a key of `STAGE_KINDS`.
+        kind: The kind of its training, a key of `STAGE_KINDS`.
         options: The section of its kind.
     """
 
@@ -198,8 +198,8 @@ def first_difference(old: Any, new: Any, name: str = "") -> str | None:
     """Say where the contents of two recipes differ first; None if they do not.
 
     Args:
-        old: What `read_yaml` gave of one of them.
-        new: What it gave of the other.
+        old: The content of one of them, from `read_yaml`.
+        new: The content of the other.
         name: The place of both in their recipes.
 
     Returns:

@@ -23,7 +23,8 @@ STAGE_KINDS = {
 
 
 class StageKind(ABC):
-    """What a stage trains, and how. A new kind is a file with a subclass, and a line in `STAGE_KINDS`.
+    """A kind of training, which answers a run's questions about one stage. A new kind is a file with a subclass, and a
+    line in `STAGE_KINDS`.
 
     Args:
         stage: The stage, of this kind.
@@ -95,7 +96,7 @@ class StageKind(ABC):
         """Return the plain model that the stage leaves: LoRA merged, without anything that only training needs.
 
         Args:
-            model: What trained, as the trainer or a checkpoint has it; it is used up.
+            model: The model that trained, with LoRA if it has; it is used up.
         """
         from peft import PeftModel
 

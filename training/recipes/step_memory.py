@@ -1,4 +1,4 @@
-"""What a training step keeps in memory: weights, gradients, the optimizer's state, and what waits for the backward
+"""The memory of a training step: weights, gradients, the state of the optimizer, and tensors kept for the backward
 pass."""
 
 from collections import Counter
@@ -10,15 +10,14 @@ from torch import nn
 
 @dataclass
 class StepMemory:
-    """
-    Bytes on one device. Not in it: what an operation needs while it runs, and what the allocator wastes.
+    """Bytes on one device, without those that an operation needs while it runs and those that the allocator wastes.
 
     Args:
-        weights: parameters and buffers.
-        copies: of the weights, which a teacher or a moving average keeps.
-        gradients: of the parameters that train.
-        optimizer: its state, after a step.
-        activations: the most that was kept for the backward pass at one time; grows with the batch.
+        weights: Parameters and buffers.
+        copies: Copies of the weights that a teacher or a moving average keeps.
+        gradients: Gradients of the parameters that train.
+        optimizer: The state of the optimizer, after a step.
+        activations: The most that was kept for the backward pass at one time; grows with the batch.
     """
 
     weights: int
@@ -29,12 +28,19 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """All of it, which is there at once when the backward pass begins, but for a part of the gradients."""
+        """The sum, which is there at once when the backward pass begins, but for a part of the gradients."""
         return sum(asdict(self).values())
 
 
 def step_memory(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int, copies: int = 0) -> StepMemory:
-    """What `model` and `optimizer` hold after a step, and the given bytes of activations and of copies."""
+    """Add up the memory of a step.
+
+    Args:
+        model: The model, after a step.
+        optimizer: Its optimizer, after the step.
+        activations: Bytes kept for the backward pass, from `SavedTensors`.
+        copies: Bytes of copies of the weights.
+    """
     parameters = list(model.parameters())
     state = [value for values in optimizer.state.values() for value in values.values()]
     return StepMemory(
@@ -47,13 +53,16 @@ def step_memory(model: nn.Module, optimizer: torch.optim.Optimizer, activations:
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """
-    A context that measures what autograd keeps for backward passes: `peak` is the most bytes at one time. A storage
-    that several operations share counts once, the weights of `model` not at all. With gradient checkpointing, what a
-    block keeps while it is computed again is not seen.
+    """A context that measures the tensors that autograd keeps for backward passes.
+
+    A storage that several operations share counts once, the weights of `model` not at all. With gradient
+    checkpointing, tensors that a block keeps while it is computed again are not seen.
 
     Args:
-        model: whose weights are no activations.
+        model: The model, whose weights are no activations.
+
+    Attributes:
+        peak: The most bytes at one time.
     """
 
     def __init__(self, model: nn.Module):
@@ -64,7 +73,7 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(lambda tensor: _Kept(tensor, self), lambda kept: kept.tensor)
 
     def add(self, address: int, size: int) -> None:
-        """A storage is kept once more."""
+        """Count a storage that is kept once more."""
         if address in self._weights:
             return
         self._uses[address] += 1
@@ -73,7 +82,7 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
             self.peak = max(self.peak, self._bytes)
 
     def remove(self, address: int, size: int) -> None:
-        """A storage is kept once less."""
+        """Count a storage that is kept once less."""
         if address in self._weights:
             return
         self._uses[address] -= 1

@@ -10,19 +10,18 @@ IMAGE_TOKEN = "<image>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """
-    Train a lower-casing byte-level BPE tokenizer. Any text can be encoded; `<|endoftext|>` ends and pads.
+    """Train a lower-casing byte-level BPE tokenizer. Any text can be encoded; `<|endoftext|>` ends and pads.
 
     Args:
-        texts: what to learn the merges from.
-        vocab_size: at most so many tokens, the 256 bytes and the two special tokens among them.
-        model_max_length: texts are cut to so many tokens.
+        texts: The texts to learn the merges from.
+        vocab_size: The most tokens, the 256 bytes and the two special tokens among them.
+        model_max_length: The most tokens of a text, which is cut to them.
 
     Returns:
         The tokenizer, padding on the left, with `<image>` among its tokens.
 
     Raises:
-        ValueError: if `vocab_size` leaves no room for the bytes.
+        ValueError: If `vocab_size` leaves no room for the bytes.
     """
     if vocab_size < 258:
         raise ValueError(f"`vocab_size` is {vocab_size}; expected at least 258, for 256 bytes and two special tokens.")

@@ -1,5 +1,5 @@
-"""What can be known about a recipe before any data or weights are loaded: whether names and values are those of the
-classes that take them, and whether every stage fits the model that it gets."""
+"""Checks of a recipe before any data or weights are loaded: names and values against the classes that take them, and
+stages against the model that they get."""
 
 from collections.abc import Mapping
 from typing import Any

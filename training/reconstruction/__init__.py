@@ -1,1 +1,1 @@
-"""MoCa's first stage: a model learns to look both ways by putting back masked words and masked patches of images."""
+"""MoCa's first stage: a model learns to attend both ways by putting back masked tokens and masked image patches."""

@@ -1,4 +1,4 @@
-"""What reconstruction needs beside the model: vectors for what is masked, and a decoder of pixels."""
+"""The parts that reconstruction adds to a model: vectors for masked inputs, and a decoder of pixels."""
 
 import math
 from typing import Any
@@ -14,13 +14,14 @@ _FREQUENCIES = 16  # of the waves that tell a place, along each axis
 
 
 class ReconstructionHead(nn.Module):
-    """
-    What the stage needs beside the model, and what ends with it: vectors that stand for what is masked, and a decoder
-    of one block in which masked patches, known by their place, attend to the states of the visual tokens (CrossMAE,
-    https://arxiv.org/abs/2401.14391). Places are relative to the image, so images of any size can be decoded.
+    """Vectors that stand for masked tokens and patches, and a decoder of pixels.
+
+    The decoder is one block in which masked patches, known by their place, attend to the states of the visual tokens
+    (CrossMAE, https://arxiv.org/abs/2401.14391). Places are relative to the image, so images of any size can be
+    decoded. The head ends with the stage.
 
     Args:
-        config: of the model.
+        config: The configuration of the model.
     """
 
     def __init__(self, config: MMGEMConfig):
@@ -40,10 +41,11 @@ class ReconstructionHead(nn.Module):
         self.pixels = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, math.prod(patch_shape)))
 
     def forward(self, states: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
-        """
+        """Predict the pixels of masked patches.
+
         Args:
-            states: (I, n, H) of the visual tokens.
-            patch_mask: (I, rows, columns) bool.
+            states: (I, n, H), states of the visual tokens.
+            patch_mask: (I, rows, columns) bool, True for masked patches.
 
         Returns:
             (M, channels * patch height * patch width), pixels of the masked patches in the order of the mask.
@@ -60,7 +62,7 @@ class ReconstructionHead(nn.Module):
 
 
 def normalized_patches(pixels: torch.Tensor) -> torch.Tensor:
-    """(M, p) pixels of patches, each patch with mean 0 and variance 1; one of a single color becomes zeros."""
+    """Normalize (M, p) pixels of patches, each patch to mean 0 and variance 1; one of a single color to zeros."""
     return F.layer_norm(pixels, pixels.shape[-1:], eps=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""What is masked of a batch, drawn where its rows are read."""
+"""Masks for the texts and images of a batch, drawn where its rows are read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +17,15 @@ _MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "boxes", "image_
 
 @dataclass(kw_only=True)
 class Reconstruction:
-    """
-    Options of the stage. By default those that MoCa's code has (https://arxiv.org/abs/2506.23115).
+    """Options of the stage. The defaults are those of MoCa's code (https://arxiv.org/abs/2506.23115).
 
     Args:
-        text_mask_ratio, patch_mask_ratio: shares of the tokens of a text, and of the patches of an image, that are
-            masked: from 0, for none, to below 1; of the others at least one.
-        patch_loss_weight: of the loss of the patches beside that of the tokens, above 0.
+        text_mask_ratio: The share of the tokens of a text that are masked, in [0, 1); above 0, at least one token.
+        patch_mask_ratio: The same share of the patches of an image.
+        patch_loss_weight: The weight of the loss of the patches, above 0; the loss of the tokens has 1.
 
     Raises:
-        ValueError: for a value out of its range, or if nothing is masked.
+        ValueError: If a value is out of its range, or nothing is masked.
     """
 
     text_mask_ratio: float = 0.4
@@ -44,16 +43,15 @@ class Reconstruction:
 
 
 class MaskingCollator:
-    """
-    Batches of a collator for `MMGEMForReconstruction`: every text behind the image that it describes, or is about, and
-    what of them is masked. Hard negatives, which describe none, stand alone.
+    """Makes batches for `MMGEMForReconstruction`: every text after the image that it describes, or is about, with
+    masks of both. Hard negatives, which describe no image, stand alone.
 
-    What is masked of a row is decided by its `draw_seed` where it has one, whoever collates it.
+    The masks of a row follow from its `draw_seed` where it has one, whoever collates it.
 
     Args:
-        collator: makes the batches.
-        config: of the model.
-        options: how much is masked.
+        collator: The collator that makes the batches to mask.
+        config: The configuration of the model.
+        options: How much is masked.
     """
 
     def __init__(self, collator: MMGEMCollator, config: MMGEMConfig, options: Reconstruction):
@@ -66,17 +64,18 @@ class MaskingCollator:
 
     @property
     def processor(self):
-        """That of the collator."""
+        """The processor of the collator."""
         return self.collator.processor
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """
+        """Collate and mask rows.
+
         Args:
-            rows: see [`MMGEMCollator`].
+            rows: At least one row, see [`MMGEMCollator`].
 
         Returns:
-            Of the collator's batch `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `image_index`, `box_index`
-            and `row_keys`, as far as there are any; `text_mask` (T, L) and, with images, `patch_mask` (I, rows,
+            `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `image_index`, `box_index` and `row_keys` of the
+            collator's batch, as far as there are any; `text_mask` (T, L) and, with images, `patch_mask` (I, rows,
             columns), bool.
         """
         batch, row_of_text = self.collator.collate(rows)
@@ -114,13 +113,13 @@ class MaskingCollator:
 def maskable_tokens(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, image_index: torch.Tensor, text_config
 ) -> torch.Tensor:
-    """
-    Which tokens can be predicted from one before them.
+    """Find the tokens that can be predicted from one before them.
 
     Args:
-        input_ids, attention_mask: (T, L).
+        input_ids: (T, L) long.
+        attention_mask: (T, L), padded on either side.
         image_index: (T,) long, -1 for texts before which no image stands.
-        text_config: of the language model, which knows [BOS].
+        text_config: The configuration of the language model, which knows [BOS].
 
     Returns:
         (T, L) bool.
@@ -132,12 +131,12 @@ def maskable_tokens(
 
 
 def _generator(seed: int | None) -> torch.Generator | None:
-    """Another one than the collator makes of the same seed."""
+    """A generator of other numbers than the collator draws with the same seed."""
     return None if seed is None else torch.Generator().manual_seed(hash_numbers(seed, 1))
 
 
 def _draw(candidates: torch.Tensor, share: float, generator: torch.Generator | None) -> torch.Tensor:
-    """A share of what is True in `candidates`, a bool of any shape; at least one, unless it is nothing of nothing."""
+    """A mask of a share of the True places in `candidates`, a bool of any shape; at least one, where there are any."""
     places = candidates.flatten().nonzero()[:, 0]
     count = max(1, round(share * len(places))) if share else 0
     chosen = places[torch.randperm(len(places), generator=generator)[:count]]

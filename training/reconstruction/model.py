@@ -19,12 +19,11 @@ from mmgem.training.reconstruction.masking import maskable_tokens
 
 @dataclass
 class ReconstructionOutput(ModelOutput):
-    """
-    What `MMGEMForReconstruction.forward` returns for masked inputs.
+    """The output of `MMGEMForReconstruction.forward` for masked inputs.
 
     Args:
-        text_loss: scalar, cross-entropy of the masked tokens.
-        patch_loss: scalar, squared error of the pixels of the masked patches.
+        text_loss: Scalar, the cross-entropy of the masked tokens.
+        patch_loss: Scalar, the squared error of the pixels of the masked patches.
     """
 
     text_loss: torch.FloatTensor | None = None
@@ -32,23 +31,22 @@ class ReconstructionOutput(ModelOutput):
 
 
 class MMGEMForReconstruction(MMGEMModel):
-    """
-    An [`MMGEMModel`] that also learns by putting back what is masked (MoCa, https://arxiv.org/abs/2506.23115), so that
-    a language model that was trained causally gets used to looking both ways.
+    """An [`MMGEMModel`] that also learns by putting back masked inputs (MoCa, https://arxiv.org/abs/2506.23115), so
+    that a language model that was trained causally learns to attend both ways.
 
-    [BOS], visual tokens, text: every token sees all others. Of the text some tokens are replaced by one learned
+    [BOS], visual tokens, text: every token sees all others. Some tokens of the text are replaced by one learned
     vector, and the vocabulary head predicts them, each from the state before it, as while generating (masked next
-    token prediction: LLM2Vec, https://arxiv.org/abs/2404.05961). Of the image some patches are replaced, in pixels, by
+    token prediction: LLM2Vec, https://arxiv.org/abs/2404.05961). Some patches of the image are replaced, in pixels, by
     a learned one, and predicted from the states of the visual tokens, with the pixels of each normalized (masked
     autoencoders, https://arxiv.org/abs/2111.06377).
 
-    It embeds and generates as its model does. Of that, the parts that read out embeddings play no role here.
+    It embeds and generates as its model does. The parts that read out embeddings play no role in reconstruction.
 
     Raises:
-        ValueError: if `text_attention` is not `"bidirectional"`, or the model is calibrated.
+        ValueError: If `text_attention` is not `"bidirectional"`, or the model is calibrated.
     """
 
-    _auto_class = None  # its code does not travel; what is released is an `MMGEMModel`
+    _auto_class = None  # its code does not travel; the released model is an `MMGEMModel`
 
     def __init__(self, config: MMGEMConfig):
         super().__init__(config)
@@ -56,13 +54,13 @@ class MMGEMForReconstruction(MMGEMModel):
 
     @classmethod
     def from_model(cls, model: MMGEMModel) -> "MMGEMForReconstruction":
-        """With the modules of `model`, which train along, and a fresh head."""
+        """Make one of the modules of `model`, which are shared, and a fresh head."""
         reconstructing = _sharing(model, cls)
         reconstructing._add_head()
         return reconstructing
 
     def released(self) -> MMGEMModel:
-        """The same modules as a plain `MMGEMModel`, without the head."""
+        """Return the same modules as a plain `MMGEMModel`, without the head."""
         model = _sharing(self, MMGEMModel)
         del model.reconstruction_head
         return model
@@ -70,8 +68,8 @@ class MMGEMForReconstruction(MMGEMModel):
     def _add_head(self):
         if self.config.text_attention != "bidirectional":
             raise ValueError(
-                f"`text_attention` is {self.config.text_attention!r}; reconstruction expects 'bidirectional', "
-                "since what is masked is put back from both sides."
+                f"`text_attention` is {self.config.text_attention!r}; expected 'bidirectional', since reconstruction "
+                "puts tokens back from both sides."
             )
         if self.calibrator is not None:
             raise ValueError(
@@ -104,26 +102,27 @@ class MMGEMForReconstruction(MMGEMModel):
         num_items_in_batch: torch.Tensor | None = None,
         **kwargs,
     ):
-        """
-        With `text_mask` the losses of reconstruction; without, what [`MMGEMModel.forward`] does.
+        """Compute the losses of reconstruction with `text_mask`; without, do as [`MMGEMModel.forward`].
 
         Args:
-            input_ids, attention_mask: (T, L), padded on either side.
+            input_ids: (T, L) long.
+            attention_mask: (T, L), padded on either side.
             pixel_values: (I, 3, H, W), or None, if all texts are without an image.
             boxes: (I, R, 4) xyxy in [0, 1] of the model's view.
+            position_ids: Only without `text_mask`, see [`MMGEMModel.forward`].
             text_mask: (T, L) bool, the tokens to put back.
             patch_mask: (I, H / patch height, W / patch width) bool, the patches to put back.
-            image_index: (T,) which image stands before each text, -1 for none. An image that stands before none is
-                put back by itself.
-            box_index: (T,) which box of the image stands there instead; -1 (the default) for the whole image.
-            num_items_in_batch: (2,), masked tokens and masked patches to divide the losses by, over all processes and
-                accumulation steps; by default those of this batch.
+            image_index: (T,) long, the image that stands before each text, -1 for none. An image that stands before
+                none is put back by itself.
+            box_index: (T,) long, the box of the image that stands there instead; -1 (the default) for the whole image.
+            num_items_in_batch: (2,) long, masked tokens and masked patches to divide the losses by, over all processes
+                and accumulation steps; by default those of this batch.
 
         Returns:
             [`ReconstructionOutput`].
 
         Raises:
-            ValueError: if shapes or indices do not fit together, a token is masked that is padding or that nothing
+            ValueError: If shapes or indices do not fit together, or a token is masked that is padding or that nothing
                 stands before.
         """
         images = {"pixel_values": pixel_values, "boxes": boxes, "image_index": image_index, "box_index": box_index}

@@ -16,23 +16,23 @@ UNUSED_ARGUMENTS = ("caption_loss_weight", "contrastive_loss_weight", "contrasti
 
 
 class ReconstructionTrainer(MMGEMTrainer):
-    """
-    Trains an `MMGEMModel` to put back what is masked, see [`MMGEMForReconstruction`]; its `model` is one.
+    """Trains an `MMGEMModel` to put back masked inputs, see [`MMGEMForReconstruction`]; its `model` is one.
 
-    Each of the two losses is a mean over what is masked on all processes and in all accumulation steps, so N processes
-    with a batch of B, and N accumulation steps of B, give the gradient of one process with N * B. All else is as in
-    [`MMGEMTrainer`], evaluation included.
+    Each of the two losses is a mean over all masked tokens, or patches, of all processes and accumulation steps, so N
+    processes with a batch of B, and N accumulation steps of B, give the gradient of one process with N * B. All else
+    is as in [`MMGEMTrainer`], evaluation included.
 
     Args:
-        model: with `text_attention="bidirectional"`; its modules are trained.
-        args: of which `UNUSED_ARGUMENTS` have no meaning here.
-        processing_class, kwargs: as in `MMGEMTrainer`.
-        data_collator: an [`MMGEMCollator`], whose batches are masked; by default one of the processor.
-        options: how much is masked, and what it weighs.
+        model: An `MMGEMModel` with `text_attention="bidirectional"`; its modules are trained.
+        args: The training arguments, of which `UNUSED_ARGUMENTS` have no meaning here.
+        processing_class: The `MMGEMProcessor`.
+        data_collator: An [`MMGEMCollator`], whose batches are masked; by default one of the processor.
+        options: How much is masked, and the weight of the patches.
+        kwargs: Further arguments of [`MMGEMTrainer`].
 
     Raises:
-        ValueError: for a model that is not bidirectional, a contrastive objective, GradCache, or if nothing is left to
-            train.
+        ValueError: If the model is not bidirectional, `args` ask for a contrastive objective or GradCache, or nothing
+            is left to train.
     """
 
     FIGURES = {"text_loss": "loss", "patch_loss": "loss", "effective_batch_size": "count"}
@@ -49,7 +49,7 @@ class ReconstructionTrainer(MMGEMTrainer):
         for name in ("contrastive_objective", "grad_cache_chunk_size"):
             if getattr(args, name) is not None:
                 raise ValueError(
-                    f"`{name}` is {getattr(args, name)}, but reconstruction compares nothing; expected None."
+                    f"`{name}` is {getattr(args, name)}; expected None, since reconstruction compares nothing."
                 )
         self.options = Reconstruction() if options is None else options
         collator = MMGEMCollator(processing_class) if data_collator is None else data_collator
@@ -84,17 +84,16 @@ class ReconstructionTrainer(MMGEMTrainer):
 
 
 def freeze_read_out(model: nn.Module) -> None:
-    """
-    Stop training the parts that play no role in reconstruction, which a distributed run would wait for.
+    """Stop training the parts that play no role in reconstruction, for which a distributed run would wait.
 
     Args:
-        model: an `MMGEMForReconstruction`, or one with LoRA.
+        model: An `MMGEMForReconstruction`, or one with LoRA.
 
     Raises:
-        ValueError: if nothing is left to train.
+        ValueError: If nothing is left to train.
     """
     for name, parameter in model.named_parameters():
         if own_name(name).partition(".")[0] not in USED_PARTS:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"Nothing is left to train; reconstruction expects some of {', '.join(USED_PARTS)}.")
+        raise ValueError(f"nothing is left to train; expected some of {', '.join(USED_PARTS)} for reconstruction.")

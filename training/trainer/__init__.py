@@ -1,4 +1,4 @@
-"""The training loop, and what a run can be told: losses, GradCache, averages, LoRA, what trains, checkpoints.
+"""The training loop and its parts: losses, GradCache, averages, LoRA, the choice of what trains, checkpoints.
 
 The two names that users need are imported when they are first used.
 """

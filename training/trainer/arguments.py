@@ -1,4 +1,4 @@
-"""What can be said about a training run, beyond what transformers' `TrainingArguments` say."""
+"""Arguments of a training run, beyond transformers' `TrainingArguments`."""
 
 import logging
 from dataclasses import dataclass, field
@@ -11,23 +11,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MMGEMTrainingArguments(TrainingArguments):
-    """
-    `TrainingArguments` with those of the joint loss.
+    """`TrainingArguments` with those of the joint loss.
 
     Args:
-        caption_loss_weight, contrastive_loss_weight: of the two losses, 0 or more. At 0 its part is not computed.
-        contrastive_objective: options of [`mmgem.training.trainer.contrastive_losses.build_objective`]; by default
+        caption_loss_weight: The weight of the caption loss, 0 or more. At 0 the loss is not computed.
+        contrastive_loss_weight: The weight of the contrastive loss, 0 or more. At 0 the loss is not computed.
+        contrastive_objective: Options of [`mmgem.training.trainer.contrastive_losses.build_objective`]; by default
             plain InfoNCE.
-        grad_cache_chunk_size: images whose graph is held at a time (GradCache, https://arxiv.org/abs/2101.06983); by
+        grad_cache_chunk_size: Images whose graph is held at a time (GradCache, https://arxiv.org/abs/2101.06983); by
             default the whole batch.
-        freeze, train_only: parts of the model, see [`mmgem.training.trainer.parameter_selection.set_trainable`].
-        learning_rates: of single parts, see [`mmgem.training.trainer.parameter_selection.parameter_groups`].
-        lora: arguments of [`mmgem.training.trainer.lora.add_lora`].
-        ema_decay: of the exponential moving average of the weights, in (0, 1), with which the model is evaluated and
-            ends; by default there is none.
+        freeze: Parts of the model that do not train, see
+            [`mmgem.training.trainer.parameter_selection.set_trainable`].
+        train_only: The only parts of the model that train, see there.
+        learning_rates: Learning rates of single parts, see
+            [`mmgem.training.trainer.parameter_selection.parameter_groups`].
+        lora: Arguments of [`mmgem.training.trainer.lora.add_lora`].
+        ema_decay: The decay of the exponential moving average of the weights, in (0, 1), with which the model is
+            evaluated and ends; by default there is none.
 
     Raises:
-        ValueError: for a value out of its range.
+        ValueError: If a value is out of its range.
     """
 
     caption_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the captioning loss."})
@@ -60,7 +63,7 @@ class MMGEMTrainingArguments(TrainingArguments):
             raise ValueError(f"`ema_decay` is {self.ema_decay}; expected a number between 0 and 1, such as 0.999.")
         if self.contrastive_loss_weight and self.train_batch_size * self.world_size < 2:
             raise ValueError(
-                "`per_device_train_batch_size` is 1 on one process; in-batch negatives expect at least 2 images, or "
+                "`per_device_train_batch_size` is 1 on one process; expected 2 or more for in-batch negatives, or "
                 "`contrastive_loss_weight` 0."
             )
         instructions = [is_there for name, is_there in torch.cpu.get_capabilities().items() if "bf16" in name]

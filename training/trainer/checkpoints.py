@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is whole: a marker, written last, lists the files that belong to it."""
+"""Whole checkpoints of a run, told from half-written ones: a marker, written last, lists the files of each."""
 
 import errno
 import json
@@ -15,15 +15,16 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def mark_complete(folder: str | Path) -> None:
-    """
-    Say that a checkpoint is whole. Every process of a distributed run calls this after its own files are written; it
-    waits for all of them. The marker holds the name and size of every file, and is there at once or not at all.
+    """Mark a checkpoint as whole.
+
+    Every process of a distributed run calls this after its own files are written; it waits for all of them. The marker
+    holds the name and size of every file, and is there at once or not at all.
 
     Args:
-        folder: the checkpoint's folder, shared by the processes or one per machine.
+        folder: The folder of the checkpoint, shared by the processes or one per machine.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: If there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -51,7 +52,7 @@ def mark_unfinished(folder: str | Path) -> None:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a checkpoint has its marker, and every file that the marker lists, in its size."""
+    """Tell whether a checkpoint has its marker, and every file that the marker lists, in its size."""
     folder = Path(folder)
     try:
         sizes = json.loads((folder / MARKER_NAME).read_text(encoding="utf-8"))
@@ -61,11 +62,10 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """
-    The checkpoint to resume from.
+    """Find the checkpoint to resume from.
 
     Args:
-        folder: what `output_dir` of the training arguments was; it need not be there yet.
+        folder: The `output_dir` of the training arguments; it need not be there yet.
 
     Returns:
         The path of the whole `checkpoint-N` of the highest N, or None. A warning names the half-written ones with a
@@ -84,7 +84,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error that came up while a checkpoint was written means that there was no room for it."""
+    """Tell whether an error that came up while a checkpoint was written means that there was no room for it."""
     text = str(error)
     # safetensors hands the system's words on; torch.save only finds that its stream has not moved.
     is_short_write = "inline_container" in text and "unexpected pos" in text

@@ -1,4 +1,4 @@
-"""The forms of the contrastive loss that a recipe can ask for, each of them an option."""
+"""The contrastive losses that a recipe can ask for. A new one is a class, and its name in `LOSSES`."""
 
 import math
 from collections.abc import Sequence
@@ -18,23 +18,25 @@ TEACHERS = {"momentum": float, "pretrained": str}
 
 @dataclass(kw_only=True)
 class MaskedObjective(ContrastiveObjective):
-    """
-    What the forms share: which negatives are left out, and which parts of the embeddings have to do without the rest.
+    """The base of the losses: it leaves out negatives, and takes a loss of parts of the embeddings too.
 
     Args:
-        modality_aware: whether images and regions are kept from being each other's negatives (UNITE,
+        modality_aware: Whether images and regions are kept from being each other's negatives (UNITE,
             https://arxiv.org/abs/2505.19650). If not, they are, but for an image and its own regions; hard negatives
             stay with images in any case.
-        false_negative_threshold: negatives whose similarity with the anchor is above it are left out, as they are
+        false_negative_threshold: The similarity with the anchor above which negatives are left out, as they are
             probably none; with cosines, a threshold above 1 leaves out nothing.
-        vector_groups: for embeddings of k vectors, pairs of how many of them, from the first on, the texts and the
+        vector_groups: For embeddings of k vectors, pairs of how many of them, from the first on, the texts and the
             targets have, such as `[[1, 1], [2, 4], [4, 8]]`, each pair with a loss of its own, so that any of them can
             be chosen when searching (MetaEmbed, https://arxiv.org/abs/2509.18095); by default all k.
-        dimensions: how many, from the first on, an embedding has, each with a loss of its own beside that of all of
-            them (Matryoshka representations, https://arxiv.org/abs/2205.13147); of k vectors, the first group's.
+        dimensions: Numbers of dimensions, from the first on, each with a loss of its own beside that of all of them
+            (Matryoshka representations, https://arxiv.org/abs/2205.13147); of k vectors, the first group's.
+
+    Attributes:
+        teacher: The model that embeds each batch beside the one in training, if a loss asks one; see [`InfoNCE`].
 
     Raises:
-        ValueError: if the threshold is no finite number, groups or dimensions do not grow, or groups are not pairs.
+        ValueError: If the threshold is not a finite number, groups or dimensions do not grow, or groups are not pairs.
     """
 
     modality_aware: bool = True
@@ -77,9 +79,10 @@ class MaskedObjective(ContrastiveObjective):
             )
 
     def views(self, batch: ContrastiveBatch) -> list[ContrastiveBatch]:
-        """
+        """Return the batch with those parts of the embeddings that have a loss; the loss is the mean of theirs.
+
         Raises:
-            ValueError: if the embeddings have fewer vectors or dimensions than are asked for.
+            ValueError: If the embeddings have fewer vectors or dimensions than are asked for.
         """
         views = [batch]
         if self.vector_groups is not None:
@@ -113,8 +116,7 @@ class MaskedObjective(ContrastiveObjective):
 
 @dataclass(kw_only=True)
 class InfoNCE(MaskedObjective):
-    """
-    [`ContrastiveObjective`] with options; without any it is the same.
+    """[`ContrastiveObjective`] with options; without any it is the same.
 
     With s(a, c) the similarity of an anchor and a candidate, p the anchor's positive and t the inverse temperature,
     the loss of an anchor is the cross-entropy between target probabilities q(c) and
@@ -122,22 +124,22 @@ class InfoNCE(MaskedObjective):
         softmax over c of  t s(a, c) + hardness * stop_gradient(s(a, c)) * [c is a negative]
 
     Args:
-        modality_aware, false_negative_threshold: see [`MaskedObjective`].
-        all_positives: whether q is uniform over all candidates that belong to the anchor by their ids (SupCon's "out"
+        modality_aware: See [`MaskedObjective`], as for the three options that are not listed here.
+        all_positives: Whether q is uniform over all candidates that belong to the anchor by their ids (SupCon's "out"
             form, https://arxiv.org/abs/2004.11362); by default q(p) is 1 and the others are left out.
-        false_negative_margin: negatives with s(a, c) > s(a, p) + margin are left out (Qwen3 Embedding,
-            https://arxiv.org/abs/2506.05176, has 0.1).
-        false_negative_teacher_margin: the same with a teacher's similarities (GISTEmbed,
+        false_negative_margin: The margin by which negatives with s(a, c) > s(a, p) + margin are left out (Qwen3
+            Embedding, https://arxiv.org/abs/2506.05176, has 0.1).
+        false_negative_teacher_margin: The same with a teacher's similarities (GISTEmbed,
             https://arxiv.org/abs/2402.16829, has 0).
-        hardness: of two negatives, how much the harder one weighs more; 0 or more (LLaVE,
-            https://arxiv.org/abs/2503.04812, has 9; RzenEmbed, https://arxiv.org/abs/2510.27350).
-        soft_targets: in [0, 1], the share of a teacher in the targets: (1 - share) q + share * softmax of its scaled
+        hardness: The weight of harder negatives over easier ones, 0 or more (LLaVE, https://arxiv.org/abs/2503.04812,
+            has 9; RzenEmbed, https://arxiv.org/abs/2510.27350).
+        soft_targets: The share of a teacher in the targets, in [0, 1]: (1 - share) q + share * softmax of its scaled
             similarities (ALBEF, https://arxiv.org/abs/2107.07651, has 0.4).
         teacher: `{"momentum": 0.995}`, a moving average of the model, or `{"pretrained": folder}`; for the two options
             that ask for one.
 
     Raises:
-        ValueError: for a value out of its range, options that exclude each other, a missing or useless teacher.
+        ValueError: If a value is out of its range, options exclude each other, or a teacher is missing or useless.
     """
 
     all_positives: bool = False
@@ -159,7 +161,8 @@ class InfoNCE(MaskedObjective):
             raise ValueError(f"`{given[0]}` and `{given[1]}` exclude each other; expected one of them.")
         if self.hardness and self.soft_targets is not None:
             raise ValueError(
-                "`hardness` and `soft_targets` exclude each other: with soft targets no candidate is only a negative."
+                "`hardness` and `soft_targets` exclude each other; expected one of them, since with soft targets no "
+                "candidate is only a negative."
             )
         self._check_teacher()
 
@@ -167,11 +170,13 @@ class InfoNCE(MaskedObjective):
         asking = [n for n in ("soft_targets", "false_negative_teacher_margin") if getattr(self, n) is not None]
         if self.teacher is None:
             if asking:
-                raise ValueError(f"`{asking[0]}` is given without a `teacher`; expected one, as {{momentum: 0.995}}.")
+                raise ValueError(f"`teacher` is None; expected one for `{asking[0]}`, such as {{momentum: 0.995}}.")
             return
         check_keys(self.teacher, TEACHERS, "`teacher`")
         if not asking:
-            raise ValueError("`teacher` is given, but no `soft_targets` or `false_negative_teacher_margin` to ask it.")
+            raise ValueError(
+                f"`teacher` is {self.teacher}; expected `soft_targets` or `false_negative_teacher_margin` to ask it."
+            )
         if len(self.teacher) != 1:
             raise ValueError(f"`teacher` has the keys {sorted(self.teacher)}; expected one of {', '.join(TEACHERS)}.")
         [(name, value)] = self.teacher.items()
@@ -211,8 +216,8 @@ class InfoNCE(MaskedObjective):
 
 @dataclass(kw_only=True)
 class PairwiseSigmoid(MaskedObjective):
-    """
-    SigLIP's loss (https://arxiv.org/abs/2303.15343): every pair of a text and a target is told right from wrong alone.
+    """SigLIP's loss (https://arxiv.org/abs/2303.15343): every pair of a text and a target is told right from wrong
+    alone.
 
         -1/N * sum over texts q and targets p of  log sigmoid(z(q, p) (t s(q, p) + b))
 
@@ -220,7 +225,7 @@ class PairwiseSigmoid(MaskedObjective):
     Texts of images and of regions each have their N, and the two losses are added.
 
     Args:
-        modality_aware, false_negative_threshold: see [`MaskedObjective`].
+        modality_aware: See [`MaskedObjective`], as for its other options.
     """
 
     def check(self, config: MMGEMConfig) -> None:
@@ -250,19 +255,15 @@ LOSSES: dict[str, type[MaskedObjective]] = {"infonce": InfoNCE, "sigmoid": Pairw
 
 
 def build_objective(loss: str = "infonce", **options: Any) -> MaskedObjective:
-    """
-    The contrastive objective that a recipe's section describes. Hard negatives are no option: they come with the data.
+    """Build the contrastive objective of a recipe's section. Hard negatives are no option: they come with the data.
 
     Args:
-        loss: `infonce` or `sigmoid`.
-        options: those of [`InfoNCE`] or [`PairwiseSigmoid`].
-
-    Returns:
-        The objective; its `teacher` says which model has to embed each batch beside the one in training, if any.
+        loss: A name in `LOSSES`: `infonce` or `sigmoid`.
+        options: Arguments of its class, [`InfoNCE`] or [`PairwiseSigmoid`].
 
     Raises:
-        ValueError: for an unknown loss or option (the nearest one is named), a value of a wrong type or out of its
-            range, or options that exclude each other.
+        ValueError: If a loss or an option is unknown (the nearest one is named), a value is of a wrong type or out of
+            its range, or options exclude each other.
     """
     if not isinstance(loss, str) or loss not in LOSSES:
         raise ValueError(f"`loss` is {loss!r}; expected {' or '.join(LOSSES)}.")
@@ -318,5 +319,5 @@ def _check_range(name: str, value: float | None, lowest: float = -math.inf, high
 def _teacher_of(ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor]:
     """Its similarities (A, C) and its scale."""
     if ranking.teacher_scores is None or ranking.teacher_scale is None:
-        raise ValueError("The objective asks a teacher, but was called without one; expected its batch as `teacher`.")
+        raise ValueError("`teacher` is None, but the objective asks one; expected the batch as the teacher embeds it.")
     return ranking.teacher_scores, ranking.teacher_scale

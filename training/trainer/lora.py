@@ -24,11 +24,11 @@ LORA_FIELDS = tuple(field.name for field in fields(LoraConfig) if field.name not
 
 
 class MMGEMPeftModel(PeftModel):
-    """
-    A PEFT model whose adapter also holds `embedding_tokens` and `logit_scale`. These are parameters of the model
-    itself, which peft neither trains nor saves: it knows modules only. They are written into the adapter's file, where
-    plain `PeftModel.from_pretrained(base_model, folder)` finds them. They have no second copy: `disable_adapter`
-    leaves them as trained.
+    """A PEFT model whose adapter also holds `embedding_tokens` and `logit_scale`.
+
+    These are parameters of the model itself, which peft neither trains nor saves: it knows modules only. They are
+    written into the adapter's file, where plain `PeftModel.from_pretrained(base_model, folder)` finds them. They have
+    no second copy: `disable_adapter` leaves them as trained.
 
     To go on training a saved adapter, `MMGEMPeftModel.from_pretrained(base_model, folder, is_trainable=True)`.
     """
@@ -40,7 +40,7 @@ class MMGEMPeftModel(PeftModel):
                 parameter.requires_grad_(not peft_config.inference_mode)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """As [`peft.PeftModel.save_pretrained`], with the model's own parameters; always as safetensors."""
+        """Save as [`peft.PeftModel.save_pretrained`], with the model's own parameters; always as safetensors."""
         state_dict = kwargs.pop("state_dict", None) or self.state_dict()
         # Embeddings are not adapted; to find that out, peft would ask the Hub about the base model.
         kwargs |= {"state_dict": state_dict, "save_embedding_layers": False}
@@ -57,24 +57,23 @@ def add_lora(
     target_modules: Sequence[str] | None = None,
     **lora_config,
 ) -> MMGEMPeftModel:
-    """
-    Low-rank adapters in the blocks of the towers (LoRA, https://arxiv.org/abs/2106.09685).
+    """Add low-rank adapters to the blocks of the towers (LoRA, https://arxiv.org/abs/2106.09685).
 
     The towers freeze, also one without LoRA; everything beside them goes on training, unless it was frozen before.
-    The model becomes part of what is returned, which trains, embeds and generates as it does, and whose
+    The model becomes part of the one that is returned, which trains, embeds and generates as it does, and whose
     `save_pretrained` writes the adapter alone. [`merge_lora`] makes it an `MMGEMModel` again.
 
     Args:
-        model: to be adapted, in place.
+        model: The model, adapted in place.
         towers: `vision_tower`, `language_model` or both.
-        target_modules: last names of linear layers in the towers' blocks (`["q_proj", "v_proj"]`); by default all of
+        target_modules: Last names of linear layers in the towers' blocks (`["q_proj", "v_proj"]`); by default all of
             them, which are those of the attention and the MLP. Embeddings, pooling heads and the vocabulary head are
             none of them.
-        lora_config: further fields of `peft.LoraConfig`, such as `r`, `lora_alpha`, `lora_dropout`, `use_dora`.
+        lora_config: Further fields of `peft.LoraConfig`, such as `r`, `lora_alpha`, `lora_dropout`, `use_dora`.
 
     Raises:
-        TypeError: if `model` is no `MMGEMModel`, or `towers` or `target_modules` no list.
-        ValueError: for an unknown tower, layer or field.
+        TypeError: If `model` is no `MMGEMModel`, or `towers` or `target_modules` no list.
+        ValueError: If a tower, a layer or a field is unknown.
     """
     if not isinstance(model, MMGEMModel):
         raise TypeError(f"`model` is {type(model).__name__}; expected an MMGEMModel without adapters.")
@@ -101,13 +100,14 @@ def add_lora(
 
 
 def merge_lora(model: PeftModel) -> MMGEMModel:
-    """
-    The model with its adapter added to the weights: an `MMGEMModel` as any other, all of it trainable. `model` is used
-    up.
+    """Add the adapter of a model to its weights: the result is an `MMGEMModel` as any other, all of it trainable.
+
+    Args:
+        model: The model with LoRA, which is used up.
 
     Raises:
-        TypeError: if `model` has no adapter.
-        ValueError: if the adapter is not finite.
+        TypeError: If `model` has no adapter.
+        ValueError: If the adapter is not finite.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"`model` is {type(model).__name__}; expected a model with LoRA.")

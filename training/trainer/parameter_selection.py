@@ -1,4 +1,5 @@
-"""What of a model trains, and how fast, by the names of its parts: `vision_tower`, `language_model.lm_head`, ..."""
+"""The choice of the parameters that train, and of their learning rates, by the names of parts of the model:
+`vision_tower`, `language_model.lm_head`, ..."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,20 +15,19 @@ _PEFT_INFIX = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)
 
 
 def own_name(name: str) -> str:
-    """The name that a parameter of a PEFT model has in the model itself: `text_projection.weight`."""
+    """Return the name that a parameter of a PEFT model has in the model itself: `text_projection.weight`."""
     return _PEFT_INFIX.sub("", name.removeprefix(_PEFT_PREFIX))
 
 
 def is_bare(name: str) -> bool:
-    """Whether this is a parameter of the model itself, of none of its modules: `logit_scale`, `embedding_tokens`."""
+    """Tell whether a parameter is the model's own, and of none of its modules: `logit_scale`, `embedding_tokens`."""
     return "." not in own_name(name)
 
 
 def set_trainable(
     model: nn.Module, freeze: Sequence[str] | None = None, train_only: Sequence[str] | None = None
 ) -> None:
-    """
-    Choose the parameters that train: all but `freeze`, only `train_only`, or, with neither, all.
+    """Choose the parameters that train: all but `freeze`, only `train_only`, or, with neither, all.
 
     Every call starts anew, so a stage of training undoes what the one before it froze. Of a model with LoRA (see
     [`mmgem.training.trainer.lora.add_lora`]) only the adapter ever trains: the LoRA weights, and copies of the modules
@@ -35,16 +35,16 @@ def set_trainable(
     parts stay in the mode of the model: `model.train()` switches on their dropout, where their config has any.
 
     Args:
-        model: an `MMGEMModel`, or one with LoRA.
-        freeze: names of parts (`vision_tower`, `pool_aggregator`, `image_projection`, `text_projection`,
+        model: An `MMGEMModel`, or one with LoRA.
+        freeze: Names of parts (`vision_tower`, `pool_aggregator`, `image_projection`, `text_projection`,
             `token_projection`, `embedding_tokens`, `logit_scale`, `language_model`), or of modules and parameters
             inside them (`vision_tower.embeddings`).
-        train_only: likewise.
+        train_only: Names of the same kinds.
 
     Raises:
-        TypeError: if the names are not a list.
-        ValueError: if both are given, for a name that the model does not have, one in `train_only` that nothing
-            trains under, or if nothing is left to train.
+        TypeError: If the names are not a list.
+        ValueError: If both are given, the model does not have a name, nothing trains under a name in `train_only`, or
+            nothing is left to train.
     """
     if freeze is not None and train_only is not None:
         raise ValueError(
@@ -60,10 +60,10 @@ def set_trainable(
     chosen = {id(parameter) for name, parameter in adaptable if _part_of(name, names) is not None}
     for part in names:
         if argument == "train_only" and not any(_part_of(name, [part]) for name, _ in adaptable):
-            raise ValueError(f"`train_only` names `{part}`, which has no LoRA; expected what the adapter holds.")
+            raise ValueError(f"`train_only` names `{part}`, which has no LoRA; expected parts that the adapter holds.")
     trained = {id(p) for _, p in adaptable if (id(p) in chosen) == (train_only is not None)}
     if not trained:
-        raise ValueError(f"`{argument}` is {list(names)}, which leaves nothing to train.")
+        raise ValueError(f"`{argument}` is {list(names)}, which leaves nothing to train; expected other parts.")
     for _, parameter in parameters:
         parameter.requires_grad_(id(parameter) in trained)
 
@@ -75,27 +75,25 @@ def parameter_groups(
     weight_decay: float,
     decay_parameter_names: Iterable[str],
 ) -> list[dict]:
-    """
-    Parameter groups for an optimizer, of what trains: by learning rate, with and without weight decay.
+    """Group the parameters that train for an optimizer: by learning rate, with and without weight decay.
 
     The parameters of the model itself (`logit_scale`, `embedding_tokens`) never decay: pulling the temperature and
     the read-out vectors towards zero is not regularisation.
 
     Args:
-        model: an `MMGEMModel`, or one with LoRA.
-        learning_rate: of all parts that `learning_rates` does not name.
-        learning_rates: a positive rate by name, as in [`set_trainable`]; the longest name that fits counts.
-        weight_decay: at least 0.
-        decay_parameter_names: names that decay if they are not of the model itself; what
-            `Trainer.get_decay_parameter_names` gives, which leaves out norms and biases.
+        model: An `MMGEMModel`, or one with LoRA.
+        learning_rate: The rate of all parts that `learning_rates` does not name.
+        learning_rates: A positive rate by name, as in [`set_trainable`]; the longest name that fits counts.
+        weight_decay: The decay, at least 0.
+        decay_parameter_names: Names that decay if they are not of the model itself, from
+            `Trainer.get_decay_parameter_names`, which leaves out norms and biases.
 
     Returns:
         Dictionaries with `params`, `lr` and `weight_decay`, none of them empty; `learning_rate` first.
 
     Raises:
-        TypeError: for a rate that is not a number.
-        ValueError: for a name that the model does not have, or under which nothing trains, and for a rate that is not
-            positive.
+        TypeError: If a rate is not a number.
+        ValueError: If the model does not have a name, nothing trains under it, or a rate is not positive.
     """
     rates = {part: _checked_rate(part, rate) for part, rate in (learning_rates or {}).items()}
     _check_names("learning_rates", rates, [own_name(name) for name, _ in model.named_parameters()])
@@ -116,14 +114,13 @@ def parameter_groups(
 
 
 def freeze_unused(model) -> list[str]:
-    """
-    Stop training the parameters of the vision tower that its patch features do not depend on.
+    """Stop training the parameters of the vision tower that its patch features do not depend on.
 
     They would never get a gradient. DDP would have to search every step's graph for them, and cannot do so under
     gradient checkpointing; FSDP2 could not resume, as it expects an optimizer state for each parameter that trains.
 
     Args:
-        model: an `MMGEMModel`, or one with LoRA, before it is handed to DDP or FSDP.
+        model: An `MMGEMModel`, or one with LoRA, before it is handed to DDP or FSDP.
 
     Returns:
         The names of the parameters that this call has frozen.
@@ -172,5 +169,5 @@ def _checked_rate(part: str, rate: float) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"`learning_rates` gives `{part}` the rate {rate!r}; expected a number.") from None
     if not rate > 0:
-        raise ValueError(f"`learning_rates` gives `{part}` the rate {rate}; expected more than 0, or freeze it.")
+        raise ValueError(f"`learning_rates` gives `{part}` the rate {rate}; expected more than 0, or `freeze`.")
     return rate

@@ -20,18 +20,17 @@ TEACHER_WEIGHTS_NAME = "teacher.safetensors"
 
 
 class Teacher(TrainerCallback):
-    """
-    A frozen checkpoint, or a moving average of the model in training (momentum distillation: MoCo,
+    """A frozen checkpoint, or a moving average of the model in training (momentum distillation: MoCo,
     https://arxiv.org/abs/1911.05722; ALBEF, https://arxiv.org/abs/2107.07651). Every process holds all of it.
 
     Args:
-        model: in training, not yet wrapped or sharded.
-        processor: of the model; the teacher reads what it makes.
-        momentum: share of the teacher's weights that stays at each step, in [0, 1].
-        pretrained: folder of a checkpoint, instead.
+        model: The model in training, not yet wrapped or sharded.
+        processor: The processor of the model; the teacher takes the same inputs.
+        momentum: The share of the teacher's weights that stays at each step, in [0, 1].
+        pretrained: The folder of a checkpoint, instead.
 
     Raises:
-        ValueError: if the checkpoint reads other tokens or other pixels than the model.
+        ValueError: If the checkpoint takes other tokens or other pixels than the model.
     """
 
     def __init__(self, model: nn.Module, processor, momentum: float | None = None, pretrained: str | None = None):
@@ -45,7 +44,7 @@ class Teacher(TrainerCallback):
 
     @torch.no_grad()
     def embed(self, chunks: Sequence[Mapping[str, Any]]) -> ContrastiveBatch:
-        """The texts and targets of a batch, in one or several chunks, as the teacher sees them; without gradients."""
+        """Embed the texts and targets of a batch, in one or several chunks, without gradients."""
         batches = []
         for chunk in chunks:
             inputs = {**chunk, "labels": torch.full_like(chunk["input_ids"], IGNORED_LABEL)}
@@ -75,7 +74,7 @@ class Teacher(TrainerCallback):
         """Take the moving average of a checkpoint.
 
         Raises:
-            FileNotFoundError: if the checkpoint has none.
+            FileNotFoundError: If the checkpoint has none.
         """
         if self.momentum is None:
             return

@@ -41,29 +41,31 @@ class LogitScaleClamp(TrainerCallback):
 
 
 class MMGEMTrainer(Trainer):
-    """
-    Trains an `MMGEMModel` on rows of images and captions (see [`MMGEMCollator`] for the columns).
+    """Trains an `MMGEMModel` on rows of images and captions (see [`MMGEMCollator`] for the columns).
 
     The caption loss is a mean over the caption tokens of all processes and accumulation steps; the contrastive loss is
     taken over the gathered batch of all processes and averaged over accumulation steps. So N processes with a batch of
-    B give the gradient of one process with N * B. A larger contrastive batch than fits is not what accumulation gives
-    but what `grad_cache_chunk_size` does.
+    B give the gradient of one process with N * B. A larger contrastive batch than fits comes from
+    `grad_cache_chunk_size`, not from accumulation.
 
-    `evaluate` measures what the model is for: recall, zero-shot accuracy, captions (see
+    `evaluate` measures recall, zero-shot accuracy and captions (see
     [`mmgem.training.evaluation.evaluate.evaluate_model`]).
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, kwargs: as in `Trainer`; `processing_class` is the
-            `MMGEMProcessor`, and the default `data_collator` an [`MMGEMCollator`] of it.
+        model: An `MMGEMModel`.
+        args: The training arguments.
+        processing_class: The `MMGEMProcessor`.
+        data_collator: Makes the batches; by default an [`MMGEMCollator`] of the processor.
+        kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ValueError: for arguments that do not fit together.
-        FloatingPointError: while training, if a loss or gradient is no finite number; it names the rows of the batch.
+        ValueError: If arguments do not fit together, or not to the model.
+        FloatingPointError: While training, if a loss or gradient is no finite number; it names the rows of the batch.
             Nothing is saved after it.
-        MemoryError: while training, if a step does not fit; it says what to lower.
+        MemoryError: While training, if a step does not fit; it says what to lower.
     """
 
-    # What is logged, and what the figures of many forward calls become.
+    # The figures that are logged, and how those of many forward calls become one.
     FIGURES = {
         "caption_loss": "loss",
         "contrastive_loss": "loss",
@@ -195,7 +197,7 @@ class MMGEMTrainer(Trainer):
         return total
 
     def _without_unweighted(self, inputs: Mapping) -> dict:
-        """What has no weight is not computed."""
+        """Without the parts of a loss that has no weight, which is then not computed."""
         inputs = dict(inputs)
         if not self.args.caption_loss_weight:
             inputs["labels"] = torch.full_like(inputs["labels"], IGNORED_LABEL)
@@ -204,8 +206,7 @@ class MMGEMTrainer(Trainer):
         return inputs
 
     def _weigh(self, caption_loss, contrastive_loss, num_items_in_batch):
-        """
-        The Trainer averages gradients over processes but sums them over accumulation steps. The caption loss is
+        """The Trainer averages gradients over processes but sums them over accumulation steps. The caption loss is
         already divided by the tokens of them all; the contrastive loss is, on each process, that of all of them.
         """
         if num_items_in_batch is not None:

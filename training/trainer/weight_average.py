@@ -16,8 +16,7 @@ EMA_WEIGHTS_NAME = "ema.safetensors"
 
 
 class EMACallback(TrainerCallback):
-    """
-    Averages the trained weights over the steps, in float32: after step t (from 1 on)
+    """Averages the trained weights over the steps, in float32: after step t (from 1 on)
 
         average = d * average + (1 - d) * weights,    d = min(decay, (1 + t) / (10 + t)),
 
@@ -26,14 +25,14 @@ class EMACallback(TrainerCallback):
     the averages are the model's weights; of a run with `load_best_model_at_end` those of its best checkpoint.
 
     Whoever writes and reads checkpoints calls [`save`] and [`load`]: callbacks hear of a checkpoint when it is past,
-    and never which one a run resumes from. Works under DDP and FSDP2.
+    and never which one a run resumes from. It works under DDP and FSDP2.
 
     Args:
-        decay: between 0 and 1; about 1 / (1 - decay) steps are averaged.
+        decay: The decay, between 0 and 1; about 1 / (1 - decay) steps are averaged.
 
     Raises:
-        ValueError: for another `decay`; at the start of training under FSDP1 or DeepSpeed ZeRO-3, whose parameters
-            are not tensors with a shape, and if a run is resumed without [`load`].
+        ValueError: If `decay` is not between 0 and 1; at the start of training under FSDP1 or DeepSpeed ZeRO-3, whose
+            parameters are not tensors with a shape, and if a run is resumed without [`load`].
     """
 
     def __init__(self, decay: float):
@@ -57,21 +56,21 @@ class EMACallback(TrainerCallback):
             save_file(tensors, Path(folder) / EMA_WEIGHTS_NAME, metadata=metadata)
 
     def load(self, folder: str | Path, model: nn.Module):
-        """
-        Take the averages of a checkpoint, to resume from it.
+        """Take the averages of a checkpoint, to resume from it.
 
         Args:
-            folder: of the checkpoint.
-            model: as the Trainer holds it, prepared for training.
+            folder: The folder of the checkpoint.
+            model: The model as the Trainer holds it, prepared for training.
 
         Raises:
-            FileNotFoundError: if the checkpoint holds no averages.
-            ValueError: if they are not those of what trains in `model`.
+            FileNotFoundError: If the checkpoint holds no averages.
+            ValueError: If they are not those of the parameters that train in `model`.
         """
         path = Path(folder) / EMA_WEIGHTS_NAME
         if not path.is_file():
             raise FileNotFoundError(
-                f"{str(path)!r} is not there; expected a checkpoint of a run with an average of the weights."
+                f"`folder` is {str(folder)!r}, without {EMA_WEIGHTS_NAME}; expected a checkpoint of a run with an "
+                "average of the weights."
             )
         parameters = _trained_parameters(model)
         with safe_open(path, framework="pt") as file:
@@ -88,7 +87,7 @@ class EMACallback(TrainerCallback):
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
-        """A context in which the averages are the model's weights; before training there are none, and it does
+        """Enter a context in which the averages are the model's weights; before training, when there are none, it does
         nothing."""
         parameters = {name: parameter for name, parameter in model.named_parameters() if name in self._averages}
         trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -114,8 +114,8 @@ def test_a_stage_has_the_embeddings_of_those_before_it():
 @pytest.mark.parametrize(
     ("training", "attention", "message"),
     [
-        ({}, "causal", "`second`: `text_attention` is 'causal'; reconstruction expects 'bidirectional'"),
-        ({"train_only": ["text_projection"]}, "bidirectional", "`second`: Nothing is left to train"),
+        ({}, "causal", "`second`: `text_attention` is 'causal'; expected 'bidirectional'"),
+        ({"train_only": ["text_projection"]}, "bidirectional", "`second`: nothing is left to train"),
         ({"learning_rates": {"logit_scale": 1.0}}, "bidirectional", "`second`: .*`logit_scale`, where nothing trains"),
         ({"lora": {"r": 2}, "learning_rates": {"reconstruction_head": 1.0}}, "bidirectional", None),
         ({"freeze": ["reconstruction_head.pixels", "vision_tower"]}, "bidirectional", None),

@@ -286,7 +286,7 @@ def test_the_places_of_patches_tell_them_apart():
 
 
 def test_a_causal_model_is_refused():
-    with pytest.raises(ValueError, match="`text_attention` is 'causal'; reconstruction expects 'bidirectional'"):
+    with pytest.raises(ValueError, match="`text_attention` is 'causal'; expected 'bidirectional'"):
         MMGEMForReconstruction.from_model(build_model())
 
 

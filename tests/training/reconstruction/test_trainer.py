@@ -135,9 +135,9 @@ def test_no_number_stops_the_run_and_names_the_rows(tiny_processor, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"contrastive_objective": {"hardness": 9.0}}, "`contrastive_objective` is .*compares nothing"),
+        ({"contrastive_objective": {"hardness": 9.0}}, "`contrastive_objective` is .*expected None"),
         ({"grad_cache_chunk_size": 2}, "`grad_cache_chunk_size` is 2"),
-        ({"train_only": ["text_projection"]}, "Nothing is left to train; .*reconstruction_head"),
+        ({"train_only": ["text_projection"]}, "nothing is left to train; .*reconstruction_head"),
     ],
 )
 def test_arguments_without_a_meaning_are_refused(tiny_processor, tmp_path, arguments, message):

@@ -393,9 +393,12 @@ def test_two_processes_compute_what_one_does(tmp_path):
         ({"all_positives": 1}, "`all_positives` in the objective `infonce` is 1; expected bool"),
         ({"false_negative_threshold": math.inf}, "`false_negative_threshold` is inf"),
         ({"soft_targets": 1.5, "teacher": MOMENTUM}, "`soft_targets` is 1.5; expected a number between 0 and 1"),
-        ({"soft_targets": 0.4}, "`soft_targets` is given without a `teacher`"),
-        ({"false_negative_teacher_margin": 0.0}, "`false_negative_teacher_margin` is given without a `teacher`"),
-        ({"teacher": MOMENTUM}, "`teacher` is given, but no `soft_targets`"),
+        ({"soft_targets": 0.4}, "`teacher` is None; expected one for `soft_targets`"),
+        (
+            {"false_negative_teacher_margin": 0.0},
+            "`teacher` is None; expected one for `false_negative_teacher_margin`",
+        ),
+        ({"teacher": MOMENTUM}, "`teacher` is .*; expected `soft_targets`"),
         ({"soft_targets": 0.4, "teacher": {}}, "`teacher` has the keys"),
         ({"soft_targets": 0.4, "teacher": {"momentum": 0.9, "pretrained": "a"}}, "expected one of momentum, pretr"),
         ({"soft_targets": 0.4, "teacher": {"momentun": 0.9}}, "unknown key `momentun`.* Did you mean `momentum`?"),
@@ -424,7 +427,7 @@ def test_a_sigmoid_without_a_bias_says_where_it_comes_from():
 
 
 def test_a_teacher_that_does_not_come_is_missed():
-    with pytest.raises(ValueError, match="asks a teacher, but was called without one"):
+    with pytest.raises(ValueError, match="`teacher` is None, but the objective asks one"):
         build_objective(soft_targets=0.4, teacher=MOMENTUM)(mixed_batch())
 
 

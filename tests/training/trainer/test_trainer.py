@@ -185,7 +185,7 @@ def test_a_processor_that_only_imitates_bf16_is_told(tmp_path, monkeypatch, capl
 
 
 def test_a_batch_of_one_has_nothing_to_tell_apart(tmp_path):
-    with pytest.raises(ValueError, match="per_device_train_batch_size.*at least 2"):
+    with pytest.raises(ValueError, match="per_device_train_batch_size.*expected 2 or more"):
         arguments_in(tmp_path, per_device_train_batch_size=1)
 
 

@@ -183,7 +183,7 @@ def test_resuming_without_the_average_is_refused(tmp_path):
 
 def test_checkpoint_of_another_run_is_refused(tmp_path):
     model = Line()
-    with pytest.raises(FileNotFoundError, match="ema.safetensors.*is not there"):
+    with pytest.raises(FileNotFoundError, match="`folder` is .*without ema.safetensors"):
         EMACallback(0.9).load(tmp_path, model)
     begun(0.9, model, tmp_path)[0].save(tmp_path)
     model.linear.bias.requires_grad_(False)
