@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from mmgem.modeling_mmgem import MMGEMModel
@@ -66,6 +65,6 @@ class ReconstructionStage(StageKind):
         shown = {
             **batch,
             "labels": batch["input_ids"].masked_fill(~text_mask, IGNORED_LABEL),
-            "contrastive_mask": torch.zeros_like(text_mask[:, 0]),
+            "contrastive_mask": text_mask.new_zeros(len(text_mask)),
         }
         return Preview(shown, use="put back", legend="[[what it puts back]]", hidden_patches=batch.get("patch_mask"))

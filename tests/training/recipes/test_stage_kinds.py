@@ -58,11 +58,13 @@ def test_a_recipe_reads_and_checks_the_section_of_a_kind(sections):
 
 
 def test_a_kind_chooses_the_arguments_the_trainer_and_the_words_of_the_card(sections, tiny_processor, tmp_path):
-    recipe = parse_recipe(sections)
+    prompts = {"query": "Find ", "document": "Keep "}
+    recipe = parse_recipe(sections | {"prompts": prompts})
     [stage] = recipe.stages
     arguments = stage_arguments(recipe, stage, tmp_path)
     assert arguments.contrastive_loss_weight == 0
     model = build_model()
-    assert type(stage_trainer(recipe, stage, model, tiny_processor, arguments, [])) is MMGEMTrainer
+    trainer = stage_trainer(recipe, stage, model, tiny_processor, arguments, [])
+    assert type(trainer) is MMGEMTrainer and trainer.data_collator.prompts == model.config.prompts == prompts
     write_model_card(tmp_path, model, recipe, {}, [{"stage": "say", "caption_loss": 0.5}])
     assert "The loss of what it says ended at 0.500." in (tmp_path / "README.md").read_text()
