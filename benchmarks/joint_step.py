@@ -36,6 +36,7 @@ def compare(setting: Setting, rounds: int, bf16: bool) -> str:
     """The tables of the benchmark, as markdown."""
     batch = build_batch(setting)
     model, clip, llava = build_model(setting), build_clip(setting), build_llava(setting)
+    model._check_reading()  # which its first step does
     clip_batch, llava_batch = clip_inputs(batch), llava_inputs(batch, llava)
     steps = {
         JOINT: TrainingStep(model, lambda: model(**batch, return_loss=True).loss, bf16),

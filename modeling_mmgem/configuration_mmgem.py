@@ -42,6 +42,10 @@ class MMGEMConfig(PreTrainedConfig):
             they are k vectors of it (MetaEmbed, https://arxiv.org/abs/2509.18095).
         text_attention (`"causal"` or `"bidirectional"`): attention among the tokens of a text, or of an image with
             text, while it is embedded (MoCa, https://arxiv.org/abs/2506.23115); generation is always causal.
+        sequence_packing (`"position_ids"`, `"block_mask"` or `"none"`): how the language model keeps the sequences of
+            a packed row apart: by positions that restart, by ready attention masks, or not at all, so that every
+            sequence has a row of its own. `from_towers` finds it out; an answer that does not hold is refused by the
+            first step of training.
         prompts (`dict[str, str]`, optional): instructions by name, put before what is embedded by those who ask for
             them; sentence-transformers' prompts.
         embedding_prompt_ids (`list[int]`, optional): tokens, such as those of "Summary of the above in one word:",
@@ -72,6 +76,7 @@ class MMGEMConfig(PreTrainedConfig):
     num_embedding_tokens: int = 1
     embedding_pooling: Literal["last", "mean", "multi_vector"] = "last"
     text_attention: Literal["causal", "bidirectional"] = "causal"
+    sequence_packing: Literal["position_ids", "block_mask", "none"] = "position_ids"
     prompts: dict[str, str] | None = None
     embedding_prompt_ids: list[int] | None = None
     calibrated_modalities: list[str] | None = None

@@ -34,6 +34,7 @@ class JointStep:
     _read_out: Any
     _run_decoder: Any
     _check_length: Any
+    _check_reading: Any
     _temperature: Any
     _pair_output: Any
 
@@ -176,12 +177,15 @@ class JointStep:
             lengths = lengths.new_tensor([len(inputs_embeds)])
             bidirectional = bidirectional.new_zeros(len(inputs_embeds))
         self._check_length(int(lengths.max()))
-        layout = PackedLayout(lengths.tolist(), inputs_embeds.device)
+        self._check_reading()
+        is_packed = self.config.sequence_packing != "none"
+        layout = PackedLayout(lengths.tolist(), inputs_embeds.device, one_per_row=not is_packed)
         blocks = None
         if self.config.text_attention == "bidirectional":
             blocks = layout.segment_ids.masked_fill(~layout.pack(bidirectional), -1)  # (rows, row_length)
         packed = layout.pack(inputs_embeds)  # (rows, row_length, H)
-        hidden_states = layout.unpack(self._run_decoder(packed, layout.position_ids, None, blocks))  # (N, H)
+        position_ids = layout.position_ids if is_packed else None
+        hidden_states = layout.unpack(self._run_decoder(packed, position_ids, blocks))  # (N, H)
         return hidden_states if size else hidden_states[:0] + 0.0 * hidden_states.sum()
 
     def _caption_loss(

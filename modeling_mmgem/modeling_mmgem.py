@@ -10,13 +10,14 @@ Multimodal Generative Embedding Model, https://arxiv.org/abs/2405.19333.
 
 import math
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -25,6 +26,7 @@ from .contrastive_batch import ContrastiveBatch, default_image_ids
 from .image_vectors import QUERY_STD, ImageVectors
 from .input_checks import check_boxes, checked_mask, is_box
 from .joint_step import JointStep
+from .language_model_probe import PROBING, check_reading
 from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
 from .patch_grid import patch_grid
@@ -123,6 +125,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init_value]))
         has_bias = config.logit_bias_init_value is not None
         self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias_init_value])) if has_bias else None
+        # Of Mamba and its kin, that of all others is another.
+        has_cache_params = "cache_params" in signature(self.language_model.forward).parameters
+        self._cache_argument = "cache_params" if has_cache_params else "past_key_values"
+        self._checked_reading: tuple | str | None = None  # see `_check_reading`
         # Not to be guessed from the class name: the Trainer counts labels by it, and full-graph compile needs it.
         self.loss_type = "ForCausalLM"
         self.post_init()
@@ -246,7 +252,14 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         return self.language_model.get_output_embeddings()
 
     def get_decoder(self, modality: str | None = None) -> nn.Module:
-        return self.vision_tower if modality == "image" else self.language_model.get_decoder()
+        if modality == "image":
+            return self.vision_tower
+        decoder = self.language_model.get_decoder()
+        if decoder is self.language_model or not isinstance(decoder, PreTrainedModel):
+            # A guess by names that found the whole model, or its head.
+            inner = (module for module in self.language_model.children() if isinstance(module, PreTrainedModel))
+            decoder = next(inner, decoder)
+        return decoder
 
     # Vision
 
@@ -302,36 +315,49 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def _run_decoder(
         self,
         inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
         bidirectional: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The language model without its vocabulary head.
+        The language model without its vocabulary head. Padding is on the right, where no causal model looks.
 
         Args:
             inputs_embeds: (B, L, H).
-            position_ids: (B, L); restarting at 0 where a new sequence begins, if rows are packed.
-            attention_mask: (B, L), or None for packed rows.
+            position_ids: (B, L), restarting at 0 where a new sequence begins; None if each row is one sequence.
             bidirectional: (B, L), a number per sequence whose tokens see each other both ways, -1 for causal tokens.
 
         Returns:
             (B, L, H) hidden states after the final norm.
         """
-        if bidirectional is not None:
-            attention_mask = create_causal_mask(
-                config=self.language_model.get_decoder().config,
+        decoder, mask = self.get_decoder(), None
+        if bidirectional is not None or (position_ids is not None and self.config.sequence_packing == "block_mask"):
+            if position_ids is None:  # some models count them from the mask, if that is of tokens
+                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]  # (1, L)
+            # One mask, or one for each kind of layer, with its window.
+            mask = create_masks_for_generate(
+                config=decoder.config,
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=None,
                 past_key_values=None,
                 position_ids=position_ids,
                 block_sequence_ids=bidirectional,
-                allow_is_causal_skip=False,
             )
+        positions = {} if position_ids is None else {"position_ids": position_ids}
         # Packed rows are recognised by their position_ids only without a cache, which must be said.
-        return self.language_model.get_decoder()(
-            inputs_embeds=inputs_embeds, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        return decoder(
+            inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, **positions
         ).last_hidden_state
+
+    def _how_it_reads(self) -> tuple[str | None, ...]:
+        config = self.config
+        return config.sequence_packing, config.text_attention, self.language_model.config._attn_implementation
+
+    def _check_reading(self):
+        """Once for each way of reading: the language model does what the configuration says."""
+        how = self._how_it_reads()
+        if self._checked_reading not in (how, PROBING):
+            check_reading(self)
+            self._checked_reading = how
 
     def _check_length(self, length: int):
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
@@ -365,15 +391,23 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         embedding_tokens = self._read_out_embeds().to(inputs_embeds.dtype).expand(len(inputs_embeds), -1, -1)
         batch, k, _ = embedding_tokens.shape
         inputs_embeds = torch.cat([inputs_embeds, embedding_tokens], dim=1)  # (B, L + k, H)
-        self._check_length(inputs_embeds.shape[1])
-        attention_mask = torch.cat([attention_mask.long(), attention_mask.new_ones(batch, k).long()], dim=1)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, L + k)
+        width = inputs_embeds.shape[1]
+        self._check_length(width)
+        is_token = torch.cat([attention_mask.bool(), attention_mask.new_ones(batch, k).bool()], dim=1)  # (B, L + k)
+        # Padding goes to the right, so that [EMB] stands right after the text, within reach of any window. No two keys
+        # are equal: not every exported sort is stable.
+        place = torch.arange(width, device=is_token.device)  # (L + k,)
+        order = torch.where(is_token, place, place + width).argsort(dim=1)  # (B, L + k)
+        inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))  # (B, L + k, H)
+        read_out = is_token.sum(-1, keepdim=True) - k + place[:k]  # (B, k)
         bidirectional = None
         if self.config.text_attention == "bidirectional":
+            if not torch.compiler.is_compiling():
+                self._check_reading()
             # [EMB] vectors are causal, so that the first of them are what fewer would be: -1, as for padding, else 0.
-            bidirectional = attention_mask - 1
-            bidirectional[:, -k:] = -1
-        hidden_states = self._run_decoder(inputs_embeds, position_ids, attention_mask, bidirectional)[:, -k:]
+            bidirectional = (place < read_out[:, :1]).long() - 1  # (B, L + k)
+        hidden_states = self._run_decoder(inputs_embeds, bidirectional=bidirectional)  # (B, L + k, H)
+        hidden_states = hidden_states.gather(1, read_out[..., None].expand_as(embedding_tokens))  # (B, k, H)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self._read_out(hidden_states)
         )  # (B, k, H), (B, D) or (B, k, D)
@@ -577,24 +611,28 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                     "a prompt give `labels`."
                 )
             if inputs_embeds is None:
-                if past_key_values is None or past_key_values.get_seq_length() == 0:
+                # States have no length; they are there from the second step on.
+                has_length = past_key_values is not None and self._cache_argument == "past_key_values"
+                if past_key_values is None or (has_length and past_key_values.get_seq_length() == 0):
                     self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
                 inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes)  # (B, L, H)
             if labels is not None:
                 kwargs["labels"], kwargs["num_items_in_batch"] = labels, num_items_in_batch
+            if attention_mask is not None and self._cache_argument == "cache_params":
+                attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # a state needs no mask of its past
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{self._cache_argument: past_key_values},
                 **kwargs,
             )
             return MMGEMOutput(
                 loss=outputs.loss,
                 logits=outputs.logits,  # (B, L, vocabulary)
-                past_key_values=outputs.past_key_values,
+                past_key_values=getattr(outputs, self._cache_argument, None),
                 hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
+                attentions=getattr(outputs, "attentions", None),
             )
 
         attention_mask = checked_mask(input_ids, attention_mask, allow_empty=return_loss)
@@ -703,6 +741,16 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         # What is masked goes to the left: generation reads the next token at the last place.
         order = mask.argsort(dim=1, stable=True)
         return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        # A state-space model makes its states itself; the library's cache asks for a length that they do not have.
+        return self._cache_argument == "past_key_values" and super()._supports_default_dynamic_cache()
+
+    def create_masks_for_generate(self, *, attention_mask, **kwargs):
+        """What `generate` calls to make masks of attention, which state-space models have no use for."""
+        if self._cache_argument == "cache_params":
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder=False, input_ids=None, **kwargs):
         pixel_values = kwargs.get("pixel_values")

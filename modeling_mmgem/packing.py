@@ -14,6 +14,8 @@ class PackedLayout:
     Args:
         lengths: tokens of each sequence, each at least 1.
         device: of the index tensors.
+        one_per_row: give each sequence a row of its own, padded on the right to the longest and rounded up to nothing,
+            for language models that cannot keep the sequences of a row apart.
 
     Attributes:
         row, column: (N,) long, place of each of the N tokens, sequence after sequence.
@@ -22,19 +24,20 @@ class PackedLayout:
         segment_ids: (rows, row_length) long, the sequence a token belongs to; -1 in the unused tail.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device):
-        row_length = _round_up(max(lengths))
+    def __init__(self, lengths: list[int], device: torch.device, one_per_row: bool = False):
+        row_length = max(lengths) if one_per_row else _round_up(max(lengths))
         sequence_row, sequence_start = [0] * len(lengths), [0] * len(lengths)
         filled: list[int] = []
         for sequence in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             length = lengths[sequence]
-            row = next((r for r, used in enumerate(filled) if used + length <= row_length), len(filled))
+            candidates = () if one_per_row else enumerate(filled)
+            row = next((r for r, used in candidates if used + length <= row_length), len(filled))
             if row == len(filled):
                 filled.append(0)
             sequence_row[sequence], sequence_start[sequence] = row, filled[row]
             filled[row] += length
 
-        multiple = min(8, max(1, 2 ** (len(filled).bit_length() - 4)))
+        multiple = 1 if one_per_row else min(8, max(1, 2 ** (len(filled).bit_length() - 4)))
         self.shape = (_round_up(len(filled), multiple), row_length)
         length = torch.tensor(lengths, device=device)
         segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), length)  # (N,)

@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .language_model_probe import check_text_config, probe_language_model
 from .patch_grid import pair, patch_grid
 
 # The library's default of 20 tokens counts the prompt, which an image alone fills.
@@ -27,6 +28,7 @@ def compose_towers(
             tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
             image_token_id = tokenizer.convert_tokens_to_ids("<image>")
         text = AutoModelForCausalLM.from_pretrained(text)
+    check_text_config(text.config)
     vocabulary_size = text.get_input_embeddings().num_embeddings
     image_token_id = vocabulary_size if image_token_id is None else image_token_id
     if image_token_id >= vocabulary_size:
@@ -46,6 +48,8 @@ def compose_towers(
     if model.generation_config.max_new_tokens is None:
         model.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
     model.eval()
+    model.config.sequence_packing = probe_language_model(model)
+    model._checked_reading = model._how_it_reads()
     with torch.no_grad():
         height, width = pair(config.vision_config.image_size)
         patch_grid(

@@ -154,6 +154,7 @@ def test_a_changed_model_is_saved_and_loads(tmp_path):
 def test_attention_is_what_it_is_called(attention):
     """Change the last word, and look at what the first became: it moves only if it sees ahead."""
     model = tiny(text_attention=attention)
+    model._check_reading()  # which the first run does, by runs of its own
     states = []
     model.language_model.get_decoder().register_forward_hook(lambda *call: states.append(call[2].last_hidden_state))
     changed = IDS.clone()

@@ -106,6 +106,7 @@ def test_text_embedding_runs_no_vocabulary_head(tiny_model, text_batch, pixel_va
 
 
 def test_joint_step_runs_each_tower_once(tiny_model, text_batch, pixel_values):
+    tiny_model._check_reading()  # which the first run does, by runs of its own
     vision = count_calls(tiny_model.vision_tower)
     language = count_calls(tiny_model.language_model.get_decoder())
     tiny_model(**text_batch, pixel_values=pixel_values, return_loss=True)
@@ -147,6 +148,7 @@ def test_captions_follow_their_image(tiny_model, pixel_values):
 @pytest.mark.parametrize(("text_attention", "moves"), [("causal", False), ("bidirectional", True)])
 def test_bidirectional_attention_looks_ahead_and_causal_does_not(text_attention, moves):
     model = build_model(text_attention=text_attention)
+    model._check_reading()  # which the first run does, by runs of its own
     states = []
     model.language_model.get_decoder().layers[-1].register_forward_hook(lambda *args: states.append(args[2][0]))
     for last_token in (20, 21):

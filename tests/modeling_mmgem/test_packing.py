@@ -29,3 +29,11 @@ def test_shapes_recur():
 def test_few_rows_are_rounded_up_by_an_eighth_at_most():
     shapes = [PackedLayout([8] * rows, torch.device("cpu")).shape[0] for rows in (1, 9, 15, 17, 33, 65)]
     assert shapes == [1, 9, 15, 18, 36, 72]
+
+
+def test_one_sequence_per_row_is_padded_on_the_right_to_the_longest():
+    layout = PackedLayout([2, 5, 1], torch.device("cpu"), one_per_row=True)
+    assert layout.shape == (3, 5) and layout.segment_ids[:, 0].sort().values.tolist() == [0, 1, 2]
+    tokens = torch.arange(8)
+    assert torch.equal(layout.unpack(layout.pack(tokens)), tokens)
+    assert (layout.segment_ids[:, 1:] <= layout.segment_ids[:, :-1]).all()  # nothing behind a tail, nor two in a row

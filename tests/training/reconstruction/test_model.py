@@ -133,6 +133,7 @@ def test_a_masked_token_is_put_back_from_both_sides(inputs):
 def test_the_first_state_sees_the_last_token(inputs):
     """And so it does where texts are embedded, while prompts and captions are read from left to right."""
     model = build()
+    model._check_reading()  # which the first run does, by runs of its own
     seen = []
     decoder = model.language_model.get_decoder()
     decoder.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state.detach()))
