@@ -90,7 +90,9 @@ class MMGEMConfig(PreTrainedConfig):
         kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
         kwargs["custom_pipelines"] = CUSTOM_PIPELINES | (kwargs.get("custom_pipelines") or {})
         super().__post_init__(**kwargs)
-        self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        self.tie_word_embeddings = self.tie_word_embeddings or bool(
+            getattr(self.text_config, "tie_word_embeddings", False)
+        )
         self._check_ranges()
 
     def _check_ranges(self):

@@ -42,7 +42,14 @@ def compose_towers(
     )
     model = model_class(config)
     model.vision_tower.load_state_dict(vision.state_dict())
-    model.language_model.load_state_dict(text.state_dict())
+    try:
+        model.language_model.load_state_dict(text.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"`text` is a `{text.config.model_type}` model, whose configuration does not follow when its vocabulary "
+            f"grows to {len(text.get_input_embeddings().weight)} tokens, one of them `<image>`; expected a language "
+            "model that can be resized."
+        ) from error
     model.to(text.dtype)
     model.generation_config = text.generation_config
     if model.generation_config.max_new_tokens is None:

@@ -86,12 +86,16 @@ BY_POSITION_IDS = {
     "helium": HEADS,
     "seed_oss": HEADS,
     "ernie4_5": HEADS,
+    "deepseek_v3": LLAMA
+    | {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    | {"v_head_dim": 8, "first_k_dense_replace": 2},
     "apertus": LLAMA,
     "arcee": LLAMA,
     "llama4_text": HEADS | {"num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 8},
 }
 BY_BLOCK_MASK = {
     "gpt_oss": WINDOWS | LOCAL_EXPERTS,
+    "afmoe": WINDOWS | EXPERTS | {"num_shared_experts": 1, "num_dense_layers": 1, "n_group": 1, "topk_group": 1},
     "falcon": LLAMA,
     "opt": {k: v for k, v in LLAMA.items() if k != "intermediate_size"} | {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "biogpt": LLAMA,
@@ -158,6 +162,7 @@ REFUSED = {
     ),
     "bert": (LLAMA, "is causal"),
     "bart": (_BART, "cross-attention"),
+    "moshi": (LLAMA, "can be resized"),
     "mbart": (_BART, "cross-attention"),
     "trocr": (_BART | {"cross_attention_hidden_size": 48}, "cross-attention"),
 }
