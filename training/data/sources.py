@@ -1,4 +1,4 @@
-"""Where rows come from: what all kinds of data have in common, and any data set as a source."""
+"""Sources of rows: the base of all kinds of data, and any data set as a source."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,20 +22,19 @@ from mmgem.training.data.rows import (
 
 
 class Source(Dataset):
-    """
-    Rows of one kind of data, any of which can be read at any time; each is read and checked when it is asked for.
+    """Rows of one kind of data, any of which can be read at any time; each is read and checked when it is asked for.
 
     A row has the columns of [`MMGEMCollator`], and no others: captions always as a list in `captions`, images as PIL
     images, RGB and upright, in `image` (or `images`) and `edited_image`. An image may be stored as whatever
     `load_image` takes, as `{"bytes", "path"}`, or only as the path in `file_name`.
 
     Args:
-        name: what logs call it.
-        columns: for a column of ours the name it has in the data, or None to say that there is none.
-        folder: what paths of images are relative to.
+        name: What logs call it.
+        columns: For a column of ours the name it has in the data, or None to say that there is none.
+        folder: What paths of images are relative to.
 
     Attributes:
-        damaged: parts of the data that cannot be read at all, each with the reason.
+        damaged: Parts of the data that cannot be read at all, each with the reason.
     """
 
     def __init__(self, name: str, columns: Mapping[str, str | None] | None = None, folder: str | Path = ""):
@@ -49,28 +48,39 @@ class Source(Dataset):
         raise NotImplementedError
 
     def key(self, index: int) -> str:
-        """What logs call a row."""
+        """The name of a row in logs."""
         return str(index)
 
     @property
     def block_size(self) -> int:
-        """How many rows are shuffled together: all."""
+        """Rows that are shuffled together: all."""
         return len(self)  # type: ignore[arg-type]
 
     def order(self, block: int, place: int, seed: int) -> int:
-        """The row at a place, in [0, block_size), of the given round through the data, which are in random order."""
+        """The row at a place, in [0, block_size), of a block of rows in random order, here of an epoch."""
         return permute(place, self.block_size, hash_numbers(seed, block))
 
     def shuffled(self, seed: int) -> "Source":
-        """The source with what `order` cannot shuffle in random order: itself."""
+        """The source with everything in random order that `order` cannot shuffle: itself."""
+        return self
+
+    def part(self, number: int, count: int, bookmarks: Path | None = None) -> "Source":
+        """The rows of one of several readers, see [`StreamSource`]: all, since any row can be read at any time."""
+        return self
+
+    def checked(self) -> Dataset:
+        """The rows for evaluation, of which none may be left out: by default as they are, each checked when read.
+
+        Raises:
+            FileNotFoundError, ValueError: If a row that can be checked now cannot be used.
+        """
         return self
 
     def texts(self, index: int) -> dict[str, Any]:
-        """
-        A row whose images are not loaded yet.
+        """A row whose images are not loaded yet.
 
         Raises:
-            ValueError: if it is damaged, lacks a column that was named, or cannot be trained (see `check_row`).
+            ValueError: If it is damaged, lacks a column that was named, or cannot be trained (see `check_row`).
         """
         name = self._row_name(index)
         row = map_columns(self.fields(index), self.columns, name)
@@ -82,11 +92,10 @@ class Source(Dataset):
         return {column: row[column] for column in kept if row.get(column) is not None}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """
-        A row with its images.
+        """A row with its images.
 
         Raises:
-            FileNotFoundError, ValueError: as for `texts`, and if an image cannot be read or a box is not in it.
+            FileNotFoundError, ValueError: As for `texts`, and if an image cannot be read or a box is not in it.
         """
         row = self.texts(index)
         images = [self._load_image(image, index) for image in images_of(row)]
@@ -101,7 +110,7 @@ class Source(Dataset):
         return row
 
     def folder_of(self, index: int) -> Path:
-        """What the paths of images in a row are relative to."""
+        """The folder that the paths of images in a row are relative to."""
         return self.folder
 
     def _row_name(self, index: int) -> str:
@@ -118,12 +127,14 @@ class Source(Dataset):
 
 
 class DatasetSource(Source):
-    """
-    Any data set whose rows are mappings, and can be asked for by number, as a source.
+    """Any data set whose rows are mappings, and can be asked for by number, as a source.
 
     Args:
-        dataset: such as a `SceneDataset` or a list.
-        name, columns, folder: as for `Source`.
+        dataset: Rows by number, such as a list.
+        name, columns, folder: As for `Source`.
+
+    Raises:
+        ValueError: If there are no rows, or their columns are not those meant.
     """
 
     def __init__(self, dataset, name: str = "data", columns: Mapping[str, str | None] | None = None, folder=""):
