@@ -1,15 +1,24 @@
-"""WebDataset shards: grouping of files, reading anywhere, and damage."""
+"""WebDataset shards: grouping of files, reading anywhere, damage, and the cache of their indexes."""
 
 import json
+import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import pytest
 from image_bytes import png
 
+from mmgem.training.data import shard_index
 from mmgem.training.data.open_source import open_source
 from mmgem.training.data.paths import expand_paths
 from mmgem.training.data.shards import ShardSource
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_index.constants, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "mmgem" / "shard_indexes"
 
 
 def write_shard(path, parts, tar_format=tarfile.PAX_FORMAT):
@@ -126,5 +135,96 @@ def test_patterns(tmp_path):
     found = expand_paths(str(tmp_path / "a{1..2}b{08..09}"), "`x`")
     assert [path[-5:] for path in found] == ["a1b08", "a1b09", "a2b08", "a2b09"]
     assert expand_paths(str(tmp_path / "a?b09"), "`x`") == [found[1], found[3]]
-    with pytest.raises(FileNotFoundError, match="`x` names .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="`x` is .*nowhere.*; expected one or more"):
         expand_paths([found[0], str(tmp_path / "nowhere*")], "`x`")
+
+
+# The cache
+
+
+@pytest.fixture
+def headers(monkeypatch):
+    """The headers of shards that are read, without those of samples."""
+    read = []
+
+    def counting(shard, following=tarfile.TarFile.next):
+        if shard.name is not None:
+            read.append(shard)
+        return following(shard)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", counting)
+    return read
+
+
+def write_old_shard(path, *keys, mtime=10**9):
+    write_shard(path, [part for key in keys for part in sample(key)])
+    os.utime(path, (mtime, mtime))
+
+
+def captions_of(path):
+    source = ShardSource(str(path))
+    return [source[i]["captions"][0] for i in range(len(source))]
+
+
+def scanned(path, headers):
+    """The number of headers that are read when shards are opened."""
+    headers.clear()
+    ShardSource(str(path))
+    return len(headers)
+
+
+def test_a_shard_is_scanned_once(tmp_path, headers, cache):
+    for name in ("a.tar", "b.tar"):
+        write_old_shard(tmp_path / name, *"0123")
+    first = captions_of(tmp_path / "*.tar")
+    assert len(list(cache.iterdir())) == 2
+    assert scanned(tmp_path / "*.tar", headers) == 0
+    assert captions_of(tmp_path / "*.tar") == first == [f"about {i}" for i in "01230123"]
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a.tar").rename(tmp_path / "moved" / "a.tar")
+    assert scanned(tmp_path / "moved" / "a.tar", headers) == 10
+
+
+def test_a_changed_shard_is_scanned_again(tmp_path, headers):
+    path = tmp_path / "x.tar"
+    write_old_shard(path, *"0123")
+    assert captions_of(path) == [f"about {i}" for i in "0123"]
+    write_old_shard(path, "a", "b", "c.0", "d", mtime=10**9 + 1)  # of the same size
+    assert captions_of(path) == [f"about {i}" for i in ("a", "b", "c.0", "d")]
+    write_old_shard(path, *"01234567")  # of the time it had at first
+    assert len(captions_of(path)) == 8
+    write_shard(path, [part for i in "0123" for part in sample(i)])
+    assert scanned(path, headers) == scanned(path, headers) == 10  # just written: its time may stay as it is
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "no header", "empty"])
+def test_a_damaged_index_is_written_again(tmp_path, headers, cache, damage):
+    path = tmp_path / "x.tar"
+    write_old_shard(path, *"0123")
+    captions = captions_of(path)
+    (index,) = cache.iterdir()
+    whole = index.read_bytes()
+    bit = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    index.write_bytes({"cut": whole[:-8], "bit": bit, "no header": whole[10:], "empty": b""}[damage])
+    assert captions_of(path) == captions
+    assert scanned(path, headers) == 0 and index.read_bytes() == whole
+
+
+def test_damaged_shards_and_read_only_homes_go_without_a_cache(tmp_path, headers, cache):
+    path = tmp_path / "x.tar"
+    write_old_shard(path, *"0123")
+    path.write_bytes(path.read_bytes()[:5000])
+    os.utime(path, (10**9, 10**9))
+    assert len(ShardSource(str(path)).damaged) == len(ShardSource(str(path)).damaged) == 1 and not cache.exists()
+    (tmp_path / "home").write_text("no folder")
+    write_old_shard(path, *"0123")
+    assert len(captions_of(path)) == 4
+
+
+def test_many_may_write_the_cache_at_once(tmp_path, headers, cache):
+    path = tmp_path / "x.tar"
+    write_old_shard(path, *"0123")
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(map(tuple, pool.map(captions_of, [path] * 32)))) == 1
+    assert [file.suffix for file in cache.iterdir()] == [".index"]
+    assert scanned(path, headers) == 0
