@@ -1,4 +1,4 @@
-"""A section of a recipe holds the arguments of something: their names and types are checked against its signature."""
+"""Checks of a section of a recipe, which holds the arguments of a function or class, against their signature."""
 
 import difflib
 import inspect
@@ -13,16 +13,15 @@ _LISTED = 20  # names of which an error message may list all
 
 
 def check_keys(section: object, known: Iterable[str], where: str) -> None:
-    """
-    Refuse a section that is no mapping or has a key that nothing reads.
+    """Refuse a section that is no mapping or has a key that nothing reads.
 
     Args:
-        section: as read from the recipe.
-        known: the keys it may have.
-        where: what error messages call the section.
+        section: The section as read from the recipe.
+        known: The keys it may have.
+        where: The name of the section in error messages.
 
     Raises:
-        ValueError: naming the key and the nearest known one.
+        ValueError: If it is; the error names the key and the nearest known one.
     """
     known = list(known)
     if not isinstance(section, Mapping):
@@ -36,11 +35,15 @@ def check_keys(section: object, known: Iterable[str], where: str) -> None:
 
 
 def check_type(value: Any, annotation: Any, where: str) -> None:
-    """
-    Refuse a value of a wrong type; a whole number will do where a `float` is expected.
+    """Refuse a value of a wrong type; a whole number will do where a `float` is expected.
+
+    Args:
+        value: Any value.
+        annotation: The type it should have.
+        where: The name of the value in error messages.
 
     Raises:
-        ValueError: naming the value and what was expected.
+        ValueError: If it has another type.
     """
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     for candidate in (value, float(value)) if is_whole else (value,):
@@ -55,18 +58,17 @@ def check_type(value: Any, annotation: Any, where: str) -> None:
 def check_arguments(
     section: object, function: Callable, where: str, given: Iterable[str] = (), rest: Callable | None = None
 ) -> None:
-    """
-    Refuse a section that cannot be the keyword arguments of a function, or of a class.
+    """Refuse a section that cannot be the keyword arguments of a function, or of a class.
 
     Args:
-        section: as read from the recipe.
-        function: with annotated parameters; those without an annotation take anything.
-        where: what error messages call the section.
-        given: parameters that do not come from the section.
-        rest: what the function hands its further keyword arguments (`**`) to, if it takes any.
+        section: The section as read from the recipe.
+        function: A function or class with annotated parameters; those without an annotation take anything.
+        where: The name of the section in error messages.
+        given: Parameters that do not come from the section.
+        rest: The function that gets further keyword arguments (`**`), if any are taken.
 
     Raises:
-        ValueError: for a key that is no parameter, a value of a wrong type, or a missing argument.
+        ValueError: If a key is no parameter, a value has a wrong type, or an argument is missing.
     """
     taken, hints = set(given), _hints(function)
     parameters = {name: it for name, it in inspect.signature(function).parameters.items() if name not in taken}
@@ -81,10 +83,10 @@ def check_arguments(
             check_type(value, hints[name], f"`{name}` in {where}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in section:
-            raise ValueError(f"{where} has no `{name}`.")
+            raise ValueError(f"{where} has no `{name}`; expected a value for it.")
 
 
 def _hints(function: Callable) -> dict[str, Any]:
-    """The annotations of a dataclass stand in the class, those of other classes at their `__init__`."""
+    """The annotations of the parameters: a dataclass has them itself, other classes at their `__init__`."""
     is_plain_class = inspect.isclass(function) and not is_dataclass(function)
     return get_type_hints(function.__init__ if is_plain_class else function)  # type: ignore[misc]

@@ -181,16 +181,16 @@ def _check_fields(
 
 
 class FolderSource(Source):
-    """
-    An image folder, as for [`read_image_folder`], of which single lines may be wrong; they are when they are read.
+    """An image folder, as for [`read_image_folder`], in which single lines may be wrong: reading those raises.
+
     A row with an `edit` has the image of its `file_name` as `edited_image`, unless `columns` says there is none.
 
     Args:
-        path: the folder.
-        columns: as for `Source`.
+        path: The folder.
+        columns: As for `Source`.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no folder with metadata, or its columns are not those meant.
+        FileNotFoundError, ValueError: If there is no folder with metadata, or its columns are not those meant.
     """
 
     def __init__(self, path: str, columns: Mapping[str, str | None] | None = None):
@@ -200,6 +200,9 @@ class FolderSource(Source):
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    def checked(self) -> ImageFolderDataset:
+        return read_image_folder(self.folder, self.columns)
 
     def key(self, index: int) -> str:
         where, _ = self._lines[index]
@@ -216,3 +219,8 @@ class FolderSource(Source):
         if "edited_image" not in {*row, *self.columns} and (file := edited_file_of(row)) is not None:
             row["edited_image"] = file
         return row
+
+
+def open_folder(folder: str, columns: Mapping[str, str | None] | None = None) -> FolderSource:
+    """Open the data section `folder: PATH`; see [`FolderSource`]."""
+    return FolderSource(folder, columns)

@@ -1,117 +1,114 @@
 """The data of a section of a recipe: one kind of data, checked and opened."""
 
+import inspect
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, get_type_hints
 
 from torch.utils.data import Dataset
 
 from mmgem.training.argument_checks import check_arguments, check_keys, check_type
-from mmgem.training.data.image_folder import FolderSource, read_image_folder
 from mmgem.training.data.rows import COLUMNS
-from mmgem.training.data.sources import DatasetSource, Source
-from mmgem.training.scenes.dataset import SceneDataset
+from mmgem.training.data.sources import Source
 
-# For each kind of data the keys that may stand beside it.
-KINDS: dict[str, tuple[str, ...]] = {
-    "scenes": (),
-    "folder": (),
-    "parquet": (),
-    "dataset": ("name", "split", "streaming"),
-    "webdataset": (),
-}
-_TYPES: dict[str, Any] = {
-    "folder": str,
-    "parquet": str | list[str],
-    "dataset": str,
-    "webdataset": str | list[str],
-    "name": str | None,
-    "split": str,
-    "streaming": bool,
-    "weight": float,
+# For each kind of data the function that opens it, in a module that is imported only when it is needed. Its parameters
+# are the keys of a section: that of the kind, its options, and `columns`, which every kind has.
+KINDS = {
+    "scenes": "mmgem.training.scenes.dataset:open_scenes",
+    "folder": "mmgem.training.data.image_folder:open_folder",
+    "parquet": "mmgem.training.data.tables:open_parquet",
+    "dataset": "mmgem.training.data.tables:open_dataset",
+    "webdataset": "mmgem.training.data.shards:open_webdataset",
 }
 
 
 def check_section(section: object, where: str) -> None:
-    """
-    Refuse a data section that cannot be used, before anything is read.
+    """Refuse a data section that cannot be used, before anything is read.
 
     Args:
-        section: as read from the recipe.
-        where: what error messages call it.
+        section: The section as read from the recipe.
+        where: The name of the section in error messages.
 
     Raises:
-        ValueError: for an unknown key (the nearest known one is named), more or less than one kind of data, a value of
-            a wrong type, a weight below 0, or a column that nothing reads.
+        ValueError: If a key is unknown (the nearest known one is named), there is more or less than one kind of data,
+            a value has a wrong type, a weight is below 0, or nothing reads a column.
     """
-    shared = ("weight", "columns")
-    check_keys(section, [*KINDS, *{key for keys in KINDS.values() for key in keys}, *shared], where)
+    if not isinstance(section, Mapping):
+        check_keys(section, KINDS, where)
     assert isinstance(section, Mapping)
     kinds = [kind for kind in KINDS if kind in section]
+    keys = [key for kind in kinds or KINDS for key in inspect.signature(_opener(kind)).parameters]
+    check_keys(section, dict.fromkeys([*keys, "weight"]), where)
     if len(kinds) != 1:
         raise ValueError(f"{where} is {dict(section)!r:.200}; expected one of {', '.join(KINDS)}.")
-    check_keys(section, [kinds[0], *KINDS[kinds[0]], *shared], where)
-    for key, annotation in _TYPES.items():
-        if key in section:
-            check_type(section[key], annotation, f"`{key}` in {where}")
-    if kinds[0] == "scenes":
-        check_arguments(section["scenes"], SceneDataset, f"`scenes` in {where}")
-    weight = section.get("weight", 1)
+    arguments, opener = dict(section), _opener(kinds[0])
+    weight, columns = arguments.pop("weight", 1), arguments.pop("columns", {})
+    check_type(weight, float, f"`weight` in {where}")
     if not 0 <= weight < math.inf:
         raise ValueError(f"`weight` in {where} is {weight}; expected 0 or more.")
-    if "columns" in section:
-        check_keys(section["columns"], COLUMNS, f"`columns` in {where}")
-        check_type(section["columns"], dict[str, str | None], f"`columns` in {where}")
+    check_keys(columns, COLUMNS, f"`columns` in {where}")
+    check_type(columns, dict[str, str | None], f"`columns` in {where}")
+    given = ["columns"]
+    if (made := _class_of(opener, kinds[0])) is not None:
+        check_arguments(arguments.pop(kinds[0]), made, f"`{kinds[0]}` in {where}")
+        given.append(kinds[0])
+    check_arguments(arguments, opener, where, given)
 
 
 def open_source(section: Mapping[str, Any]) -> Source:
-    """
-    The data of a section of a recipe: one kind of data, and `columns`, for a column of ours the name it has there.
+    """Open the data of a section of a recipe.
 
-    | kind | what it is |
+    A section has one kind of data, and may have `columns`, for a column of ours the name it has there.
+
+    | kind | data |
     |---|---|
-    | `scenes: {seed: ..., count: ...}` | arguments of [`SceneDataset`] |
+    | `scenes: {seed: ..., count: ...}` | arguments of [`mmgem.training.scenes.dataset.SceneDataset`] |
     | `folder: PATH` | an image folder, see [`mmgem.training.data.image_folder.read_image_folder`] |
     | `parquet: PATTERN` | tables, see [`mmgem.training.data.tables.open_parquet`] |
     | `dataset: NAME`, `name`, `split`, `streaming` | see [`mmgem.training.data.tables.open_dataset`] |
     | `webdataset: PATTERN` | tar files, see [`mmgem.training.data.shards.ShardSource`] |
 
+    Args:
+        section: The section as read from the recipe.
+
     Returns:
         A source with a length, unless it is a stream.
 
     Raises:
-        FileNotFoundError, ValueError: if the section or the data cannot be used, or its columns are not those meant.
+        FileNotFoundError, ValueError: If the section or the data cannot be used, or its columns are not those meant.
     """
     check_section(section, "data section")
-    columns = section.get("columns")
-    if "scenes" in section:
-        return DatasetSource(SceneDataset(**section["scenes"]), f"scenes-{section['scenes']['seed']}", columns)
-    if "folder" in section:
-        return FolderSource(section["folder"], columns)
-    if "webdataset" in section:
-        from mmgem.training.data.shards import ShardSource
-
-        return ShardSource(section["webdataset"], columns)
-    from mmgem.training.data.tables import open_dataset, open_parquet  # slow to import
-
-    if "parquet" in section:
-        return open_parquet(section["parquet"], columns)
-    options = {key: section[key] for key in KINDS["dataset"] if key in section}
-    return open_dataset(section["dataset"], columns=columns, **options)
+    kind = next(kind for kind in KINDS if kind in section)
+    arguments = {key: value for key, value in section.items() if key != "weight"}
+    opener = _opener(kind)
+    if (made := _class_of(opener, kind)) is not None:
+        arguments[kind] = made(**arguments[kind])
+    return opener(**arguments)
 
 
 def load_rows(section: Mapping[str, Any]) -> Dataset:
-    """
-    The rows of a section in order, each once, for evaluation: nothing is skipped.
+    """Open the rows of a section in order, each once, for evaluation: nothing is skipped.
+
+    Args:
+        section: As for `open_source`.
 
     Returns:
         Rows by number; of a stream, an iterable of rows. A row that cannot be used raises when it is read, those of an
         image folder all at once here.
 
     Raises:
-        FileNotFoundError, ValueError: as for `open_source`.
+        FileNotFoundError, ValueError: As for `open_source`.
     """
-    check_section(section, "data section")
-    if "folder" in section:
-        return read_image_folder(section["folder"], section.get("columns"))
-    return open_source(section)
+    return open_source(section).checked()
+
+
+def _opener(kind: str) -> Callable[..., Source]:
+    module, _, name = KINDS[kind].partition(":")
+    return getattr(import_module(module), name)
+
+
+def _class_of(opener: Callable, kind: str) -> type | None:
+    """The class that an opener takes for its kind, of which the section then has the arguments; None for a value."""
+    annotation = get_type_hints(opener)[kind]
+    return annotation if inspect.isclass(annotation) and annotation.__module__ != "builtins" else None

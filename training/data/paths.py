@@ -7,11 +7,14 @@ _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def expand_paths(patterns: str | list[str], where: str) -> list[str]:
-    """
-    The files that patterns mean, in order: `*`, `**` and `?` as in a shell, and `{000..099}` for numbers.
+    """Find the files that patterns mean, in order: `*`, `**` and `?` as in a shell, and `{000..099}` for numbers.
+
+    Args:
+        patterns: One pattern, or several.
+        where: The name of the patterns in error messages.
 
     Raises:
-        FileNotFoundError: if there is none for a pattern.
+        FileNotFoundError: If there is no file for a pattern.
     """
     paths: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -23,6 +26,6 @@ def expand_paths(patterns: str | list[str], where: str) -> list[str]:
         for path in expanded:
             found = sorted(glob.glob(path, recursive=True))
             if not found:
-                raise FileNotFoundError(f"{where} names {path!r}, where there is no file.")
+                raise FileNotFoundError(f"{where} is {path!r}, where there is no file; expected one or more.")
             paths += found
     return paths

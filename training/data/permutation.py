@@ -1,4 +1,4 @@
-"""Random orders that need no memory: which number comes at a place is computed when it is asked for."""
+"""Random orders that need no memory: the number at a place is computed when it is asked for."""
 
 import hashlib
 from functools import lru_cache
@@ -15,17 +15,19 @@ def hash_numbers(*numbers: int) -> int:
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """
-    The number at place `index` of a random order of `range(size)`.
+    """The number at place `index` of a random order of `range(size)`.
 
     A Feistel network is a permutation of the numbers of an even count of bits, whatever its round function; walking
     its cycle until a number below `size` comes makes it one of `range(size)` (cycle walking, Black and Rogaway,
     https://doi.org/10.1007/3-540-45760-7_9). Takes some microseconds and no memory for any size.
 
     Args:
-        index: in [0, size).
-        size: how many numbers there are.
-        key: which order; any integer.
+        index: The place, in [0, size).
+        size: The count of numbers, 1 or more.
+        key: The order; any integer.
+
+    Returns:
+        A number in [0, size).
     """
     half = max(_SHORTEST_HALF, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

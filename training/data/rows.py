@@ -1,4 +1,4 @@
-"""What a row of training data may hold. Sources and collator ask here, so that they agree on what can be trained."""
+"""The columns of a row of training data. Sources and collator ask here, so that they agree on what can be trained."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def images_of(row: Mapping[str, Any]) -> list:
 
 
 def edit_of(row: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """The instruction that a row's `edit` holds, and the image that comes of it; None without either."""
+    """The instruction in a row's `edit` and the image that comes of it; None if either is missing."""
     edit = row.get("edit")
     if not edit or edit.get("instruction") is None or row.get("edited_image") is None:
         return None
@@ -43,22 +43,21 @@ def edited_file_of(row: Mapping[str, Any]) -> str | None:
 
 
 def row_name(row: Mapping[str, Any], number: int) -> str:
-    """What error messages call a row: its `row_key` where it has one, else its number in the batch."""
+    """The name of a row in error messages: its `row_key` where it has one, else its number in the batch."""
     return f"row {row['row_key']!r}" if row.get("row_key") is not None else f"row {number}"
 
 
 def check_row(row: Mapping[str, Any], name: str) -> None:
-    """
-    Refuse a row that cannot be trained. It may be a pair, an image alone or a text alone.
+    """Refuse a row that cannot be trained. It may be a pair, an image alone or a text alone.
 
     Args:
-        row: its columns, see [`MMGEMCollator`]; images need not be loaded.
-        name: what the error calls it.
+        row: Its columns, see [`MMGEMCollator`]; images need not be loaded.
+        name: The name of the row in errors.
 
     Raises:
-        ValueError: if there is neither image nor text; a text is empty or no text; boxes are without their image or
-            their captions; an instruction names no box; an edited image has no instruction, or not one image that it
-            came of.
+        ValueError: If there is neither image nor text; a text is empty or no text; boxes are without their image or
+            their captions; an instruction names no box; or an edited image has no instruction, or not exactly one
+            image that it came from.
     """
     captions = [column for column in CAPTION_COLUMNS if row.get(column) is not None]
     if captions:
@@ -122,19 +121,18 @@ def _check_texts(texts: object, found: str) -> None:
 
 
 def check_columns(present: Collection[str], columns: Mapping[str, str | None], name: str) -> None:
-    """
-    Refuse data whose columns cannot be what was meant, before the first row is read.
+    """Refuse data whose columns cannot be those that were meant, before the first row is read.
 
     Data without images, or without captions, is fine where nothing else could have been meant: a column with an
     unknown name may be the caption that would be missed.
 
     Args:
-        present: the columns of the data.
-        columns: for a column of ours the name it has there, or None to say that there is none.
-        name: what the error calls the data.
+        present: The columns of the data.
+        columns: For a column of ours the name it has there, or None to say that there is none.
+        name: The name of the data in errors.
 
     Raises:
-        ValueError: naming the missing column and those that there are.
+        ValueError: If a column is missing; the error names it, and those that there are.
     """
     shown = ", ".join(sorted(present)) or "none"
     for ours, theirs in columns.items():
@@ -152,16 +150,15 @@ def check_columns(present: Collection[str], columns: Mapping[str, str | None], n
 
 
 def map_columns(fields: Mapping[str, Any], columns: Mapping[str, str | None], name: str) -> dict[str, Any]:
-    """
-    Fields by our names.
+    """Rename the fields of a row to our columns.
 
     Args:
-        fields: a row as it is stored.
-        columns: as for `check_columns`.
-        name: what the error calls the row.
+        fields: A row as it is stored.
+        columns: As for `check_columns`.
+        name: The name of the row in errors.
 
     Raises:
-        ValueError: if the row lacks a column that is named there.
+        ValueError: If the row lacks a column that is named there.
     """
     if not columns:
         return dict(fields)

@@ -1,4 +1,4 @@
-"""What could not be read during a run: one line each, so that a run says at its end what it left out."""
+"""A log of the rows that could not be read during a run, so that it says at its end what it left out."""
 
 import json
 import logging
@@ -10,15 +10,14 @@ logger = logging.getLogger(__name__)
 
 
 class SkippedLog:
-    """
-    A file of JSON lines `{"source", "key", "reason"}` to which any worker of any process may add.
+    """A file of JSON lines `{"source", "key", "reason"}` to which any worker of any process may add.
 
     Each addition is one write to a file opened for appending, so lines never mix. The same row may be met again, by
     another process or in the next epoch; it counts once.
 
     Args:
-        path: the file, made when there is something to write; None to keep none, so that only what this process adds
-            counts.
+        path: The file, made when there is something to write; None to keep none, so that only the rows that this
+            process adds count.
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -26,7 +25,12 @@ class SkippedLog:
         self._added: set[tuple[str, str]] = set()
 
     def add(self, source: str, key: str, reason: str) -> None:
-        """Note a row, or a whole shard, that was skipped; once a process."""
+        """Note a row, or a whole shard, that was skipped; once a process.
+
+        Args:
+            source, key: The name of its source, and its own.
+            reason: The error.
+        """
         if (source, key) in self._added:
             return
         self._added.add((source, key))
@@ -42,7 +46,7 @@ class SkippedLog:
             os.close(file)
 
     def counts(self) -> dict[str, int]:
-        """Number of rows and shards skipped, by source, over all processes and earlier parts of the run."""
+        """The number of rows and shards skipped, by source, over all processes and earlier parts of the run."""
         skipped = set(self._added)
         if self.path is not None and self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():

@@ -5,35 +5,33 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from mmgem.training.data.paths import expand_paths
 from mmgem.training.data.rows import check_columns
 from mmgem.training.data.sources import Source
 from mmgem.training.data.streams import StreamSource, named_classes
 
+if TYPE_CHECKING:  # slow to import, and not needed to check a recipe
+    import datasets
+
 
 class TableSource(Source):
-    """
-    The rows of a `datasets.Dataset`, which stays on disk; images are decoded when their row is read.
+    """The rows of a `datasets.Dataset`, which stays on disk; images are decoded when their row is read.
 
     Args:
-        table: the data.
-        name, columns: as for `Source`.
-        files: where the table comes from several files, each with its number of rows, in order; paths of images are
+        table: The data.
+        name, columns: As for `Source`.
+        files: The files that the table comes from, each with its number of rows, in order; paths of images are
             relative to the file of their row.
 
     Raises:
-        ValueError: if it is empty, or its columns are not those meant.
+        ValueError: If it is empty, or its columns are not those meant.
     """
 
     def __init__(
         self,
-        table: datasets.Dataset,
+        table: "datasets.Dataset",
         name: str,
         columns: Mapping[str, str | None] | None = None,
         files: Mapping[str, int] | None = None,
@@ -66,21 +64,24 @@ class TableSource(Source):
         return Path(self._paths[bisect_right(self._firsts, index) - 1]).parent
 
 
-def open_parquet(patterns: str | list[str], columns: Mapping[str, str | None] | None = None) -> TableSource:
-    """
-    The rows of parquet files, which `datasets` first writes to its cache in a form of which any row can be read.
+def open_parquet(parquet: str | list[str], columns: Mapping[str, str | None] | None = None) -> TableSource:
+    """The rows of parquet files, which `datasets` first writes to its cache in a form of which any row can be read.
 
     Images are bytes, `{"bytes", "path"}`, or paths relative to their file. A damaged file is named in `damaged`.
 
     Args:
-        patterns: the files, see `expand_paths`.
-        columns: as for `Source`.
+        parquet: The files, see `expand_paths`.
+        columns: As for `Source`.
 
     Raises:
-        FileNotFoundError: if there are none.
-        ValueError: if none can be read, they do not have the same columns, or not those meant.
+        FileNotFoundError: If there are none.
+        ValueError: If none can be read, they do not have the same columns, or not those meant.
     """
-    name = patterns if isinstance(patterns, str) else ",".join(patterns)
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = parquet if isinstance(parquet, str) else ",".join(parquet)
     files: dict[str, int] = {}
     damaged: list[tuple[str, str]] = []
 
@@ -100,7 +101,7 @@ def open_parquet(patterns: str | list[str], columns: Mapping[str, str | None] | 
         paths = [os.path.abspath(path) for path in files]
         return datasets.load_dataset("parquet", data_files=paths, split="train")
 
-    for path in expand_paths(patterns, "`parquet`"):
+    for path in expand_paths(parquet, "`parquet`"):
         check(path, whole=False)
     try:
         table = load()
@@ -117,33 +118,34 @@ def open_parquet(patterns: str | list[str], columns: Mapping[str, str | None] | 
 
 
 def open_dataset(
-    path: str,
+    dataset: str,
     name: str | None = None,
     split: str = "train",
     streaming: bool = False,
     columns: Mapping[str, str | None] | None = None,
 ) -> Source:
-    """
-    What `datasets.load_dataset` loads, or what `save_to_disk` has written.
+    """The rows that `datasets.load_dataset` loads, or `save_to_disk` has written.
 
     Args:
-        path: name on the Hub, or folder.
-        name: of the configuration.
-        split: of the data.
-        streaming: read rows as they come, instead of preparing all of them first.
-        columns: as for `Source`.
+        dataset: Name on the Hub, or folder.
+        name: Of the configuration.
+        split: Of the data.
+        streaming: Whether to read rows as they come, instead of preparing all of them first; see [`StreamSource`].
+        columns: As for `Source`.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no such data, or its columns are not those meant.
+        FileNotFoundError, ValueError: If there is no such data, or its columns are not those meant.
     """
-    if any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
-        data = datasets.load_from_disk(path)
+    import datasets
+
+    if any(os.path.isfile(os.path.join(dataset, file)) for file in ("state.json", "dataset_dict.json")):
+        data = datasets.load_from_disk(dataset)
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
-                raise ValueError(f"`split` of {path} is {split!r}; expected one of {', '.join(data)}.")
+                raise ValueError(f"`split` of {dataset} is {split!r}; expected one of {', '.join(data)}.")
             data = data[split]
         if streaming:
             data = data.to_iterable_dataset()
     else:
-        data = datasets.load_dataset(path, name, split=split, streaming=streaming)
-    return StreamSource(data, path, columns) if streaming else TableSource(data, path, columns)
+        data = datasets.load_dataset(dataset, name, split=split, streaming=streaming)
+    return StreamSource(data, dataset, columns) if streaming else TableSource(data, dataset, columns)

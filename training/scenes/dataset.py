@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from mmgem.training.data.image_folder import METADATA_NAME
+from mmgem.training.data.sources import DatasetSource
 from mmgem.training.scenes.captions import (
     write_captions,
     write_edit,
@@ -129,6 +130,11 @@ class SceneDataset(Dataset):
             IndexError: If there is no such row; negative numbers count from the end.
         """
         return make_scene(self.seed, self._indices[row])
+
+
+def open_scenes(scenes: SceneDataset, columns: Mapping[str, str | None] | None = None) -> DatasetSource:
+    """Open the data section `scenes: {seed: ..., count: ...}`, the arguments of [`SceneDataset`]."""
+    return DatasetSource(scenes, f"scenes-{scenes.seed}", columns)
 
 
 def _unique_indices(seed: int, count: int) -> list[int]:

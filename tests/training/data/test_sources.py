@@ -1,10 +1,13 @@
 """Data sections and their sources: what rows look like, and what is refused before training begins."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from image_bytes import png
 
+from mmgem.training.data import open_source as kinds
 from mmgem.training.data.image_folder import ImageFolderDataset
 from mmgem.training.data.open_source import check_section, load_rows, open_source
 from mmgem.training.data.sources import DatasetSource
@@ -147,3 +150,35 @@ def test_a_box_outside_its_image_is_refused_with_its_row():
 def test_empty_data_is_refused():
     with pytest.raises(ValueError, match="data has no rows"):
         DatasetSource([])
+
+
+def test_a_kind_of_data_is_one_file_and_one_line(tmp_path, monkeypatch):
+    tmp_path.joinpath("numbers_source.py").write_text(
+        "from mmgem.training.data.sources import DatasetSource\n"
+        "def open_numbers(numbers: int, first: int = 0, columns=None):\n"
+        "    return DatasetSource([{'text': str(first + i)} for i in range(numbers)], 'numbers', columns)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(kinds.KINDS, "numbers", "numbers_source:open_numbers")
+    source = open_source({"numbers": 3, "first": 5, "weight": 2})
+    assert [source[i]["captions"] for i in range(3)] == [["5"], ["6"], ["7"]]
+    for section, message in (
+        ({"numbers": "three"}, "`numbers` in `x` is 'three'; expected int"),
+        ({"numbers": 3, "frist": 5}, "unknown key `frist`.*Did you mean `first`"),
+        ({"numbres": 3}, "unknown key `numbres`.* Did you mean `numbers`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_section(section, "`x`")
+
+
+@pytest.mark.slow
+def test_a_section_is_checked_without_what_reads_it():
+    """Neither libraries of data and models, nor scenes where no scenes are asked for."""
+    code = (
+        "import sys; from mmgem.training.data.open_source import check_section\n"
+        "for section in ({'folder': 'x'}, {'parquet': 'x'}, {'dataset': 'x'}, {'webdataset': 'x'}):\n"
+        "    check_section(section, 'x')\n"
+        "unwanted = {'datasets', 'pyarrow', 'peft', 'transformers', 'mmgem.training.scenes', 'mmgem.modeling_mmgem'}\n"
+        "print(sorted(unwanted & set(sys.modules)))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
