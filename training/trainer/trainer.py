@@ -26,6 +26,7 @@ from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer.checkpoints import is_disk_full, last_complete_checkpoint, mark_complete, mark_unfinished
 from mmgem.training.trainer.contrastive_losses import build_objective
+from mmgem.training.trainer.data_position import DataPosition
 from mmgem.training.trainer.grad_cache import GradCache, split_batch
 from mmgem.training.trainer.parameter_selection import freeze_unused, parameter_groups, set_trainable
 from mmgem.training.trainer.teacher import Teacher
@@ -59,7 +60,8 @@ class MMGEMTrainer(Trainer):
         kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ValueError: If arguments do not fit together, or not to the model.
+        ValueError: If arguments do not fit together, or not to the model; when a run is resumed, if a step has another
+            number of rows than before.
         FloatingPointError: While training, if a loss or gradient is no finite number; it names the rows of the batch.
             Nothing is saved after it.
         MemoryError: While training, if a step does not fit; it says what to lower.
@@ -94,6 +96,7 @@ class MMGEMTrainer(Trainer):
         for callback in (LogitScaleClamp(), self.teacher, self.ema):  # the averages come last
             if callback is not None:
                 self.add_callback(callback)
+        self.data_position = DataPosition(self.train_dataset)
         self._row_keys: list[str] = []
         self._figures: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -107,6 +110,22 @@ class MMGEMTrainer(Trainer):
         if isinstance(train_dataset, Mixture):  # which is shuffled as it is, and resumes by position
             return SequentialSampler(train_dataset)
         return super()._get_train_sampler(train_dataset)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        accumulation_steps = self.args.gradient_accumulation_steps
+        rows_of_processes = self.get_total_train_batch_size(self.args) // accumulation_steps
+        self.data_position.begin(
+            self._train_batch_size,
+            rows_of_processes // self._train_batch_size,
+            accumulation_steps,
+            self.args.dataloader_num_workers,
+            None if self.args.ignore_data_skip else resume_from_checkpoint,
+        )
+        return super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -258,6 +277,7 @@ class MMGEMTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+            self.data_position.save(folder, self.args.should_save)
             if self.ema is not None:
                 self.ema.save(folder)
             if self.teacher is not None:
