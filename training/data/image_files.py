@@ -1,4 +1,4 @@
-"""Image files below a folder: finding them, and reading them in batches past the ones that cannot be read."""
+"""Image files below a folder: finding them, and reading them in batches without those that cannot be read."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmgem.processing.image_loading import load_image
 
-# Extensions by which PIL opens pictures people keep, out of the many it knows (".pdf", ".h5", ".mpg" ...).
+# Extensions of pictures, out of the many that PIL opens (".pdf", ".h5", ".mpg" ...).
 SUFFIXES = (
     ".avif",
     ".bmp",
@@ -43,7 +43,10 @@ class ImageFile(NamedTuple):
 
 
 def find_images(folder: str | Path) -> list[str]:
-    """The image files below a folder, by extension; hidden files and folders are passed over.
+    """Find the image files below a folder, by extension; hidden files and folders are passed over.
+
+    Args:
+        folder: The folder.
 
     Returns:
         Paths relative to `folder`, with forward slashes, sorted.
@@ -54,9 +57,9 @@ def find_images(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"folder is {str(folder)!r}, which is not there; expected a folder of images")
+        raise FileNotFoundError(f"`folder` is {str(folder)!r}, which is not there; expected a folder of images.")
     if not folder.is_dir():
-        raise ValueError(f"folder is {str(folder)!r}, a file; expected a folder of images")
+        raise ValueError(f"`folder` is {str(folder)!r}, a file; expected a folder of images.")
     found = []
     for parent, children, files in os.walk(folder):
         children[:] = [child for child in children if not child.startswith(".")]
@@ -66,26 +69,26 @@ def find_images(folder: str | Path) -> list[str]:
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
         ]
     if not found:
-        raise ValueError(f"folder is {str(folder)!r}, without images; expected files with {', '.join(SUFFIXES)}")
+        raise ValueError(f"`folder` is {str(folder)!r}, without images; expected files with {', '.join(SUFFIXES)}.")
     return sorted(found)
 
 
 def read_batches(
     folder: str | Path, file_names: Sequence[str], batch_size: int, skipped: list[Skipped]
 ) -> Iterator[list[ImageFile]]:
-    """Reads images, one batch ahead of the caller so that decoding goes on while a model works.
+    """Read images, one batch ahead of the caller so that decoding goes on while a model works.
 
     Args:
-        folder: What the names are relative to.
+        folder: The folder that the names are relative to.
         file_names: The images, as `find_images` names them.
         batch_size: Files to a batch; a batch has fewer images where some cannot be read, possibly none.
         skipped: Receives the files that cannot be read.
 
     Raises:
-        ValueError: If `batch_size` is not positive.
+        ValueError: If `batch_size` is below 1.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        raise ValueError(f"`batch_size` is {batch_size}; expected 1 or more.")
     folder = Path(folder)
 
     def read(file_name: str) -> ImageFile | Skipped:
@@ -109,7 +112,7 @@ def read_batches(
 def apply_to_batch(
     function: Callable[[list[ImageFile]], Sequence[Any]], batch: list[ImageFile], skipped: list[Skipped]
 ) -> list[tuple[ImageFile, Any]]:
-    """Each image with its result; the images that make `function` fail are skipped, not the batch they are in.
+    """Pair each image with its result; the images that make `function` fail are skipped, not the batch they are in.
 
     Args:
         function: Gives one result for each image of a batch.

@@ -39,7 +39,7 @@ class ImageFolderDataset(Dataset):
 
 
 def read_image_folder(path: str | Path, columns: Mapping[str, str | None] | None = None) -> ImageFolderDataset:
-    """Reads an image folder in the layout of `datasets`' imagefolder, and checks all of it.
+    """Read an image folder in the layout of `datasets`' imagefolder, and checks all of it.
 
     Its `metadata.jsonl` has one JSON object a line: `file_name`, relative to the folder, and `captions` (a list) or
     `caption` or `text` (one caption), besides any other columns of `SceneDataset`. Or it is a `metadata.csv` with a
@@ -71,30 +71,40 @@ def read_image_folder(path: str | Path, columns: Mapping[str, str | None] | None
 
 
 def find_metadata(path: str | Path) -> Path:
-    """The metadata file of an image folder; see `read_image_folder` for errors."""
+    """The metadata file of an image folder.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `read_image_folder`.
+    """
     folder = Path(path)
     if not folder.exists():
-        raise FileNotFoundError(f"path must be an image folder, but there is nothing at {folder}")
+        raise FileNotFoundError(f"`path` is {str(folder)!r}, where there is nothing; expected an image folder.")
     if not folder.is_dir():
-        raise ValueError(f"path must be an image folder, got the file {folder}")
+        raise ValueError(f"`path` is {str(folder)!r}, a file; expected an image folder.")
     for name in METADATA_NAMES:
         if (folder / name).is_file():
             return folder / name
     known = Image.registered_extensions()
     count = sum(file.suffix.lower() in known for file in folder.rglob("*"))
     if not count:
-        raise ValueError(f"path must be an image folder, but there are no images in {folder}")
+        raise ValueError(f"`path` is {str(folder)!r}, where there are no images; expected an image folder.")
     raise FileNotFoundError(
-        f"{folder} has {count} images but no {' or '.join(METADATA_NAMES)}; expected one with a JSON object a line, "
-        'such as {"file_name": "a.png", "captions": ["..."]}'
+        f"`path` is {str(folder)!r} with {count} images; expected a {' or '.join(METADATA_NAMES)}, with a JSON object "
+        'a line, such as {"file_name": "a.png", "captions": ["..."]}.'
     )
 
 
 def read_metadata(metadata: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """The lines of a metadata file.
 
+    Args:
+        metadata: The file.
+
     Yields:
-        What to call the line, and its fields, or what is wrong with it.
+        The name of the line in errors, and its fields, or the error if it cannot be used.
 
     Raises:
         ValueError: If the file has no lines, or as a whole cannot be read.
@@ -105,7 +115,7 @@ def read_metadata(metadata: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         where = f"line {number} of {metadata}"
         yield where, f"{where} {fields}" if isinstance(fields, str) else fields
     if is_empty:
-        raise ValueError(f"path must be an image folder with images, but {metadata} names none")
+        raise ValueError(f"`path` has the file {metadata}, which names no images; expected at least one.")
 
 
 def columns_of(lines: list[tuple[str, dict[str, Any] | str]]) -> set[str]:
@@ -121,12 +131,12 @@ def _read_json_lines(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | str
             try:
                 fields = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:
-                yield number, f"must be a JSON object: {error}"
+                yield number, f"is no JSON object; expected one with a `file_name`: {error}"
                 continue
             if isinstance(fields, dict):
                 yield number, fields
             else:
-                yield number, f"must be a JSON object with a `file_name`, got {line.strip()[:80]!r}"
+                yield number, f"is {line.strip()[:80]!r}; expected a JSON object with a `file_name`."
 
 
 def _read_csv(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -137,12 +147,12 @@ def _read_csv(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 if "" in fields or None in fields.values():
                     yield (
                         reader.line_num,
-                        f"must have {len(reader.fieldnames or ())} cells, got {list(fields.values())}",
+                        f"has the cells {list(fields.values())}; expected {len(reader.fieldnames or ())}.",
                     )
                 else:
                     yield reader.line_num, {name: _read_cell(cell) for name, cell in fields.items() if cell}
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{metadata} must be comma-separated UTF-8 text: {error}") from error
+            raise ValueError(f"{metadata} cannot be read; expected comma-separated UTF-8 text: {error}") from error
 
 
 def _read_cell(cell: str) -> Any:
@@ -162,18 +172,18 @@ def _check_fields(
     if isinstance(fields.get("image"), str):
         fields["file_name"] = fields.pop("image")
     if not isinstance(fields.get("file_name"), str):
-        raise ValueError(f"{where} must be a JSON object with a `file_name`, got {fields!r:.80}")
+        raise ValueError(f"{where} is {fields!r:.80}; expected a JSON object with a `file_name`.")
     if fields.get("edit") is not None and not isinstance(fields["edit"], dict):
-        raise ValueError(f"{where} must have `edit`, an object with an `instruction`; got {fields['edit']!r:.80}")
+        raise ValueError(f"{where} has `edit` {fields['edit']!r:.80}; expected an object with an `instruction`.")
     if "edit" in fields and "edited_image" not in {*fields, *columns}:
         fields["edited_image"] = edited_file_of(fields)
     for file in (fields["file_name"], fields.get("edited_image")):
         if file is not None and not (folder / str(file)).is_file():
-            raise FileNotFoundError(f"{where} names {file}, which is not in {folder}")
+            raise FileNotFoundError(f"{where} names {file}, which is not in {folder}; expected an image file.")
     captions = next((fields[column] for column in CAPTION_COLUMNS if fields.get(column)), None)
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{where} must have `captions`, a list of strings, or `text`, a string; got {captions!r:.80}")
+        raise ValueError(f"{where} has `captions` {captions!r:.80}; expected a list of strings, or `text`, a string.")
     fields = {column: value for column, value in fields.items() if column not in CAPTION_COLUMNS}
     if fields.get("edit") and fields["edit"].get("instruction") is None:
         fields["edit"] = None  # see `write_scene_folder`

@@ -76,7 +76,7 @@ def test_whatever_is_wrong_with_a_file_is_reported_and_never_fatal(tmp_path):
 
 
 def test_a_batch_size_of_zero_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="`batch_size` is 0; expected 1 or more"):
         next(read_batches(tmp_path, ["a.png"], 0, []))
 
 

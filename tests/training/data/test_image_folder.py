@@ -47,36 +47,40 @@ def test_the_edited_image_is_the_file_that_the_edit_names(tmp_path):
 
 
 def test_missing_folder_file_images_and_metadata(tmp_path):
-    with pytest.raises(FileNotFoundError, match="path must be an image folder, but there is nothing at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="`path` is .*nowhere', where there is nothing; expected"):
         read_image_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="there are no images in"):
+    with pytest.raises(ValueError, match="where there are no images"):
         read_image_folder(tmp_path)
     Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="got the file .*a.png"):
+    with pytest.raises(ValueError, match="a.png', a file; expected an image folder"):
         read_image_folder(tmp_path / "a.png")
-    with pytest.raises(FileNotFoundError, match="has 1 images but no metadata.jsonl"):
+    with pytest.raises(FileNotFoundError, match="with 1 images; expected a metadata.jsonl or metadata.csv"):
         read_image_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [
-        ("{", ValueError, "line 2 of .* must be a JSON object"),
-        ("[1]", ValueError, "line 2 of .* must be a JSON object with a `file_name`"),
-        ('{"text": "a"}', ValueError, "line 2 of .* must be a JSON object with a `file_name`"),
+        ("{", ValueError, "line 2 of .* is no JSON object"),
+        ("[1]", ValueError, "line 2 of .* is .*; expected a JSON object with a `file_name`"),
+        ('{"text": "a"}', ValueError, "line 2 of .* is .*; expected a JSON object with a `file_name`"),
         ('{"file_name": "b.png", "text": "a"}', FileNotFoundError, "line 2 of .* names b.png, which is not in"),
-        ('{"file_name": "a.png"}', ValueError, "line 2 of .* must have `captions`"),
+        ('{"file_name": "a.png"}', ValueError, "line 2 of .* has `captions` .*; expected a list"),
         (
             '{"file_name": "a.png", "text": "a", "edit": "flip"}',
             ValueError,
-            "line 2 of .* must have `edit`, an object",
+            "line 2 of .* has `edit` 'flip'; expected an object",
         ),
         (
             '{"file_name": "a.png", "text": "a", "edit": {"instruction": "flip", "file_name": "b.png"}}',
             FileNotFoundError,
             "line 2 of .* names b.png, which is not in",
         ),
-        ('{"file_name": "a.png", "captions": [1]}', ValueError, "line 2 of .* must have `captions`"),
+        (
+            '{"file_name": "a.png", "captions": [1]}',
+            ValueError,
+            "line 2 of .* has `captions` .*; expected a list",
+        ),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, error, message):
@@ -103,10 +107,10 @@ def test_csv_says_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"file_name,text\na.png\n", "line 2 of .*csv must have 2 cells, got .*None"),
-        (b"file_name,text\na.png,a cat, asleep\n", "line 2 of .*csv must have 2 cells, got .*asleep"),
-        (b"file_name,text\na.png,K\xe4fer\n", "csv must be comma-separated UTF-8 text"),
-        (b"file_name,text\n", "csv names none"),
+        (b"file_name,text\na.png\n", "line 2 of .*csv has the cells .*None.*; expected 2"),
+        (b"file_name,text\na.png,a cat, asleep\n", "line 2 of .*csv has the cells .*asleep.*; expected 2"),
+        (b"file_name,text\na.png,K\xe4fer\n", "csv cannot be read; expected comma-separated UTF-8 text"),
+        (b"file_name,text\n", "csv, which names no images"),
     ],
 )
 def test_bad_csv_is_named(tmp_path, content, message):
@@ -118,5 +122,5 @@ def test_bad_csv_is_named(tmp_path, content, message):
 
 def test_empty_metadata(tmp_path):
     _write(tmp_path, "")
-    with pytest.raises(ValueError, match="metadata.jsonl names none"):
+    with pytest.raises(ValueError, match="metadata.jsonl, which names no images"):
         read_image_folder(tmp_path)

@@ -133,7 +133,7 @@ def test_bad_lines_of_a_folder_fail_when_they_are_read(tmp_path):
     assert len(source) == 4 and source[0]["captions"] == ["fine"]
     with pytest.raises(FileNotFoundError, match="image of row '.*:line 2'.*b.png.* is not there"):
         source[1]
-    with pytest.raises(ValueError, match="line 3 of .* must be a JSON object"):
+    with pytest.raises(ValueError, match="line 3 of .* is no JSON object"):
         source[2]
     with pytest.raises(ValueError, match="row '.*:line 4' has `text` .*; expected text that is not empty"):
         source[3]
