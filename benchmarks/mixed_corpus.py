@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mmgem.late_interaction import similarity
-from mmgem.modality_calibrator import MODALITIES, ModalityCalibrator
+from mmgem.modality_calibrator import ModalityCalibrator
 from mmgem.training.data.rows import captions_of, check_row, images_of, row_name
 from mmgem.training.evaluation.calibration import modality_gap
 from mmgem.training.evaluation.metrics import recall_at, retrieval_ranks
@@ -78,7 +78,7 @@ def evaluate_mixed_corpus(
 def embed_mixed_corpus(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: int = 64) -> MixedCorpus:
     """The queries and documents of `evaluate_mixed_corpus`; arguments and errors are the same."""
     queries: list[torch.Tensor] = []
-    documents: dict[str, list[torch.Tensor]] = {modality: [] for modality in MODALITIES}
+    documents: dict[str, list[torch.Tensor]] = {modality: [] for modality in ("image", "text", "fused")}
     false: list[str] = []
     meanings: set[Hashable] = set()
     remaining = enumerate(tqdm(rows, desc="corpus", unit="row", leave=False))

@@ -24,6 +24,9 @@ CUSTOM_PIPELINES = {
     }
 }
 
+# What can be embedded, and the method of the model that does it. Whoever asks for an embedding by its kind asks here.
+EMBEDDING_METHODS = {"text": "get_text_features", "image": "get_image_features", "fused": "get_multimodal_features"}
+
 
 @strict
 class MMGEMConfig(PreTrainedConfig):
@@ -64,6 +67,7 @@ class MMGEMConfig(PreTrainedConfig):
     """
 
     model_type = "mmgem"
+    embedding_methods = EMBEDDING_METHODS
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
@@ -94,6 +98,22 @@ class MMGEMConfig(PreTrainedConfig):
             getattr(self.text_config, "tie_word_embeddings", False)
         )
         self._check_ranges()
+
+    @property
+    def is_multi_vector(self) -> bool:
+        """Whether an embedding is k vectors (k, D), not one, (D,)."""
+        return self.embedding_pooling == "multi_vector"
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the model has [EMB] vectors, whose states after an image are enough to write about it."""
+        return self.embedding_prompt_ids is None
+
+    @property
+    def embedded_kinds(self) -> list[str]:
+        """The kinds of `EMBEDDING_METHODS` that the model embeds: once calibrated, what it is calibrated for."""
+        kinds = list(EMBEDDING_METHODS)
+        return kinds if self.calibrated_modalities is None else [k for k in kinds if k in self.calibrated_modalities]
 
     def _check_ranges(self):
         if self.num_visual_tokens < 1 or math.isqrt(self.num_visual_tokens) ** 2 != self.num_visual_tokens:

@@ -445,6 +445,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         boxes: torch.Tensor | None = None,
         max_rationale_tokens: int = 0,
+        visual_tokens: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
@@ -458,23 +459,30 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             boxes: (I, R, 4) xyxy in [0, 1]; then the boxes take the place of the whole images.
             max_rationale_tokens: how many tokens the model may write about its input, which are then read with it,
                 before the embedding is (RGE, reasoning before embedding, https://arxiv.org/abs/2511.16150).
+            visual_tokens: (I, n, C), the `last_hidden_state` of [`get_image_features`] for the images, instead of
+                `pixel_values`: the vision tower is not run again.
 
         Returns:
             `pooler_output` (B, D) or (B, k, D), unnormalised; `last_hidden_state` (B, k, H).
 
         Raises:
             ValueError: if images and placeholders do not match, if a rationale is to follow texts that are padded on
-                the right, and as [`get_text_features`].
+                the right or `visual_tokens`, if these come with `pixel_values`, and as [`get_text_features`].
         """
         attention_mask = checked_mask(input_ids, attention_mask)
-        self._check_placeholders(input_ids, pixel_values, boxes)
+        if visual_tokens is None:
+            self._check_placeholders(input_ids, pixel_values, boxes)
+        elif pixel_values is not None or boxes is not None or max_rationale_tokens:
+            raise ValueError(
+                "`visual_tokens` came with `pixel_values`, `boxes` or `max_rationale_tokens`; expected them alone."
+            )
         if max_rationale_tokens:
             input_ids, attention_mask = self._with_rationale(
                 input_ids, attention_mask, pixel_values, boxes, max_rationale_tokens
             )
-        inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes)  # (B, L, H)
+        inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes, visual_tokens)  # (B, L, H)
         outputs = self._embed_sequences(inputs_embeds, attention_mask)
-        modality = "text" if pixel_values is None else "fused"
+        modality = "text" if pixel_values is None and visual_tokens is None else "fused"
         outputs.pooler_output = self._calibrated(outputs.pooler_output, modality)
         return outputs
 
@@ -526,14 +534,20 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             raise ValueError("`input_ids` holds image placeholders, but there are no `pixel_values`; expected images.")
 
     def _embed_prompt(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, boxes: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        visual_tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, L) -> (B, L, H), visual tokens in the place of their placeholders."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is None:
+        if pixel_values is not None:
+            tokens = self._visual_tokens(pixel_values, boxes)
+            visual_tokens = tokens if boxes is None else tokens[is_box(boxes)]  # (units, n, C)
+        if visual_tokens is None:
             return inputs_embeds
-        tokens = self._visual_tokens(pixel_values, boxes)
-        tokens = tokens.flatten(0, 1) if boxes is None else tokens[is_box(boxes)].flatten(0, 1)  # (units * n, C)
+        tokens = visual_tokens.flatten(0, 1)  # (units * n, C)
         placeholders = input_ids == self.config.image_token_id  # (B, L)
         if placeholders.sum() != len(tokens):
             n = self.config.num_visual_tokens

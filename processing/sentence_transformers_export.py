@@ -4,11 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-MODALITY_METHODS = {
-    "text": "get_text_features",
-    "image": "get_image_features",
-    "image+text": "get_multimodal_features",
-}
+MODALITIES = {"fused": "image+text"}  # the kinds of embeddings that have another name in sentence-transformers
 CODE_FILES = ("sentence_transformers_mmgem.py", "sentence_transformers_inputs.py")
 MODULES = {
     "": "sentence_transformers_mmgem.MMGEMTransformer",
@@ -52,8 +48,8 @@ def save_sentence_transformer(model, processor, folder: str | Path):
         {
             "transformer_task": "feature-extraction",
             "modality_config": {
-                modality: {"method": method, "method_output_name": "pooler_output"}
-                for modality, method in MODALITY_METHODS.items()
+                MODALITIES.get(kind, kind): {"method": method, "method_output_name": "pooler_output"}
+                for kind, method in model.config.embedding_methods.items()
             },
             "module_output_name": "token_embeddings",
         },
@@ -62,7 +58,6 @@ def save_sentence_transformer(model, processor, folder: str | Path):
     _write_json(folder / "1_NestedVectors" / "config.json", {"embedding_dimension": width, "num_vectors": None})
     _write_json(folder / "2_Pooling" / "config.json", {"embedding_dimension": width, "pooling_mode": "cls"})
     _write_json(folder / "3_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
-    several = model.config.embedding_pooling == "multi_vector"
     _write_json(
         folder / "config_sentence_transformers.json",
         {
@@ -70,7 +65,7 @@ def save_sentence_transformer(model, processor, folder: str | Path):
             "prompts": {"query": "", "document": "", **(model.config.prompts or {})},
             "default_prompt_name": None,
             # Each class takes the functions that it has: of one vector the similarity is the cosine in any case.
-            "similarity_fn_name": "meanmaxsim" if several else "cosine",
+            "similarity_fn_name": "meanmaxsim" if model.config.is_multi_vector else "cosine",
         },
     )
 

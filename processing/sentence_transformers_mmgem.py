@@ -141,8 +141,7 @@ class MMGEMTransformer(Transformer):
         vectors = method(**inputs, return_dict=True).pooler_output
         if modality == "image" and "boxes" in inputs:
             vectors = vectors.squeeze(1)  # (B, 1, ...), a region each
-        several = self.model.config.embedding_pooling == "multi_vector"
-        return vectors if several else vectors.unsqueeze(1)
+        return vectors if self.model.config.is_multi_vector else vectors.unsqueeze(1)
 
     def save(self, output_path: str, *args, **kwargs) -> None:
         """Saves the model with the prompts of the encoder, which have just been written to the same folder."""
@@ -152,7 +151,7 @@ class MMGEMTransformer(Transformer):
             known = config.prompts or {}
             # Encoders have prompts for queries and documents in any case, if empty ones.
             config.prompts = {n: text for n, text in content["prompts"].items() if text or n in known} or None
-            if content["model_type"] == "SentenceTransformer" and config.embedding_pooling == "multi_vector":
+            if content["model_type"] == "SentenceTransformer" and config.is_multi_vector:
                 # For `MultiVectorEncoder`, which finds one vector's function here and would take the sum for its own.
                 settings.write_text(json.dumps(content | {"similarity_fn_name": "meanmaxsim"}, indent=2) + "\n")
         super().save(output_path, *args, **kwargs)

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Subset
 
+from mmgem.configuration_mmgem import EMBEDDING_METHODS
+
 Item = TypeVar("Item")
-_FORWARD_METHODS = ("get_image_features", "get_text_features", "get_multimodal_features")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -24,27 +25,28 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter (or its gradient, or a norm of them) in full, on every process; all of them call this."""
+    """Gathers a parameter (or its gradient, or a norm of them) in full, on every process; all of them call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def adapt_to_fsdp(model: nn.Module) -> None:
-    """
-    Once a model is wrapped by FSDP2, let its parameters be gathered for all that embeds, which FSDP does for `forward`
-    alone, and let it be saved with its own code: FSDP2 makes its class one of torch's, whose file would be copied.
+    """Lets the parameters of a model that FSDP2 has wrapped be gathered for all that embeds, and lets it be saved.
+
+    FSDP gathers for `forward` alone. It makes the class of the model one of torch's, whose file would be saved instead
+    of the model's own code.
 
     Args:
-        model: an `MMGEMModel`, or one with LoRA, after `fully_shard`.
+        model: An `MMGEMModel`, or one with LoRA, after `fully_shard`.
     """
-    for method in _FORWARD_METHODS:
+    for method in EMBEDDING_METHODS.values():
         dist.fsdp.register_fsdp_forward_method(model, method)
     wrapped, own = type(model), type(model).__mro__[2]  # FSDPMMGEMModel, FSDPModule, MMGEMModel
     wrapped.__module__, wrapped.__name__, wrapped.__qualname__ = own.__module__, own.__name__, own.__qualname__
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up what FSDP2 keeps gathered after a forward pass: it would be out of date once the parameters change."""
+    """Gives up what FSDP2 keeps gathered after a forward pass: it would be out of date once the parameters change."""
     for module in model.modules():
         if isinstance(module, dist.fsdp.FSDPModule):
             module.reshard()
@@ -52,12 +54,11 @@ def reshard(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Share:
-    """
-    Every `size`-th item, from number `rank` on. The default is all of the work.
+    """Every `size`-th item, from number `rank` on. The default is all of the work.
 
     Args:
-        rank: number of this process among those that divide the work.
-        size: how many they are.
+        rank: Number of this process among those that divide the work.
+        size: Number of the processes.
     """
 
     rank: int = 0
@@ -65,11 +66,11 @@ class Share:
 
     @classmethod
     def for_model(cls, model) -> "Share":
-        """
-        This process's share of the work that `model` does.
+        """The share of this process in the work that `model` does.
 
-        All of it where the parameters are sharded (FSDP, ZeRO-3): every layer is then gathered from all processes, so
-        that they must take the same steps, and on rows of their own they would generate texts of different lengths.
+        It is all of the work where the parameters are sharded (FSDP, ZeRO-3): every layer is then gathered from all
+        processes, so that they must take the same steps, and on rows of their own they would generate texts of
+        different lengths.
         """
         if not (dist.is_available() and dist.is_initialized()) or is_sharded(model):
             return cls()

@@ -3,9 +3,9 @@
 An embedding is one vector (D,), or k vectors (k, D) of a model with `embedding_pooling="multi_vector"`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize
@@ -19,7 +19,7 @@ CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get ca
 
 @contextmanager
 def inference(model) -> Iterator[None]:
-    """No gradients and evaluation mode within, the model's former mode after."""
+    """Runs what is within without gradients and in evaluation mode; the model's former mode comes back after it."""
     was_training, is_in_shards = model.training, is_sharded(model)
     model.eval()
     try:
@@ -34,7 +34,7 @@ def inference(model) -> Iterator[None]:
 
 @contextmanager
 def uncalibrated(model) -> Iterator[None]:
-    """Within, the model's embeddings are those it has without its calibrator, if it has one."""
+    """Leaves out the model's calibrator, if it has one, from the embeddings within."""
     calibrator, model.calibrator = model.calibrator, None
     try:
         yield
@@ -42,14 +42,13 @@ def uncalibrated(model) -> Iterator[None]:
         model.calibrator = calibrator
 
 
-def embedded_kinds(config) -> list[str]:
-    """Which of `"text"`, `"image"` and `"fused"` a model can embed: once calibrated, what it is calibrated for."""
-    kinds = ["text", "image", "fused"]
-    return kinds if config.calibrated_modalities is None else [k for k in kinds if k in config.calibrated_modalities]
-
-
 def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
-    """Embeddings of one batch of images.
+    """Embeds one batch of images.
+
+    Args:
+        model: An `MMGEMModel`.
+        processor: Its `MMGEMProcessor`.
+        images: B images.
 
     Returns:
         (B, D) or (B, k, D), normalised, float32, on the CPU.
@@ -60,9 +59,11 @@ def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
 
 
 def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]]) -> torch.Tensor:
-    """Embeddings of the boxes of one batch of images.
+    """Embeds the boxes of one batch of images.
 
     Args:
+        model: An `MMGEMModel`.
+        processor: Its `MMGEMProcessor`.
         images: B images.
         boxes: For each image at least one box `[x0, y0, x1, y1]`, in its pixels.
 
@@ -76,13 +77,22 @@ def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Seque
 
 
 def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-    """Embeddings of any number of texts, batched by length so that little padding is computed.
+    """Embeds any number of texts, batched by length so that little padding is computed.
+
+    Args:
+        model: An `MMGEMModel`.
+        processor: Its `MMGEMProcessor`.
+        texts: T texts.
+        batch_size: Texts at a time.
 
     Returns:
         (T, D) or (T, k, D), normalised, float32, on the CPU, in the order of `texts`.
+
+    Raises:
+        ValueError: If there are no texts.
     """
     if not texts:
-        raise ValueError("texts must not be empty")
+        raise ValueError("`texts` is empty; expected at least one text.")
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
     parts = []
     with inference(model):
@@ -105,11 +115,13 @@ def embed_fused(
     texts: Sequence[str],
     boxes: Sequence[Sequence[Box]] | None = None,
 ) -> torch.Tensor:
-    """Embeddings of one batch of images, each together with a text, through the language model.
+    """Embeds one batch of images, each together with a text, through the language model.
 
     Args:
+        model: An `MMGEMModel`.
+        processor: Its `MMGEMProcessor`.
         images: For each text its image, or a list of its images; they stand before the text.
-        texts: B texts, such as instructions behind their prompt; an empty one leaves the image alone.
+        texts: B texts, such as instructions after their prompt; an empty one leaves the image alone.
         boxes: For each image, one after the other, at least one box `[x0, y0, x1, y1]` in its pixels. The boxes then
             take the place of the image.
 
@@ -119,11 +131,34 @@ def embed_fused(
     Raises:
         ValueError: If there are not as many images as texts, or an image has no box where there are boxes.
     """
-    return _unit(_read_fused(model, processor, images, texts, boxes).pooler_output)
+    return _unit(_fused_features(model, processor, images, texts, boxes).pooler_output)
+
+
+class EmbeddingMode(NamedTuple):
+    """How inputs of one kind are embedded.
+
+    Args:
+        inputs: The inputs in words, plural.
+        takes: Which of `"images"` and `"texts"` an input consists of.
+        embed: The embeddings of one batch, from the model, its processor, and what `takes` names.
+    """
+
+    inputs: str
+    takes: tuple[str, ...]
+    embed: Callable[..., torch.Tensor]
+
+
+# For each kind that models embed (`EMBEDDING_METHODS` in the configuration), how it is embedded. Calibration, an index
+# and its fingerprint go by this table.
+EMBEDDING_MODES = {
+    "text": EmbeddingMode("texts", ("texts",), embed_texts),
+    "image": EmbeddingMode("images", ("images",), embed_images),
+    "fused": EmbeddingMode("images with texts", ("images", "texts"), embed_fused),
+}
 
 
 def remember(model, processor, images: Sequence[Any]) -> torch.Tensor:
-    """The memories of one batch of images: the states of the model's k [EMB] vectors behind each image.
+    """Computes the memories of one batch of images: the states of the model's k [EMB] vectors after each image.
 
     They are enough to caption the image and to answer questions about it, see [`answer_from_memory`]. A calibrator,
     which is about embeddings, has no part in them.
@@ -132,24 +167,47 @@ def remember(model, processor, images: Sequence[Any]) -> torch.Tensor:
         (B, k, H), float32, on the CPU; H is the width of the language model.
     """
     with uncalibrated(model):
-        return embed_and_remember(model, processor, images)[1]
+        output = _fused_features(model, processor, images, [""] * len(images))
+    return output.last_hidden_state.float().cpu()
 
 
-def embed_and_remember(model, processor, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `embed_fused` gives for the images alone, and what `remember` gives, by one pass."""
-    output = _read_fused(model, processor, images, [""] * len(images))
-    return _unit(output.pooler_output), output.last_hidden_state.float().cpu()
+class ImageStates(NamedTuple):
+    """Outputs of `embed_and_remember` for B images, float32, on the CPU.
+
+    Args:
+        image_embeds: As `embed_images` gives them.
+        fused_embeds: As `embed_fused` gives them for the images alone; None where the model is calibrated for images,
+            but not for images with texts.
+        memory: As `remember` gives it.
+    """
+
+    image_embeds: torch.Tensor
+    fused_embeds: torch.Tensor | None
+    memory: torch.Tensor
+
+
+def embed_and_remember(model, processor, images: Sequence[Any]) -> ImageStates:
+    """Embeds and remembers one batch of images, by one pass of the vision tower; arguments as for `embed_images`."""
+    prompts = [processor.image_token] * len(images)
+    inputs = _to_model(model, processor(images=list(images), text=prompts, padding=True, return_tensors="pt"))
+    can_fuse = "fused" in model.config.embedded_kinds
+    with inference(model):
+        image = model.get_image_features(inputs.pop("pixel_values"))
+        with nullcontext() if can_fuse else uncalibrated(model):
+            fused = model.get_multimodal_features(**inputs, visual_tokens=image.last_hidden_state)
+    fused_embeds = _unit(fused.pooler_output) if can_fuse else None
+    return ImageStates(_unit(image.pooler_output), fused_embeds, fused.last_hidden_state.float().cpu())
 
 
 def generate_captions(model, processor, images: Sequence[Any], max_new_tokens: int = CAPTION_TOKENS) -> list[str]:
-    """The caption of each image of one batch, greedily."""
+    """Writes the caption of each image of one batch, greedily."""
     return generate_answers(model, processor, images, [""] * len(images), max_new_tokens)
 
 
 def generate_region_captions(
     model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
-    """The caption of each box of one batch of images, greedily; image after image. `boxes` as in `embed_regions`."""
+    """Writes the caption of each box of one batch of images, greedily; `boxes` and order as in `embed_regions`."""
     prompts = [processor.image_token] * sum(map(len, boxes))
     inputs = processor(images=list(images), boxes=list(boxes), text=prompts, return_tensors="pt")
     return _generate(model, inputs, processor, max_new_tokens)
@@ -158,7 +216,7 @@ def generate_region_captions(
 def generate_answers(
     model, processor, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int = CAPTION_TOKENS
 ) -> list[str]:
-    """The answers to one batch of questions, each about its image, greedily; of an empty question, a caption.
+    """Writes the answers to one batch of questions, each about its image, greedily; to an empty one, a caption.
 
     Raises:
         ValueError: If there are not as many images as questions.
@@ -176,28 +234,33 @@ def answer_from_memory(
     questions: Sequence[str] | None = None,
     max_new_tokens: int = CAPTION_TOKENS,
 ) -> list[str]:
-    """The answers to one batch of questions about images that only their memories are left of, greedily.
+    """Writes the answers to one batch of questions about images of which only memories are left, greedily.
 
     Args:
+        model: An `MMGEMModel`; its vision tower does not run.
+        processor: Its `MMGEMProcessor`.
         memory: (B, j, H) as `remember` gives it, j from 1 to k; a memory for each question.
         questions: B questions, an empty one for a caption; by default each image is captioned.
+        max_new_tokens: The length at which an answer is cut.
 
     Raises:
         ValueError: If there are not as many memories as questions, or the memory does not fit the model.
     """
     questions = [""] * len(memory) if questions is None else list(questions)
     if len(memory) != len(questions):
-        raise ValueError(f"memory must have one entry for each of the {len(questions)} questions, got {len(memory)}")
+        raise ValueError(
+            f"`memory` holds {len(memory)} memories; expected {len(questions)}, one for each of the questions."
+        )
     inputs = processor(text=questions, padding=True, return_tensors="pt")
     return _generate(model, inputs, processor, max_new_tokens, embedding_tokens=memory.to(model.device, model.dtype))
 
 
-def _read_fused(model, processor, images, texts, boxes=None):
-    """What the model returns for texts behind their images."""
+def _fused_features(model, processor, images, texts, boxes=None):
+    """The features of texts after their images."""
     _check_as_many(images, texts, "texts")
     own_images = [list(own) if isinstance(own, list | tuple) else [own] for own in images]
     if boxes is not None and (bare := [number for number, own in enumerate(boxes) if len(own) == 0]):
-        raise ValueError(f"boxes must name at least one box of each image, got none for image {bare[0]}")
+        raise ValueError(f"`boxes` is empty for image {bare[0]}; expected at least one box of each image.")
     inputs = processor(
         images=[image for own in own_images for image in own],
         boxes=boxes,
@@ -219,7 +282,7 @@ def _generate(model, inputs, processor, max_new_tokens: int, **memory: torch.Ten
 
 def _check_as_many(images: Sequence[Any], texts: Sequence[str], name: str):
     if len(images) != len(texts):
-        raise ValueError(f"images must have one entry for each of the {len(texts)} {name}, got {len(images)}")
+        raise ValueError(f"`images` holds {len(images)} entries; expected {len(texts)}, one for each of the {name}.")
 
 
 def _to_model(model, inputs) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MODALITIES = ("image", "text", "fused")
+from .configuration_mmgem import EMBEDDING_METHODS
 
 
 class ModalityCalibrator(nn.Module):
@@ -36,10 +36,11 @@ class ModalityCalibrator(nn.Module):
             raise ValueError(f"`dim` is {dim}; expected a width of at least 1.")
         if num_vectors is not None and num_vectors < 1:
             raise ValueError(f"`num_vectors` is {num_vectors}; expected at least 1, or None for one vector.")
-        if len(modalities) < 2 or len(set(modalities)) < len(modalities) or not set(modalities) <= set(MODALITIES):
+        known = list(EMBEDDING_METHODS)
+        if len(modalities) < 2 or len(set(modalities)) < len(modalities) or not set(modalities) <= set(known):
             raise ValueError(
-                f"`modalities` is {list(modalities)}; expected at least two different ones of {list(MODALITIES)}: of "
-                "one alone there is no gap."
+                f"`modalities` is {list(modalities)}; expected at least two different ones of {known}: of one alone "
+                "there is no gap."
             )
         self.dim = dim
         self.modalities = tuple(modalities)

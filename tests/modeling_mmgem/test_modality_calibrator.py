@@ -204,7 +204,7 @@ def test_one_graph(fitted, embeds):
     "modalities", [[], ["image"], ["text", "text"], ["image", "image", "text"], ["image", "sound"]], ids=str
 )
 def test_modalities_must_be_two_of_those_there_are(modalities):
-    with pytest.raises(ValueError, match=r"`modalities` is .*expected at least two different ones of \['image'"):
+    with pytest.raises(ValueError, match=r"`modalities` is .*expected at least two different ones of \['text'"):
         ModalityCalibrator(DIM, modalities)
 
 

@@ -6,7 +6,9 @@ from knowing_model import KnowingModel, KnowingProcessor, knowable_rows
 from tiny_models import build_model
 from torch.nn.functional import normalize
 
+from mmgem.configuration_mmgem import EMBEDDING_METHODS
 from mmgem.training.inference import (
+    EMBEDDING_MODES,
     answer_from_memory,
     embed_and_remember,
     embed_fused,
@@ -17,6 +19,7 @@ from mmgem.training.inference import (
     generate_captions,
     remember,
 )
+from mmgem.training.search.fingerprint import KINDS as KINDS_OF_PROBES
 
 KINDS = {
     "single": {},
@@ -96,10 +99,59 @@ def test_fused_is_the_image_before_the_text(model, tiny_processor, images):
         output = model.eval().get_multimodal_features(**inputs)
     embeds = embed_fused(model, tiny_processor, images[:2], ["a moon", ""])
     torch.testing.assert_close(embeds, normalize(output.pooler_output, dim=-1))
-    bare, memory = embed_and_remember(model, tiny_processor, images[:2])
-    torch.testing.assert_close(memory[1], output.last_hidden_state[1])
-    torch.testing.assert_close(bare[1], embeds[1])
-    assert torch.equal(remember(model, tiny_processor, images[:2]), memory)
+    states = embed_and_remember(model, tiny_processor, images[:2])
+    torch.testing.assert_close(states.memory[1], output.last_hidden_state[1])
+    torch.testing.assert_close(states.fused_embeds[1], embeds[1])
+    torch.testing.assert_close(states.image_embeds, embed_images(model, tiny_processor, images[:2]))
+    torch.testing.assert_close(remember(model, tiny_processor, images[:2]), states.memory)
+
+
+def test_visual_tokens_take_the_place_of_pixels(model, tiny_processor, images):
+    inputs = tiny_processor(images=images[:2], text=["<image>a moon", "<image>"], padding=True, return_tensors="pt")
+    pixel_values = inputs.pop("pixel_values")
+    with torch.no_grad():
+        visual_tokens = model.eval().get_image_features(pixel_values).last_hidden_state
+        expected = model.get_multimodal_features(**inputs, pixel_values=pixel_values)
+        output = model.get_multimodal_features(**inputs, visual_tokens=visual_tokens)
+        other = model.get_multimodal_features(**inputs, visual_tokens=visual_tokens.flip(0))
+    torch.testing.assert_close(output.pooler_output, expected.pooler_output)
+    assert not torch.allclose(other.pooler_output, expected.pooler_output, atol=1e-3)
+    for extra in ({"pixel_values": pixel_values}, {"boxes": torch.zeros(2, 1, 4)}, {"max_rationale_tokens": 2}):
+        with pytest.raises(ValueError, match="`visual_tokens` came with"):
+            model.get_multimodal_features(**inputs, visual_tokens=visual_tokens, **extra)
+    with pytest.raises(ValueError, match="holds 8 image placeholders.* give 1 images"):
+        model.get_multimodal_features(**inputs, visual_tokens=visual_tokens[:1])
+
+
+def test_images_are_embedded_and_remembered_by_one_pass_of_the_vision_tower(tiny_processor, images):
+    model, passes = build_model(num_embedding_tokens=2), []
+    model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
+    embed_and_remember(model, tiny_processor, images)
+    assert len(passes) == 1
+
+
+def test_a_model_that_is_not_calibrated_for_fused_inputs_remembers_as_before(tiny_processor, images):
+    model = build_model(num_embedding_tokens=2, calibrated_modalities=["image", "text"])
+    model.calibrator.fit({kind: torch.randn(9, 16) + 1 for kind in ("image", "text")})
+    states = embed_and_remember(model, tiny_processor, images)
+    assert states.fused_embeds is None and model.calibrator is not None
+    torch.testing.assert_close(states.memory, remember(model, tiny_processor, images))
+    torch.testing.assert_close(states.image_embeds, embed_images(model, tiny_processor, images))
+
+
+def test_each_kind_of_embedding_has_its_mode_and_its_method(tiny_model, tiny_processor, images):
+    assert list(EMBEDDING_MODES) == list(EMBEDDING_METHODS) == tiny_model.config.embedded_kinds
+    assert set(EMBEDDING_MODES) < set(KINDS_OF_PROBES)
+    inputs = {"images": images, "texts": TEXTS}
+    expected = {
+        "text": embed_texts(tiny_model, tiny_processor, TEXTS),
+        "image": embed_images(tiny_model, tiny_processor, images),
+        "fused": embed_fused(tiny_model, tiny_processor, images, TEXTS),
+    }
+    for kind, mode in EMBEDDING_MODES.items():
+        assert hasattr(tiny_model, EMBEDDING_METHODS[kind])
+        embeds = mode.embed(tiny_model, tiny_processor, *(inputs[name] for name in mode.takes))
+        assert torch.equal(embeds, expected[kind])
 
 
 def test_several_images_stand_before_one_text(model, tiny_processor, images):
@@ -122,14 +174,14 @@ def test_a_box_around_everything_is_the_image(model, tiny_processor, images):
 
 
 def test_what_does_not_fit_is_refused(tiny_model, tiny_processor, images):
-    with pytest.raises(ValueError, match="one entry for each of the 4 texts, got 3"):
+    with pytest.raises(ValueError, match="`images` holds 3 entries; expected 4, one for each of the texts"):
         embed_fused(tiny_model, tiny_processor, images[:3], TEXTS)
-    with pytest.raises(ValueError, match="at least one box of each image, got none for image 1"):
+    with pytest.raises(ValueError, match="`boxes` is empty for image 1; expected at least one"):
         embed_fused(tiny_model, tiny_processor, images[:2], TEXTS[:2], [[[0, 0, 9, 9]], []])
-    with pytest.raises(ValueError, match="one entry for each of the 4 questions, got 3"):
+    with pytest.raises(ValueError, match="`images` holds 3 entries; expected 4, one for each of the questions"):
         generate_answers(tiny_model, tiny_processor, images[:3], TEXTS)
     memory = remember(tiny_model, tiny_processor, images)
-    with pytest.raises(ValueError, match="one entry for each of the 3 questions, got 4"):
+    with pytest.raises(ValueError, match="`memory` holds 4 memories; expected 3"):
         answer_from_memory(tiny_model, tiny_processor, memory, TEXTS[:3])
     with pytest.raises(ValueError, match="embedding_tokens"):
         answer_from_memory(tiny_model, tiny_processor, memory[..., :16])
@@ -196,7 +248,7 @@ def test_texts_are_batched_by_length_and_returned_in_order(rows):
     assert torch.equal(embeddings, expected)
     padding = sum((mask == 0).sum().item() for mask in model.text_batches)
     assert padding < 0.1 * sum(mask.numel() for mask in model.text_batches)
-    with pytest.raises(ValueError, match="texts must not be empty"):
+    with pytest.raises(ValueError, match="`texts` is empty; expected at least one"):
         embed_texts(model, processor, [])
 
 

@@ -1,6 +1,6 @@
 """Closing the gap between the modalities of a trained model, from a sample of its data and without training."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, islice
 from typing import Any, NamedTuple
 
@@ -8,17 +8,17 @@ import torch
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from mmgem.modality_calibrator import MODALITIES, ModalityCalibrator
+from mmgem.modality_calibrator import ModalityCalibrator
 from mmgem.training.data.rows import captions_of, check_row, images_of, row_name
-from mmgem.training.inference import embed_fused, embed_images, embed_texts, uncalibrated
+from mmgem.training.inference import EMBEDDING_MODES, uncalibrated
 
 
 class CalibrationReport(NamedTuple):
-    """What `calibrate` did.
+    """Report of `calibrate`.
 
     Args:
         counts: Number of embeddings that the mean of each modality is taken over.
-        gap_before, gap_after: `modality_gap` of the sample.
+        gap_before, gap_after: The `modality_gap` of the sample.
     """
 
     counts: dict[str, int]
@@ -39,6 +39,9 @@ def calibrate(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: i
             caption, and where it has both, images and caption together, as the fused modality.
         batch_size: Rows at a time.
 
+    Returns:
+        How many embeddings there were, and the gap before and after.
+
     Raises:
         ValueError: If the rows have fewer than two modalities, or less than two different examples of one; or a row
             cannot be used, see [`mmgem.training.data.rows.check_row`].
@@ -46,7 +49,7 @@ def calibrate(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: i
     with uncalibrated(model):
         embeds = embed_modalities(model, processor, rows, batch_size)
     if len(embeds) < 2:
-        raise ValueError(f"rows must have images and captions, got {' and '.join(embeds) or 'neither'} only")
+        raise ValueError(f"`rows` is of {' and '.join(embeds) or 'no'} inputs only; expected images and captions.")
     *num_vectors, dim = next(iter(embeds.values())).shape[1:]  # (k, D) or (D,)
     calibrator = ModalityCalibrator(dim, list(embeds), *num_vectors)
     calibrator.fit(embeds)
@@ -65,21 +68,25 @@ def embed_modalities(
     Returns:
         (N, D) or (N, k, D) unit vectors, float32, on the CPU, of those modalities that occur; N is each one's own.
     """
-    parts: dict[str, list[torch.Tensor]] = {modality: [] for modality in MODALITIES}
+    parts: dict[str, list[torch.Tensor]] = {modality: [] for modality in EMBEDDING_MODES}
     remaining = enumerate(tqdm(rows, desc="sample", unit="row", leave=False))
     while batch := list(islice(remaining, batch_size)):
         for number, row in batch:
             check_row(row, row_name(row, number))
-        images = [images_of(row) for _, row in batch]
-        captions = [captions_of(row)[:1] for _, row in batch]
-        pairs = [(own, text) for own, texts in zip(images, captions, strict=True) for text in texts if own]
-        if any(images):
-            parts["image"].append(embed_images(model, processor, [image for own in images for image in own]))
-        if any(captions):
-            parts["text"].append(embed_texts(model, processor, [text for own in captions for text in own]))
-        if pairs:
-            parts["fused"].append(embed_fused(model, processor, *zip(*pairs, strict=True)))
+        of_rows = [{"images": images_of(row), "texts": captions_of(row)[:1]} for _, row in batch]
+        for modality, mode in EMBEDDING_MODES.items():
+            if inputs := [one for of_row in of_rows for one in _inputs(of_row, mode.takes)]:
+                parts[modality].append(mode.embed(model, processor, *zip(*inputs, strict=True)))
     return {modality: torch.cat(embeds) for modality, embeds in parts.items() if embeds}
+
+
+def _inputs(of_row: Mapping[str, list], takes: Sequence[str]) -> list[tuple]:
+    """The inputs of a row for a mode: each image or text alone, or all images with the text."""
+    if len(takes) == 1:
+        return [(one,) for one in of_row[takes[0]]]
+    if not all(of_row[name] for name in takes):
+        return []
+    return [tuple(of_row[name] if name == "images" else of_row[name][0] for name in takes)]
 
 
 def modality_gap(embeds_by_modality: Mapping[str, torch.Tensor]) -> float:

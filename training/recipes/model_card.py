@@ -70,7 +70,7 @@ def _describe_losses(recipe: Recipe, log_history: list[dict]) -> str:
 
 def _describe_embedding(config) -> str:
     width, count = f"{config.projection_dim} dimensions", config.num_embedding_tokens
-    if config.embedding_pooling != "multi_vector":
+    if not config.is_multi_vector:
         return width
     return (
         f"{count} nested vectors of {width} (with sentence-transformers by `MultiVectorEncoder`; "

@@ -1,4 +1,4 @@
-"""Captions of the images of an index, and answers about them, from memory: the image files may be gone."""
+"""Captions of the images of an index, and answers about them, from their memories: the files may be gone."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,13 @@ BATCH_SIZE = 32
 
 
 class Answer(NamedTuple):
-    """What the model writes about one image; `score` says how near the image is to what was searched for."""
+    """A text of the model about one image.
+
+    Args:
+        path: The image file, which may be gone.
+        text: The caption or answer.
+        score: How near the image is to what was searched for, -1 to 1; None where nothing was.
+    """
 
     path: Path
     text: str
@@ -46,14 +52,16 @@ def ask(
             index has no memory, for an empty question, and as `SearchIndex.search`.
     """
     if (images is None) == (search is None):
-        given = "neither is" if images is None else "both are"
-        raise ValueError(f"expected one of images and search, but {given} given")
+        given = "None" if images is None else "given"
+        raise ValueError(f"`images` and `search` are both {given}; expected one of them.")
     if question is not None and not question.strip():
-        raise ValueError(f"question is {question!r}; expected one, or None for captions")
+        raise ValueError(f"`question` is {question!r}; expected one, or None for captions.")
     scores: list[float | None]
     if images is not None:
         if prompt is not None:
-            raise ValueError(f"prompt is {prompt!r}, but there is no search for it to stand before; expected None")
+            raise ValueError(
+                f"`prompt` is {prompt!r}, but there is no `search` for it to stand before; expected None."
+            )
         rows, scores = _find_rows(index, images), [None] * len(images)
     else:
         hits = index.search(search, top=top, prompt=prompt)
@@ -68,7 +76,7 @@ def ask(
 
 def _find_rows(index: SearchIndex, images: Sequence[str | Path]) -> list[int]:
     if not images:
-        raise ValueError("images is empty; expected at least one name")
+        raise ValueError("`images` is empty; expected at least one name.")
     row_of = {name: row for row, name in enumerate(index.rows["file_name"][:])}
     rows = []
     for image in images:
@@ -78,7 +86,7 @@ def _find_rows(index: SearchIndex, images: Sequence[str | Path]) -> list[int]:
         row = next((row_of[name] for name in [Path(image).as_posix(), *inside] if name in row_of), None)
         if row is None:
             raise ValueError(
-                f"image is {str(image)!r}, which is not in the index; expected a name such as {min(row_of)!r}"
+                f"`images` holds {str(image)!r}, which is not in the index; expected names such as {min(row_of)!r}."
             )
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Making a search index of a folder of images, and bringing it up to date."""
+"""A search index of a folder of images is made, or brought up to date."""
 
 import shutil
 from dataclasses import replace
@@ -12,9 +12,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from mmgem.training.data.image_files import ImageFile, Skipped, apply_to_batch, find_images, read_batches
-from mmgem.training.inference import embed_images, embedded_kinds, remember
+from mmgem.training.inference import embed_and_remember, embed_images
 from mmgem.training.search.fingerprint import Fingerprint
-from mmgem.training.search.merging import Place, Source, common_bound, current_rows, merge, read_sources
+from mmgem.training.search.merging import EarlierRun, Place, common_bound, current_rows, merge, read_earlier_runs
 from mmgem.training.search.settings import IndexSettings, Precision
 from mmgem.training.search.storage import (
     BEFORE_FACTS,
@@ -34,8 +34,14 @@ ROWS_PER_PART = 256  # what a killed run loses at most
 
 
 class IndexReport(NamedTuple):
-    """What `build_index` did: images in the index, how many of them it had to embed, the files it left out, and the
-    bytes that the vectors and the memory of one image take."""
+    """Report of `build_index`.
+
+    Args:
+        images: Images in the index.
+        embedded: How many of them it had to embed.
+        skipped: The files it left out.
+        bytes_per_image: Bytes that the vectors and the memory of one image take.
+    """
 
     images: int
     embedded: int
@@ -68,8 +74,11 @@ def build_index(
         vectors: Of a model with several vectors per image, how many of the first ones are kept; by default all.
         dimensions: How many of the first values of each vector are kept; by default all.
         precision: `"float32"`, `"int8"` or `"binary"`, see `VectorCodec`.
-        memory: Whether to keep what `mmgem ask` needs, the states of the k [EMB] vectors behind each image; a number
+        memory: Whether to keep what `mmgem ask` needs, the states of the k [EMB] vectors after each image; a number
             keeps the first of them.
+
+    Returns:
+        How many images there are, and were embedded, and what was left out.
 
     Raises:
         FileNotFoundError: If `folder` is not there.
@@ -77,12 +86,12 @@ def build_index(
             if `out` is something else already, such as an index with other settings.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+        raise ValueError(f"`batch_size` is {batch_size}; expected 1 or more.")
     folder, out = Path(folder).resolve(), Path(out).resolve()
     partial = partial_place(out)
     file_names = find_images(folder)
     settings = IndexSettings.settle(model, vectors, dimensions, precision, memory)
-    kinds = ["weights", *embedded_kinds(model.config), *([] if settings.memory is None else ["memory"])]
+    kinds = ["weights", *model.config.embedded_kinds, *([] if settings.memory is None else ["memory"])]
     name = model.name_or_path
     facts = IndexFacts(
         folder=str(folder),
@@ -99,32 +108,32 @@ def build_index(
     facts.write(partial)
 
     versions = {file_name: _version(folder / file_name) for file_name in file_names}
-    done = current_rows(read_sources(out, partial, facts), versions)
+    done = current_rows(read_earlier_runs(out, partial, facts), versions)
     todo = [file_name for file_name in file_names if file_name not in done]
     skipped = _embed_files(folder, todo, versions, model, processor, partial, batch_size, settings)
 
-    sources = read_sources(out, partial, facts)
-    rows = current_rows(sources, versions)
+    runs = read_earlier_runs(out, partial, facts)
+    rows = current_rows(runs, versions)
     if not rows:
         _remove(partial)
         first = skipped[0]
         raise ValueError(
-            f"folder is {str(folder)!r}, where no image can be read; the first, {first.file_name!r}: {first.reason}"
+            f"`folder` is {str(folder)!r}, where no image can be read, such as {first.file_name!r}: {first.reason}"
         )
-    _write_index(sources, [rows[file_name] for file_name in sorted(rows)], facts, partial, out)
+    _write_index(runs, [rows[file_name] for file_name in sorted(rows)], facts, partial, out)
     _remove(partial)
     return IndexReport(len(rows), len(rows) - len(done), skipped, _bytes_per_image(read_rows(out / ROWS_FILE)))
 
 
-def _write_index(sources: list[Source], places: list[Place], facts: IndexFacts, partial: Path, out: Path):
+def _write_index(runs: list[EarlierRun], places: list[Place], facts: IndexFacts, partial: Path, out: Path):
     """The whole index, which takes the place of an earlier one at once."""
     writing, replaced = partial / WRITING, partial / "replaced"
     for left_over in (writing, replaced):
         shutil.rmtree(left_over, ignore_errors=True)
     writing.mkdir()
     if facts.settings.precision == "int8":
-        facts = replace(facts, bound=common_bound(sources))
-    write_rows(writing / ROWS_FILE, merge(sources, places, facts.codec))
+        facts = replace(facts, bound=common_bound(runs))
+    write_rows(writing / ROWS_FILE, merge(runs, places, facts.codec))
     facts.write(writing)
     if out.exists():
         out.rename(replaced)
@@ -132,7 +141,7 @@ def _write_index(sources: list[Source], places: list[Place], facts: IndexFacts, 
 
 
 def _remove(partial: Path) -> None:
-    """What makes the folder an index's goes last, so that a killed run leaves one that the next takes on."""
+    """Deletes what makes the folder an index's last, so that a killed run leaves one that the next takes on."""
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -143,9 +152,10 @@ def _remove(partial: Path) -> None:
 
 
 def _read_place(place: Path, facts: IndexFacts) -> IndexFacts | None:
-    """
-    Of an index of the same kind and folder by the same model what is known of it, None where `place` is free; raises a
-    ValueError where it is anything else.
+    """The facts of an index with the same settings and folder by the same model, None where `place` is free.
+
+    Raises:
+        ValueError: If there is anything else.
     """
     if not place.exists() or (place.is_dir() and {path.name for path in place.iterdir()} <= BEFORE_FACTS):
         return None
@@ -153,19 +163,20 @@ def _read_place(place: Path, facts: IndexFacts) -> IndexFacts | None:
     another = "Choose another place, or delete it."
     if there.folder != facts.folder:
         raise ValueError(
-            f"out is {str(place)!r}, an index of the folder {there.folder!r}; expected one of {facts.folder!r}. "
+            f"`out` is {str(place)!r}, an index of the folder {there.folder!r}; expected one of {facts.folder!r}. "
             f"{another}"
         )
     if difference := there.fingerprint.difference(facts.fingerprint):
         raise ValueError(
-            f"out is {str(place)!r}, an index by the model {there.model!r} as it was then; now it is {facts.model!r}, "
-            f"{difference}. {another}"
+            f"`out` is {str(place)!r}, an index by the model {there.model!r} as it was then; now it is "
+            f"{facts.model!r}, {difference}. {another}"
         )
     for name in IndexSettings.__dataclass_fields__:
         kept, asked = getattr(there.settings, name), getattr(facts.settings, name)
         if kept != asked:
             raise ValueError(
-                f"out is {str(place)!r}, an index with {name} {kept}; expected {asked}, as is asked for now. {another}"
+                f"`out` is {str(place)!r}, an index with {name} {kept}; expected {asked}, as is asked for now. "
+                f"{another}"
             )
     return there
 
@@ -193,9 +204,13 @@ def _embed_files(folder, file_names, versions, model, processor, partial, batch_
 
     def embed(files: list[ImageFile]) -> list[dict[str, np.ndarray]]:
         images = [file.image for file in files]
-        columns = {"embedding": settings.shorten(embed_images(model, processor, images)).numpy()}
-        if settings.memory is not None:
-            columns["memory"] = _to_half(remember(model, processor, images)[:, : settings.memory])
+        columns = {}
+        if settings.memory is None:
+            embeds = embed_images(model, processor, images)
+        else:
+            embeds, _, memory = embed_and_remember(model, processor, images)
+            columns["memory"] = _to_half(memory[:, : settings.memory])
+        columns["embedding"] = settings.shorten(embeds).numpy()
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     with tqdm(total=len(versions), initial=len(versions) - len(file_names), desc="images", unit="image") as progress:
@@ -215,7 +230,7 @@ def _to_half(memory: torch.Tensor) -> np.ndarray:
     """Raises a ValueError for what float16 cannot hold."""
     half = memory.half()
     if not half.isfinite().all():
-        raise ValueError(f"the memory has values up to {memory.abs().max():.3g}; expected at most 65504")
+        raise ValueError(f"`memory` holds values up to {memory.abs().max():.3g}; expected at most 65504.")
     return half.numpy()
 
 

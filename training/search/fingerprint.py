@@ -1,4 +1,4 @@
-"""What tells whether a model is the one that made an index: its settings, its weights, and what it makes of probes."""
+"""The fingerprint of a model, by which an index knows the model that made it: settings, weights, embedded probes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,14 +8,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import pad
 
-from mmgem.training.inference import embed_fused, embed_images, embed_texts, remember
+from mmgem.training.inference import EMBEDDING_MODES, remember
 
-# What a model does otherwise, if its probe is another one. "text" and "weights" need no vision tower: they tell
-# whether an index may be asked with texts, and from memory.
-KINDS = {
-    "text": "embeds texts otherwise",
-    "image": "embeds images otherwise",
-    "fused": "embeds images with texts otherwise",
+# For each kind of probe the clause that says that it is another one. "text" and "weights" need no vision tower: they
+# tell whether an index may be asked with texts, and from memory.
+KINDS = {kind: f"embeds {mode.inputs} otherwise" for kind, mode in EMBEDDING_MODES.items()} | {
     "memory": "remembers images otherwise",
     "weights": "has other weights",
 }
@@ -39,10 +36,10 @@ _VALUES_PER_WEIGHT = 64
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model is known by.
+    """The settings and probes that a model is known by.
 
     Args:
-        settings: Those that change an embedding, by name, as JSON has them.
+        settings: The settings that change an embedding, by name, as JSON has them.
         probes: (rows, width) float32 by kind, see `KINDS`: evenly spaced values of every weight; embeddings of a fixed
             text, picture, and both; the memory of the picture.
     """
@@ -52,7 +49,13 @@ class Fingerprint:
 
     @classmethod
     def take(cls, model, processor, kinds: Iterable[str]) -> "Fingerprint":
-        """The fingerprint of a model, with probes of some kinds."""
+        """Takes the fingerprint of a model.
+
+        Args:
+            model: An `MMGEMModel`.
+            processor: Its `MMGEMProcessor`.
+            kinds: The kinds of probes, of `KINDS`.
+        """
         settings = {name: getattr(model.config, name) for name in _CONFIG_FIELDS}
         settings |= {"prompts": settings["prompts"] or None, "model_max_length": processor.tokenizer.model_max_length}
         return cls(settings, {kind: _probe(model, processor, kind) for kind in kinds})
@@ -87,19 +90,16 @@ def _probe(model, processor, kind: str) -> torch.Tensor:
     upward, outward = Image.linear_gradient("L"), Image.radial_gradient("L")
     # Not square, so that views of an image by other rules differ.
     picture = Image.merge("RGB", (upward, upward.rotate(90), outward)).crop((0, 0, 256, 160))
-    if kind == "text":
-        probe = embed_texts(model, processor, [text])
-    elif kind == "image":
-        probe = embed_images(model, processor, [picture])
-    elif kind == "fused":
-        probe = embed_fused(model, processor, [picture], [text])
-    else:
+    if kind == "memory":
         probe = remember(model, processor, [picture])
+    else:
+        inputs, mode = {"images": [picture], "texts": [text]}, EMBEDDING_MODES[kind]
+        probe = mode.embed(model, processor, *(inputs[name] for name in mode.takes))
     return probe.reshape(-1, probe.shape[-1])  # one row, or k
 
 
 def _sample_weights(model) -> torch.Tensor:
-    """(weights, 64) Evenly spaced values of each, zeros behind those of a smaller one."""
+    """(weights, 64) Evenly spaced values of each, with zeros after those of a smaller one."""
     rows = []
     for weight in model.state_dict().values():
         if weight.is_floating_point():

@@ -1,4 +1,4 @@
-"""A search index in memory, asked with text, images, or both; `index_building` makes it, `index_storage` keeps it."""
+"""A search index in memory, asked with text, images, or both; `building` makes it, `storage` keeps it."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from datasets import Dataset
 from PIL import Image
 
 from mmgem.processing.image_loading import load_image
-from mmgem.training.inference import Box, embed_fused, embed_images, embed_regions, embed_texts, embedded_kinds
+from mmgem.training.inference import Box, embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.storage import (
@@ -24,8 +24,13 @@ from mmgem.training.search.vector_search import VectorSearch
 
 
 class Hit(NamedTuple):
-    """One answer: its score, -1 to 1, which is the cosine to the query or, of several vectors, MaxSim; the image file;
-    and its number in the index."""
+    """One answer of a search.
+
+    Args:
+        score: The cosine to the query, -1 to 1, or MaxSim of several vectors.
+        path: The image file.
+        row: Its number in the index.
+    """
 
     score: float
     path: Path
@@ -66,16 +71,16 @@ class SearchIndex:
         path = Path(path)
         if not path.exists():
             unfinished = is_index(partial_place(path))
-            hint = "; its making was interrupted, and goes on when it is started again" if unfinished else ""
-            raise FileNotFoundError(f"index is {str(path)!r}, which is not there{hint}")
-        facts = IndexFacts.read(path, "index")
+            hint = " (its making was interrupted, and goes on when it is started again)" if unfinished else ""
+            raise FileNotFoundError(f"`path` is {str(path)!r}, which is not there{hint}; expected an index.")
+        facts = IndexFacts.read(path, "path")
         if (model is None) != (processor is None):
             given, missing = ("model", "processor") if processor is None else ("processor", "model")
-            raise ValueError(f"{missing} is None, but a {given} is given; expected both, or neither")
+            raise ValueError(f"`{missing}` is None, but `{given}` is not; expected both, or neither.")
         if model is None:
             model, processor = load_checkpoint(facts.model)
         index = cls(read_rows(path / ROWS_FILE), facts, model, processor)
-        index._check("weights", *(kind for kind in embedded_kinds(model.config) if kind == "text"))
+        index._check("weights", *(kind for kind in model.config.embedded_kinds if kind == "text"))
         return index
 
     def __len__(self) -> int:
@@ -83,11 +88,11 @@ class SearchIndex:
 
     @property
     def folder(self) -> Path:
-        """Where the images are, or were."""
+        """The folder where the images are, or were."""
         return Path(self.facts.folder)
 
     def path(self, row: int) -> Path:
-        """The image file of a row."""
+        """Returns the image file of a row."""
         return self.folder / self.rows[row : row + 1]["file_name"][0]
 
     def search(
@@ -100,7 +105,7 @@ class SearchIndex:
         vectors: int | None = None,
         query_vectors: int | None = None,
     ) -> list[Hit]:
-        """The images nearest to a query, best first.
+        """Searches the images nearest to a query.
 
         Args:
             text: What to look for; with an image, what is said about the image (read after it, by the language model).
@@ -109,9 +114,12 @@ class SearchIndex:
             boxes: Of the image, the part that is looked for, or, with a text, the parts that it speaks about:
                 `[x0, y0, x1, y1]` in pixels.
             prompt: Name of the model's prompt that is put before the text.
-            vectors: Of an index with several vectors per image, how many of the first ones are compared; by default
+            vectors: How many of the first vectors of each image are compared, in an index with several; by default
                 all. Nothing is embedded again: they are what an index with fewer vectors has.
             query_vectors: Likewise of the query; by default as many as of an image.
+
+        Returns:
+            The answers, best first.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: If `image` or `boxes` cannot be read, see `load_image` and
@@ -119,11 +127,11 @@ class SearchIndex:
                 or numbers that are out of range; or if the model embeds otherwise than it did.
         """
         if text is None and image is None:
-            raise ValueError("text and image are both None; expected at least one of them")
+            raise ValueError("`text` and `image` are both None; expected at least one of them.")
         if image is None and text is not None and not text.strip():
-            raise ValueError(f"text is {text!r}; expected something to look for")
+            raise ValueError(f"`text` is {text!r}; expected something to look for.")
         if top < 1:
-            raise ValueError(f"top must be 1 or more, got {top}")
+            raise ValueError(f"`top` is {top}; expected 1 or more.")
         vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0)
         if query_vectors is None:
             query_vectors = vectors
@@ -139,13 +147,18 @@ class SearchIndex:
         ]
 
     def memory(self, rows: Sequence[int]) -> torch.Tensor:
-        """(B, J, H) float16 The memories of some images.
+        """Reads the memories of some images.
+
+        Returns:
+            (B, J, H) float16.
 
         Raises:
             ValueError: If the index has none.
         """
         if self.facts.settings.memory is None:
-            raise ValueError(f"the index of {self.facts.folder!r} has no memory; make it anew with `--with-memory`")
+            raise ValueError(
+                f"the index of {self.facts.folder!r} has no memory; expected one that was made `--with-memory`."
+            )
         return torch.tensor(ArrayColumn(self.rows, "memory")[list(rows)])
 
     def _check(self, *kinds: str) -> None:
@@ -155,8 +168,8 @@ class SearchIndex:
         fingerprint = Fingerprint.take(self.model, self.processor, kinds)
         if difference := self.facts.fingerprint.difference(fingerprint):
             raise ValueError(
-                f"model is {self.model.name_or_path!r}, {difference}, compared with {self.facts.model!r} when it made "
-                f"the index of {self.facts.folder!r}; expected the same model, or an index made anew"
+                f"`model` is {self.model.name_or_path!r}, {difference}, compared with {self.facts.model!r} when it "
+                f"made the index of {self.facts.folder!r}; expected the same model, or an index made anew."
             )
         self._checked |= {*kinds}
 
@@ -164,9 +177,9 @@ class SearchIndex:
         if count is None:
             return None
         if self.facts.settings.vectors is None:
-            raise ValueError(f"{name} is {count}, but the index has a single vector of each image; expected None")
+            raise ValueError(f"`{name}` is {count}, but the index has a single vector of each image; expected None.")
         if not 1 <= count <= limit:
-            raise ValueError(f"{name} is {count}; expected 1 to {limit}")
+            raise ValueError(f"`{name}` is {count}; expected 1 to {limit}.")
         return count
 
     def _prompt(self, name: str, text: str | None) -> str:
@@ -174,21 +187,21 @@ class SearchIndex:
         prompts = self.model.config.prompts or {}
         if name not in prompts:
             known = f"one of {', '.join(map(repr, prompts))}" if prompts else "None, since the model has no prompts"
-            raise ValueError(f"prompt is {name!r}; expected {known}")
+            raise ValueError(f"`prompt` is {name!r}; expected {known}.")
         if text is None:
-            raise ValueError(f"prompt is {name!r}, but there is no text for it to stand before; expected one")
+            raise ValueError(f"`prompt` is {name!r}, but there is no `text` for it to stand before; expected one.")
         return prompts[name] + text
 
     def _embed_query(self, text: str | None, image: Any, boxes: Sequence[Box] | None) -> torch.Tensor:
         """(1, D) or (1, k, D)"""
         if image is None:
             if boxes is not None:
-                raise ValueError("boxes are given without an image; expected the one that they lie in")
+                raise ValueError("`boxes` is given, but `image` is None; expected the image that they lie in.")
             assert text is not None
             return embed_texts(self.model, self.processor, [text])
         images = list(image) if isinstance(image, list | tuple) else [image]
         if boxes is not None and len(images) > 1:
-            raise ValueError(f"boxes are given with {len(images)} images; expected the one that they lie in")
+            raise ValueError(f"`image` holds {len(images)} images, with `boxes`; expected the one that they lie in.")
         return self._embed_with_images(text, _load_all(images), boxes)
 
     def _embed_with_images(
@@ -198,8 +211,8 @@ class SearchIndex:
         if text is not None:
             return embed_fused(self.model, self.processor, [images], [text], None if boxes is None else [boxes])
         if len(images) > 1 or (boxes is not None and len(boxes) > 1):
-            parts = f"{len(images)} images" if boxes is None else f"{len(boxes)} boxes"
-            raise ValueError(f"{parts} are given without a text; expected one, or a text that speaks about them")
+            parts = f"`image` holds {len(images)} images" if boxes is None else f"`boxes` holds {len(boxes)} boxes"
+            raise ValueError(f"{parts}, without a `text` that speaks about them; expected one.")
         if boxes is None:
             return embed_images(self.model, self.processor, images)
         return embed_regions(self.model, self.processor, images, [boxes])
@@ -208,5 +221,5 @@ class SearchIndex:
 def _load_all(images: Iterable[Any]) -> list[Image.Image]:
     images = [load_image(image) for image in images]
     if not images:
-        raise ValueError("image is an empty list; expected at least one picture")
+        raise ValueError("`image` is empty; expected at least one picture.")
     return images

@@ -1,4 +1,4 @@
-"""What a search index keeps of each image: how many vectors, how wide and how exact they are, and how much memory."""
+"""The settings of a search index: how many vectors it keeps of an image, how wide and exact, and how much memory."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,7 +11,7 @@ Precision = Literal["float32", "int8", "binary"]
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """What is kept of each image.
+    """The parts of an embedding and a memory that are kept of each image.
 
     Args:
         vectors: The first R of the k vectors that a model with `embedding_pooling="multi_vector"` gives; None where a
@@ -30,7 +30,11 @@ class IndexSettings:
     def settle(
         cls, model, vectors: int | None, dimensions: int | None, precision: str, memory: int | bool
     ) -> "IndexSettings":
-        """What a model can give of what is asked for: None, and True for the memory, are all that there is.
+        """Settles what a model can give of what is asked for: None, and True for the memory, are all that there is.
+
+        Args:
+            model: An `MMGEMModel`.
+            vectors, dimensions, precision, memory: As for `build_index`.
 
         Raises:
             ValueError: If it does not give as much, or not this kind.
@@ -38,19 +42,21 @@ class IndexSettings:
         config = model.config
         k = config.num_embedding_tokens
         if precision not in get_args(Precision):
-            raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
-        if config.embedding_pooling == "multi_vector":
+            raise ValueError(f"`precision` is {precision!r}; expected one of {', '.join(get_args(Precision))}.")
+        if config.is_multi_vector:
             vectors = _within("vectors", vectors, k)
         elif vectors is not None:
             raise ValueError(
-                f"vectors is {vectors}, but the model gives a single vector of an image; expected a model with "
-                "embedding_pooling 'multi_vector'"
+                f"`vectors` is {vectors}, but the model gives a single vector of an image; expected a model with "
+                "`embedding_pooling` 'multi_vector'."
             )
         dimensions = _within("dimensions", dimensions, model.embedding_dim)
         if memory is False:
             return cls(vectors, dimensions, precision, None)  # type: ignore[arg-type]
-        if config.embedding_prompt_ids is not None:
-            raise ValueError("memory is asked of a model with embedding_prompt_ids; expected one with [EMB] vectors")
+        if not config.has_memory:
+            raise ValueError(
+                f"`memory` is {memory}, but the model has `embedding_prompt_ids`; expected one with [EMB] vectors."
+            )
         return cls(vectors, dimensions, precision, _within("memory", None if memory is True else memory, k))  # type: ignore[arg-type]
 
     def shorten(self, embeddings: torch.Tensor, vectors: int | None = None) -> torch.Tensor:
@@ -73,5 +79,5 @@ def _within(name: str, number: int | None, limit: int) -> int:
     if number is None:
         return limit
     if not 1 <= number <= limit:
-        raise ValueError(f"{name} is {number}; expected 1 to {limit}, what the model gives")
+        raise ValueError(f"`{name}` is {number}; expected 1 to {limit}, what the model gives.")
     return number

@@ -35,20 +35,20 @@ PARTIAL, WRITING = ".partial", "writing"
 
 
 def partial_place(out: Path) -> Path:
-    """Where an index is while it is made."""
+    """Returns the folder of an index while it is made."""
     return out.with_name(out.name + PARTIAL)
 
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """What is known of an index beside its rows.
+    """The facts of an index beside its rows.
 
     Args:
-        folder: Where the images are.
+        folder: The folder of the images.
         model: The folder or name of the model that embedded them.
-        settings: What is kept of each image.
-        fingerprint: What the model was known by.
-        bound: Largest value of the vectors, see `VectorCodec`.
+        settings: The parts that are kept of each image.
+        fingerprint: The fingerprint of the model.
+        bound: The largest value of the vectors, see `VectorCodec`.
     """
 
     folder: str
@@ -59,10 +59,11 @@ class IndexFacts:
 
     @property
     def codec(self) -> VectorCodec:
+        """How the vectors are stored."""
         return VectorCodec(self.settings.precision, self.settings.dimensions, self.bound)
 
     def write(self, place: Path) -> None:
-        """Into an existing folder, which is an index's from then on."""
+        """Writes into an existing folder, which is an index's from then on."""
         facts = {
             "format": FORMAT,
             "folder": self.folder,
@@ -79,19 +80,23 @@ class IndexFacts:
 
     @classmethod
     def read(cls, place: Path, name: str) -> "IndexFacts":
-        """Of the index that the argument called `name` says.
+        """Reads the facts of an index.
+
+        Args:
+            place: The folder of the index.
+            name: The argument that names it, for errors.
 
         Raises:
             ValueError: If the folder is not an index, or one of another format.
         """
         if not is_index(place):
-            raise ValueError(f"{name} is {str(place)!r}, which is not an index; expected a folder with {FACTS_FILE}")
+            raise ValueError(f"`{name}` is {str(place)!r}, which is no index; expected a folder with {FACTS_FILE}.")
         try:
             facts = json.loads((place / FACTS_FILE).read_text(encoding="utf-8"))
             if facts.get("format") != FORMAT:
                 raise ValueError(
-                    f"{name} is {str(place)!r}, an index of format {facts.get('format', 1)}, where this version reads "
-                    f"and writes format {FORMAT}; delete it, and make it anew with `mmgem index`"
+                    f"`{name}` is {str(place)!r}, an index of format {facts.get('format', 1)}; expected format "
+                    f"{FORMAT}. Delete it, and make it anew with `mmgem index`."
                 )
             return cls(
                 folder=facts["folder"],
@@ -102,18 +107,18 @@ class IndexFacts:
             )
         except _DAMAGE as error:
             raise ValueError(
-                f"{name} is {str(place)!r}, an index whose {FACTS_FILE} or {PROBES_FILE} is damaged; delete it, and "
-                "make it anew with `mmgem index`"
+                f"`{name}` is {str(place)!r}, an index whose {FACTS_FILE} or {PROBES_FILE} is damaged; expected a "
+                "whole one. Delete it, and make it anew with `mmgem index`."
             ) from error
 
 
 def is_index(place: Path) -> bool:
-    """Whether a folder is an index, of any format, complete or not."""
+    """Tells whether a folder is an index, of any format, complete or not."""
     return (place / FACTS_FILE).is_file()
 
 
 def read_rows(path: Path) -> Dataset:
-    """The rows of a file, which stay on disk.
+    """Reads the rows of a file, which stay on disk.
 
     Raises:
         ValueError: If the file is not there, or damaged.
@@ -122,8 +127,8 @@ def read_rows(path: Path) -> Dataset:
         return Dataset.from_file(str(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
-            f"{str(path)!r} is missing or damaged; delete the index that it belongs to, and make it anew with "
-            "`mmgem index`"
+            f"{str(path)!r} is missing or damaged; expected the rows of an index. Delete the index that it belongs "
+            "to, and make it anew with `mmgem index`."
         ) from error
 
 
@@ -161,6 +166,7 @@ class ArrayColumn:
 
 
 def chunks(length: int, size: int) -> Iterator[slice]:
+    """Yields the slices of at most `size` that `length` consists of."""
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 

@@ -1,6 +1,6 @@
 """Unit vectors as they are stored: as they are, in a byte for each value, or in a bit for each."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -17,8 +17,8 @@ class VectorCodec:
     Args:
         precision: `"float32"`; `"int8"`, one of 256 steps (stored as `uint8`, which is what FAISS takes); `"binary"`,
             the sign, eight to a byte.
-        dimensions: D.
-        bound: Of `"int8"`, the steps go from `-bound` to `bound`, for every dimension alike: then distances of codes
+        dimensions: The width D of a vector.
+        bound: The steps of `"int8"` go from `-bound` to `bound`, for every dimension alike: then distances of codes
             are distances of vectors. Values beyond are cut.
     """
 
@@ -27,17 +27,13 @@ class VectorCodec:
     bound: float = 1.0
 
     @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32 if self.precision == "float32" else np.uint8)
-
-    @property
     def width(self) -> int:
-        """W, values of one code."""
+        """The number W of values of one code."""
         return -(-self.dimensions // 8) if self.precision == "binary" else self.dimensions
 
     @property
     def step(self) -> float:
-        """Width of one of the 256 steps."""
+        """The width of one of the 256 steps."""
         return 2 * self.bound / 255
 
     @cached_property
@@ -45,11 +41,8 @@ class VectorCodec:
         """(2, D) least and largest value, as sentence-transformers takes them."""
         return np.array([[-self.bound], [self.bound]], np.float32).repeat(self.dimensions, axis=1)
 
-    def with_bound(self, bound: float) -> "VectorCodec":
-        return replace(self, bound=bound)
-
     def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """(..., D) float32 -> (..., W) codes"""
+        """Encodes (..., D) float32 vectors as (..., W) codes."""
         if self.precision == "float32":
             return vectors
         from sentence_transformers.util.quantization import quantize_embeddings  # takes seconds to import
@@ -60,7 +53,7 @@ class VectorCodec:
         return np.asarray(codes).reshape(*vectors.shape[:-1], self.width)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """(..., W) codes -> (..., D) float32: the middle of each step, or signs at unit length"""
+        """Decodes (..., W) codes to (..., D) float32 vectors: the middle of each step, or signs at unit length."""
         if self.precision == "float32":
             return codes
         if self.precision == "int8":

@@ -46,7 +46,7 @@ def parts(tiny_model, tiny_processor, rows):
 def test_means_are_those_of_the_three_modalities(tiny_model, tiny_processor, rows, parts):
     report = calibrate(tiny_model, tiny_processor, iter(rows), batch_size=3)
     assert report.counts == {"image": COUNT, "text": COUNT, "fused": COUNT}
-    assert tiny_model.config.calibrated_modalities == ["image", "text", "fused"]
+    assert tiny_model.config.calibrated_modalities == ["text", "image", "fused"]
     for modality, embeds in parts.items():
         torch.testing.assert_close(tiny_model.calibrator.mean(modality), embeds.mean(0), rtol=0, atol=1e-5)
     assert report.gap_before == pytest.approx(modality_gap(parts), abs=1e-5)
@@ -84,7 +84,7 @@ def test_batch_size_does_not_matter(tiny_model, tiny_processor, rows):
 def test_without_pairs_there_is_no_fused_modality(tiny_model, tiny_processor, rows):
     unpaired = [{"image": row["image"]} for row in rows[:4]] + [{"captions": row["captions"]} for row in rows[4:]]
     assert calibrate(tiny_model, tiny_processor, unpaired, batch_size=3).counts == {"image": 4, "text": 3}
-    assert tiny_model.config.calibrated_modalities == ["image", "text"]
+    assert tiny_model.config.calibrated_modalities == ["text", "image"]
     with pytest.raises(ValueError, match="`modality` is 'fused'"):
         embed_fused(tiny_model, tiny_processor, [rows[0]["image"]], [""])
 
@@ -131,7 +131,7 @@ def test_images_apart_from_texts_calibrate_no_fused_embeddings_but_leave_memorie
     apart = [{"image": image} for image in images] + [{"captions": row["captions"]} for row in rows]
     assert calibrate(tiny_model, tiny_processor, apart).counts == {"image": COUNT, "text": COUNT}
     assert torch.equal(remember(tiny_model, tiny_processor, images), before)
-    with pytest.raises(ValueError, match=r"`modality` is 'fused'; expected one of .*\['image', 'text'\]"):
+    with pytest.raises(ValueError, match=r"`modality` is 'fused'; expected one of .*\['text', 'image'\]"):
         embed_fused(tiny_model, tiny_processor, images, ["a star"] * COUNT)
 
 
@@ -145,9 +145,9 @@ def test_a_prompt_that_reads_is_calibrated_at_its_own_width(tiny_processor, rows
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["captions"], "rows must have images and captions, got text only"),
-        (["image"], "rows must have images and captions, got image only"),
-        (None, "rows must have images and captions, got neither only"),
+        (["captions"], "`rows` is of text inputs only; expected images and captions"),
+        (["image"], "`rows` is of image inputs only; expected images and captions"),
+        (None, "`rows` is of no inputs only; expected images and captions"),
         (["boxes", "region_captions"], "row 0 has columns"),
     ],
 )
@@ -160,12 +160,12 @@ def test_rows_of_one_modality_are_refused(tiny_model, tiny_processor, rows, colu
 def test_a_refused_sample_leaves_the_model_as_it_was(tiny_model, tiny_processor, rows):
     calibrate(tiny_model, tiny_processor, rows)
     before = tiny_model.calibrator
-    with pytest.raises(ValueError, match=r"\['image'\]` has shape \(1, 16\)"):
+    with pytest.raises(ValueError, match=r"\['text'\]` has shape \(1, 16\)"):
         calibrate(tiny_model, tiny_processor, rows[:1])
     with pytest.raises(ValueError, match="row 7 has columns"):
         calibrate(tiny_model, tiny_processor, [*rows, {"label": "red star"}])
     assert tiny_model.calibrator is before
-    assert tiny_model.config.calibrated_modalities == ["image", "text", "fused"]
+    assert tiny_model.config.calibrated_modalities == ["text", "image", "fused"]
 
 
 def test_each_of_several_vectors_has_its_own_mean(tiny_processor, rows, tmp_path):

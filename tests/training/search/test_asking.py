@@ -81,24 +81,24 @@ def test_images_are_known_by_name_and_by_path(index, folder, monkeypatch):
         [answer] = ask(index, images=[path])
         assert answer.path == folder / "deep/er/1.png"
     for path in ["1.png", "deep/er/9.png", "/elsewhere/deep/er/1.png", ""]:
-        with pytest.raises(ValueError, match="is not in the index; expected a name such as '0.png'"):
+        with pytest.raises(ValueError, match="is not in the index; expected names such as '0.png'"):
             ask(index, images=[path])
 
 
 def test_what_cannot_be_asked_is_refused(index, folder, out, model, tiny_processor):
     for arguments, message in [
-        ({}, "expected one of images and search, but neither is given"),
-        ({"images": NAMES, "search": "a star"}, "both are given"),
-        ({"images": []}, "images is empty"),
-        ({"images": NAMES, "question": " "}, "question is ' '"),
-        ({"images": NAMES, "prompt": "query"}, "prompt is 'query', but there is no search"),
-        ({"search": "a star", "prompt": "edit"}, "prompt is 'edit'; expected one of 'query'"),
-        ({"search": "a star", "top": 0}, "top must be 1 or more"),
+        ({}, "`images` and `search` are both None; expected one"),
+        ({"images": NAMES, "search": "a star"}, "`images` and `search` are both given; expected one"),
+        ({"images": []}, "`images` is empty"),
+        ({"images": NAMES, "question": " "}, "`question` is ' '"),
+        ({"images": NAMES, "prompt": "query"}, "`prompt` is 'query', but there is no `search`"),
+        ({"search": "a star", "prompt": "edit"}, "`prompt` is 'edit'; expected one of 'query'"),
+        ({"search": "a star", "top": 0}, "`top` is 0; expected 1 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
             ask(index, **arguments)
     build_index(folder, model, tiny_processor, out.with_name("without"))
-    with pytest.raises(ValueError, match="has no memory; make it anew with `--with-memory`"):
+    with pytest.raises(ValueError, match="has no memory; expected one that was made `--with-memory`"):
         ask(SearchIndex.load(out.with_name("without"), model, tiny_processor), images=NAMES)
 
 

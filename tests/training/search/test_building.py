@@ -1,5 +1,6 @@
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from image_folders import NAMES, build_multi_vector_model, write_noise
 from PIL import Image
 from tiny_models import build_model
 
-from mmgem.training.inference import embed_images, remember
+from mmgem.training.inference import embed_and_remember, embed_images, remember
 from mmgem.training.search import building
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
@@ -28,12 +29,37 @@ def embedded(monkeypatch):
     """The number of images in each batch that is embedded for an index, probes aside."""
     sizes = []
 
-    def counting(model, processor, images):
+    def counting(function, model, processor, images):
         sizes.append(len(images))
-        return embed_images(model, processor, images)
+        return function(model, processor, images)
 
-    monkeypatch.setattr(building, "embed_images", counting)
+    monkeypatch.setattr(building, "embed_images", partial(counting, embed_images))
+    monkeypatch.setattr(building, "embed_and_remember", partial(counting, embed_and_remember))
     return sizes
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_the_vision_tower_runs_once_over_each_image(folder, out, tiny_processor, monkeypatch, memory):
+    model, sizes = build_multi_vector_model(4), []
+    take = building.Fingerprint.take
+
+    def take_and_forget(*arguments):
+        fingerprint = take(*arguments)
+        sizes.clear()  # of the probes
+        return fingerprint
+
+    monkeypatch.setattr(building.Fingerprint, "take", take_and_forget)
+    hook = model.vision_tower.register_forward_hook(
+        lambda module, inputs, kwargs, output: sizes.append(len((*inputs, *kwargs.values())[0])), with_kwargs=True
+    )
+    build_index(folder, model, tiny_processor, out, batch_size=3, memory=memory)
+    assert sizes == [3, 3, 1]
+    hook.remove()
+    paths = [folder / name for name in sorted(NAMES)]
+    np.testing.assert_allclose(vectors_of(out), embed_images(model, tiny_processor, paths), atol=1e-6)
+    if memory:
+        kept = ArrayColumn(read(out), "memory")[:]
+        np.testing.assert_array_equal(kept, remember(model, tiny_processor, paths).half())
 
 
 def test_an_index_is_a_datasets_file_with_the_unit_embedding_of_every_image(folder, out, tiny_model, tiny_processor):
@@ -125,14 +151,14 @@ def test_a_killed_run_goes_on_where_it_stopped(
     build_index(folder, tiny_model, tiny_processor, out.with_name("reference"), **settings)
     embedded.clear()
     monkeypatch.setattr(building, "ROWS_PER_PART", 2)
-    counting = building.embed_images
+    counting = building.embed_and_remember
 
     def killed_at_the_third_batch(model, processor, images):
         if len(embedded) == 2:
             raise KeyboardInterrupt
         return counting(model, processor, images)
 
-    monkeypatch.setattr(building, "embed_images", killed_at_the_third_batch)
+    monkeypatch.setattr(building, "embed_and_remember", killed_at_the_third_batch)
     with pytest.raises(KeyboardInterrupt):
         build_index(folder, tiny_model, tiny_processor, out, **settings)
     assert not out.exists()
@@ -141,7 +167,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
     with pytest.raises(ValueError, match="index.partial', an index with dimensions 16; expected 8"):
         build_index(folder, tiny_model, tiny_processor, out, dimensions=8, **settings)
 
-    monkeypatch.setattr(building, "embed_images", counting)
+    monkeypatch.setattr(building, "embed_and_remember", counting)
     embedded.clear()
     report = build_index(folder, tiny_model, tiny_processor, out, **settings)
     assert report[:3] == (7, 3, []) and embedded == [2, 1]
@@ -245,18 +271,19 @@ def test_a_folder_of_nothing_but_bad_files_is_refused_and_leaves_nothing(
 ):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "empty.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no image can be read; the first, 'empty\.png': "):
+    with pytest.raises(ValueError, match=r"no image can be read, such as 'empty\.png': "):
         build_index(tmp_path / "bad", tiny_model, tiny_processor, out)
-    with pytest.raises(ValueError, match="batch_size is 0; expected 1 or more"):
+    with pytest.raises(ValueError, match="`batch_size` is 0; expected 1 or more"):
         build_index(tmp_path / "bad", tiny_model, tiny_processor, out, batch_size=0)
     assert build_index(folder, tiny_model, tiny_processor, out).images == 7  # nothing of it stands in the way
 
 
 def test_memory_that_float16_cannot_hold_leaves_the_image_out(folder, out, tiny_model, tiny_processor, monkeypatch):
     def remember_too_much(model, processor, images):
-        return torch.full((len(images), 1, 32), 1e5)
+        states = embed_and_remember(model, processor, images)
+        return states._replace(memory=torch.full_like(states.memory, 1e5))
 
-    monkeypatch.setattr(building, "remember", remember_too_much)
+    monkeypatch.setattr(building, "embed_and_remember", remember_too_much)
     with pytest.raises(ValueError, match="no image can be read.*up to 1e.05; expected at most 65504"):
         build_index(folder, tiny_model, tiny_processor, out, memory=True)
 
@@ -264,11 +291,11 @@ def test_memory_that_float16_cannot_hold_leaves_the_image_out(folder, out, tiny_
 def test_nothing_but_an_index_of_the_same_folder_is_replaced(folder, out, tiny_model, tiny_processor):
     out.mkdir()
     (out / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="out is .*not an index"):
+    with pytest.raises(ValueError, match="`out` is .*no index"):
         build_index(folder, tiny_model, tiny_processor, out)
     assert (out / "thesis.txt").read_text() == "precious"
     (out / FACTS_FILE).write_text(json.dumps({"folder": str(folder), "model": "", "probe": [1.0]}))
-    with pytest.raises(ValueError, match="out is .*of format 1.*make it anew"):
+    with pytest.raises(ValueError, match="`out` is .*of format 1.*make it anew"):
         build_index(folder, tiny_model, tiny_processor, out)
     assert (out / "thesis.txt").read_text() == "precious"
 

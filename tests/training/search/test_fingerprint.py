@@ -3,7 +3,6 @@ import torch
 from image_folders import build_multi_vector_model
 from tiny_models import build_model
 
-from mmgem.training.inference import embedded_kinds
 from mmgem.training.search.fingerprint import KINDS, Fingerprint
 
 
@@ -82,11 +81,11 @@ def test_another_view_of_images_and_another_length_of_texts_are_seen(tiny_proces
 
 def test_a_calibrated_model_is_another_and_is_probed_for_what_it_is_calibrated_for(tiny_processor):
     model = build_model()
-    before = take(model, tiny_processor, embedded_kinds(model.config))
+    before = take(model, tiny_processor, model.config.embedded_kinds)
     calibrated = build_model(calibrated_modalities=["image", "text"])
     generator = torch.Generator().manual_seed(0)
     calibrated.calibrator.fit({kind: torch.randn(5, 16, generator=generator) + 1 for kind in ("image", "text")})
-    kinds = embedded_kinds(calibrated.config)
+    kinds = calibrated.config.embedded_kinds
     assert kinds == ["text", "image"]
     after = take(calibrated, tiny_processor, kinds)
     assert "calibrated_modalities" in before.difference(after)

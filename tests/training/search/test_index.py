@@ -67,9 +67,9 @@ def test_a_prompt_stands_before_the_text(folder, out, tiny_processor):
     check(index.search("a red star", prompt="query"), folder, images @ query)
     fused = embed_fused(model, tiny_processor, [folder / PATHS[2]], ["Change this: make it blue"])[0]
     check(index.search("make it blue", folder / PATHS[2], prompt="edit"), folder, images @ fused)
-    with pytest.raises(ValueError, match="prompt is 'ask'; expected one of 'query', 'edit'"):
+    with pytest.raises(ValueError, match="`prompt` is 'ask'; expected one of 'query', 'edit'"):
         index.search("a red star", prompt="ask")
-    with pytest.raises(ValueError, match="prompt is 'query', but there is no text"):
+    with pytest.raises(ValueError, match="`prompt` is 'query', but there is no `text`"):
         index.search(image=folder / PATHS[2], prompt="query")
 
 
@@ -117,14 +117,14 @@ def test_counts_that_are_not_there_are_refused(folder, out, tiny_model, tiny_pro
     single = build(folder, out, tiny_model, tiny_processor)
     several = build(folder, out.with_name("several"), build_multi_vector_model(4), tiny_processor, vectors=2)
     for index, arguments, message in [
-        (single, {"vectors": 1}, "vectors is 1, but the index has a single vector"),
-        (single, {"query_vectors": 1}, "query_vectors is 1, but the index has a single vector"),
-        (several, {"vectors": 3}, "vectors is 3; expected 1 to 2"),
-        (several, {"vectors": 0}, "vectors is 0; expected 1 to 2"),
-        (several, {"query_vectors": 5}, "query_vectors is 5; expected 1 to 4"),
-        (single, {"prompt": "query"}, "prompt is 'query'; expected None, since the model has no prompts"),
-        (single, {"top": 0}, "top must be 1 or more, got 0"),
-        (single, {"boxes": [[0, 0, 9, 9]]}, "boxes are given without an image"),
+        (single, {"vectors": 1}, "`vectors` is 1, but the index has a single vector"),
+        (single, {"query_vectors": 1}, "`query_vectors` is 1, but the index has a single vector"),
+        (several, {"vectors": 3}, "`vectors` is 3; expected 1 to 2"),
+        (several, {"vectors": 0}, "`vectors` is 0; expected 1 to 2"),
+        (several, {"query_vectors": 5}, "`query_vectors` is 5; expected 1 to 4"),
+        (single, {"prompt": "query"}, "`prompt` is 'query'; expected None, since the model has no prompts"),
+        (single, {"top": 0}, "`top` is 0; expected 1 or more"),
+        (single, {"boxes": [[0, 0, 9, 9]]}, "`boxes` is given, but `image` is None"),
     ]:
         with pytest.raises(ValueError, match=message):
             index.search("a red star", **arguments)
@@ -135,11 +135,11 @@ def test_a_query_needs_text_or_image_that_make_one_query(folder, out, tiny_model
     pictures = [folder / name for name in PATHS[:2]]
     box = [0, 0, 9, 9]
     for arguments, message in [
-        ({}, "text and image are both None"),
-        ({"image": []}, "image is an empty list"),
-        ({"image": pictures}, "2 images are given without a text"),
-        ({"image": pictures[0], "boxes": [box, box]}, "2 boxes are given without a text"),
-        ({"image": pictures, "boxes": [box], "text": "it"}, "boxes are given with 2 images"),
+        ({}, "`text` and `image` are both None"),
+        ({"image": []}, "`image` is empty"),
+        ({"image": pictures}, "`image` holds 2 images, without a `text`"),
+        ({"image": pictures[0], "boxes": [box, box]}, "`boxes` holds 2 boxes, without a `text`"),
+        ({"image": pictures, "boxes": [box], "text": "it"}, "`image` holds 2 images, with `boxes`"),
         ({"image": pictures[0], "boxes": []}, "box"),
         ({"image": pictures[0], "boxes": [], "text": "it"}, "box"),
     ]:
@@ -158,14 +158,14 @@ def test_more_answers_than_images_are_all_images(folder, out, tiny_model, tiny_p
 @pytest.mark.parametrize("text", ["", "  "])
 def test_an_empty_text_is_nothing_to_look_for(folder, out, tiny_model, tiny_processor, text):
     index = build(folder, out, tiny_model, tiny_processor)
-    with pytest.raises(ValueError, match=f"text is {text!r}; expected something to look for"):
+    with pytest.raises(ValueError, match=f"`text` is {text!r}; expected something to look for"):
         index.search(text)
 
 
 def test_a_model_comes_with_its_processor(folder, out, tiny_model, tiny_processor):
     build_index(folder, tiny_model, tiny_processor, out)
     for given in ({"model": tiny_model}, {"processor": tiny_processor}):
-        with pytest.raises(ValueError, match="is None, but a (model|processor) is given; expected both, or neither"):
+        with pytest.raises(ValueError, match="is None, but `(model|processor)` is not; expected both, or neither"):
             SearchIndex.load(out, **given)
 
 
@@ -175,7 +175,7 @@ def test_rows_that_are_damaged_are_named(folder, out, tiny_model, tiny_processor
     (out / ROWS_FILE).unlink()
     if content is not None:
         (out / ROWS_FILE).write_bytes(content)
-    with pytest.raises(ValueError, match="rows.arrow' is missing or damaged; delete the index"):
+    with pytest.raises(ValueError, match="rows.arrow' is missing or damaged; expected the rows of an index"):
         SearchIndex.load(out, tiny_model, tiny_processor)
 
 
@@ -202,7 +202,7 @@ def test_another_model_is_refused_by_what_it_does(folder, out, tiny_model, tiny_
     ]:
         other = build_model()
         change(other)
-        with pytest.raises(ValueError, match=f"model is .*{message}.*made anew"):
+        with pytest.raises(ValueError, match=f"`model` is .*{message}.*made anew"):
             SearchIndex.load(out, other, tiny_processor)
     with pytest.raises(ValueError, match="whose embedding_pooling is 'mean' instead of 'last'"):
         SearchIndex.load(out, build_model(embedding_pooling="mean"), tiny_processor)
@@ -245,12 +245,12 @@ def test_the_model_is_loaded_from_where_it_was_when_none_is_given(folder, out, t
     assert index.search(image=folder / NAMES[0], top=1)[0].path == folder / NAMES[0]
 
     (tmp_path / "model").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"model is '.*model'"):
+    with pytest.raises(FileNotFoundError, match=r"`model` is '.*model'"):
         SearchIndex.load(out)
 
 
 def test_what_is_not_an_index_is_not_loaded(tmp_path, tiny_model, tiny_processor):
-    with pytest.raises(FileNotFoundError, match="nowhere.*not there$"):
+    with pytest.raises(FileNotFoundError, match="`path` is .*nowhere', which is not there; expected an index"):
         SearchIndex.load(tmp_path / "nowhere", tiny_model, tiny_processor)
     with pytest.raises(ValueError, match=f"expected a folder with {FACTS_FILE}"):
         SearchIndex.load(tmp_path, tiny_model, tiny_processor)

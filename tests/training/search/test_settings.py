@@ -24,15 +24,19 @@ def test_by_default_all_is_kept_that_the_model_gives():
 def test_what_the_model_does_not_give_is_refused():
     single, several = build_model(), build_multi_vector_model(4)
     for model, asked, message in [
-        (single, {"vectors": 1}, "vectors is 1, but the model gives a single vector"),
-        (several, {"vectors": 0}, "vectors is 0; expected 1 to 4"),
-        (several, {"vectors": 5}, "vectors is 5; expected 1 to 4"),
-        (single, {"dimensions": 0}, "dimensions is 0; expected 1 to 16"),
-        (single, {"dimensions": 17}, "dimensions is 17; expected 1 to 16"),
-        (single, {"precision": "int4"}, "precision is 'int4'; expected one of float32, int8, binary"),
-        (single, {"memory": 2}, "memory is 2; expected 1 to 1"),
-        (single, {"memory": 0}, "memory is 0; expected 1 to 1"),
-        (build_model(embedding_prompt_ids=[5, 6]), {"memory": True}, "with embedding_prompt_ids"),
+        (single, {"vectors": 1}, "`vectors` is 1, but the model gives a single vector"),
+        (several, {"vectors": 0}, "`vectors` is 0; expected 1 to 4"),
+        (several, {"vectors": 5}, "`vectors` is 5; expected 1 to 4"),
+        (single, {"dimensions": 0}, "`dimensions` is 0; expected 1 to 16"),
+        (single, {"dimensions": 17}, "`dimensions` is 17; expected 1 to 16"),
+        (single, {"precision": "int4"}, "`precision` is 'int4'; expected one of float32, int8, binary"),
+        (single, {"memory": 2}, "`memory` is 2; expected 1 to 1"),
+        (single, {"memory": 0}, "`memory` is 0; expected 1 to 1"),
+        (
+            build_model(embedding_prompt_ids=[5, 6]),
+            {"memory": True},
+            "`memory` is True, but",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             settle(model, **asked)

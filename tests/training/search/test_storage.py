@@ -37,20 +37,20 @@ def test_facts_come_back_as_they_were(facts, tmp_path):
 
 
 def test_folders_that_are_no_index_of_this_format_are_refused_by_a_sentence(facts, tmp_path):
-    with pytest.raises(ValueError, match=f"out is .*not an index; expected a folder with {FACTS_FILE}"):
+    with pytest.raises(ValueError, match=f"`out` is .*no index; expected a folder with {FACTS_FILE}"):
         IndexFacts.read(tmp_path, "out")
     earlier = {"folder": "/images", "model": "a/model", "probe": [0.1, 0.2]}
     (tmp_path / FACTS_FILE).write_text(json.dumps(earlier))
-    with pytest.raises(ValueError, match="index is .*of format 1, .* format 2; delete it, and make it anew"):
+    with pytest.raises(ValueError, match="`index` is .*of format 1; expected format 2. Delete it, and make it anew"):
         IndexFacts.read(tmp_path, "index")
     for broken in ("{", "[]", '{"format": 2}'):
         (tmp_path / FACTS_FILE).write_text(broken)
-        with pytest.raises(ValueError, match="damaged; delete it, and make it anew"):
+        with pytest.raises(ValueError, match="damaged; expected a whole one. Delete it, and make it anew"):
             IndexFacts.read(tmp_path, "index")
     facts.write(tmp_path)
     for broken in (b"", b"not tensors"):
         (tmp_path / PROBES_FILE).write_bytes(broken)
-        with pytest.raises(ValueError, match="damaged; delete it, and make it anew"):
+        with pytest.raises(ValueError, match="damaged; expected a whole one. Delete it, and make it anew"):
             IndexFacts.read(tmp_path, "index")
 
 
