@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 
 from benchmarks.experiment_data import HeldOut, Setting, to_pixels
 from benchmarks.peers import Batch, CLIPContestant, Contestant, MMGEMContestant
-from mmgem.training.evaluation.metrics import caption_fidelity, recall_at, retrieval_ranks
+from mmgem.training.evaluation.metrics import recall_at, retrieval_ranks
+from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 from mmgem.training.inference import inference
 from mmgem.training.scenes.caption_parser import parse_caption
 
@@ -120,7 +121,7 @@ def evaluate(
                 tokens = contestant.write(part, setting.max_new_tokens)
                 written += [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             references = [texts[0] for texts in held_out.captions]
-            metrics["fidelity"] = caption_fidelity(written, references) or 0.0
+            metrics["fidelity"] = SCENE_JUDGE.caption_fidelity(written, references) or 0.0
             metrics["facts"] = fact_score(written, references)
             metrics["caption_nll"] = contestant.losses(batch)["caption_loss"].item()
     return metrics

@@ -9,6 +9,7 @@ import pytest
 
 from mmgem.processing.hub_code import code_files
 from mmgem.training.evaluation.evaluate import evaluate_model
+from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.scenes.dataset import SceneDataset
 
@@ -55,7 +56,8 @@ def test_its_results_are_what_was_aimed_at():
 @pytest.mark.slow
 def test_it_is_that_good_on_scenes_of_another_seed():
     model, processor = load_checkpoint(TINY)
-    metrics = evaluate_model(model, processor, SceneDataset(seed=3_141_592, count=200, unique=True))
+    scenes = SceneDataset(seed=3_141_592, count=200, unique=True)
+    metrics = evaluate_model(model, processor, scenes, caption_judge=SCENE_JUDGE)
     assert {name: metrics[name] >= aim for name, aim in AIMS.items()} == dict.fromkeys(AIMS, True), metrics
 
 

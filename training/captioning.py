@@ -13,7 +13,13 @@ from mmgem.training.inference import generate_captions, generate_region_captions
 
 
 class CaptionReport(NamedTuple):
-    """What `caption_folder` did: images in the file, how many of them it had to caption, and the files it left out."""
+    """Report of `caption_folder`.
+
+    Args:
+        images: Images in the file.
+        captioned: How many of them it had to caption.
+        skipped: The files it left out.
+    """
 
     images: int
     captioned: int
@@ -36,6 +42,9 @@ def caption_folder(
         with_boxes: Whether to caption regions too: those that the metadata of `folder` (see `read_image_folder`) gives
             as `"boxes": [[x0, y0, x1, y1], …]`, in pixels. Lines then have `boxes` and `region_captions`, one each.
         batch_size: Images at a time.
+
+    Returns:
+        How many images there are, and were captioned, and what was left out.
 
     Raises:
         FileNotFoundError: If `folder` is not there, or, with boxes, its metadata.
@@ -94,12 +103,12 @@ def _read_boxes(folder: Path) -> dict[str, list]:
             raise ValueError(fields)
         name, own = fields.get("file_name", fields.get("image")), fields.get("boxes") or []
         if not isinstance(name, str):
-            raise ValueError(f"{where} must have a `file_name`, got {fields!r:.80}")
+            raise ValueError(f"`file_name` of {where} is {name!r:.80}; expected the name of an image.")
         if not isinstance(own, list) or not all(isinstance(box, list) and len(box) == 4 for box in own):
-            raise ValueError(f"{where} must have `boxes`, a list of [x0, y0, x1, y1] in pixels; got {own!r:.80}")
+            raise ValueError(f"`boxes` of {where} is {own!r:.80}; expected a list of [x0, y0, x1, y1] in pixels.")
         boxes[PurePosixPath(name).as_posix()] = own
     if not any(boxes.values()):
-        raise ValueError(f"{str(metadata)!r} has no line with `boxes`; expected [[x0, y0, x1, y1], ...] in pixels")
+        raise ValueError(f"`boxes` is in no line of {str(metadata)!r}; expected [[x0, y0, x1, y1], ...] in pixels.")
     return boxes
 
 
@@ -108,7 +117,7 @@ def _read_done(out: Path, with_boxes: bool) -> set[str]:
     if not out.exists():
         return set()
     if not out.is_file():
-        raise ValueError(f"out is {str(out)!r}, a folder; expected a file of JSON lines")
+        raise ValueError(f"`out` is {str(out)!r}, a folder; expected a file of JSON lines.")
     content = out.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
     done = set()
@@ -119,13 +128,13 @@ def _read_done(out: Path, with_boxes: bool) -> set[str]:
             has_boxes = "region_captions" in row
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"out is {str(out)!r}, whose line {number} is {line[:80]!r}; expected captions of an earlier run, to "
-                "go on from, or no file"
+                f"`out` is {str(out)!r}, whose line {number} is {line[:80]!r}; expected captions of an earlier run, "
+                "to go on from, or no file."
             ) from error
         if has_boxes != with_boxes:
             raise ValueError(
-                f"out is {str(out)!r}, written {'with' if has_boxes else 'without'} captions of boxes; expected one "
-                "written the same way, to go on from, or no file"
+                f"`out` is {str(out)!r}, written {'with' if has_boxes else 'without'} captions of boxes; expected one "
+                "written the same way, to go on from, or no file."
             )
     if complete != content:
         out.write_bytes(complete)

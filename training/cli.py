@@ -24,7 +24,7 @@ from mmgem.training.cli_common import (
     work,
 )
 
-# What a user can cause and mend, which takes a line; anything else is a defect and comes with its traceback.
+# Errors that a user can cause and mend take a line; any other is a defect and comes with its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
@@ -157,9 +157,10 @@ def evaluate(
     with work():
         from mmgem.training.data.image_folder import read_image_folder
         from mmgem.training.evaluation.evaluate import evaluate_model
+        from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
         dataset = read_image_folder(data)
-        figures = evaluate_model(*load_model(model), dataset, batch_size=batch_size)
+        figures = evaluate_model(*load_model(model), dataset, batch_size=batch_size, caption_judge=SCENE_JUDGE)
     answer(figures, as_json, table(figures))
 
 
@@ -173,7 +174,7 @@ def calibrate(
 ):
     """Close the gap between image, text and fused embeddings, without training, for mixed corpora."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out is {str(out)!r}, which holds something; expected a new or empty folder")
+        raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or empty folder.")
     with work():
         from mmgem.processing.sentence_transformers_export import save_sentence_transformer
         from mmgem.training.data.image_folder import read_image_folder

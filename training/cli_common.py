@@ -1,4 +1,4 @@
-"""What the commands of `mmgem` have in common. Nothing heavy is imported before a command runs."""
+"""Options and answers that the commands of `mmgem` share. Nothing heavy is imported before a command runs."""
 
 import json
 import os
@@ -29,9 +29,9 @@ def work() -> Iterator[None]:
 
 
 def load_model(model: str) -> tuple[Any, Any]:
-    """Model and processor; raises what `load_checkpoint` does."""
+    """Loads model and processor; raises what `load_checkpoint` does."""
     if model == str(TINY) and not TINY.exists():
-        raise FileNotFoundError("mmgem-tiny comes with the source checkout, which this is not; give --model")
+        raise FileNotFoundError("`model` is mmgem-tiny, which comes with a source checkout only; expected --model.")
     from mmgem.training.loading import load_checkpoint
 
     return load_checkpoint(model)

@@ -34,10 +34,11 @@ def load_config(name: str | Path) -> MMGEMConfig:
         config, _ = MMGEMConfig.get_config_dict(name)
     except OSError as error:
         raise FileNotFoundError(
-            f"model is {name!r}, neither a folder with a config.json nor a model on the Hub that can be reached"
+            f"`model` is {name!r}, neither a folder with a config.json nor a model on the Hub that can be reached; "
+            "expected one of them."
         ) from error
     if config.get("model_type") != MMGEMConfig.model_type:
         raise ValueError(
-            f"model is {name!r}, of type {config.get('model_type')!r}; expected {MMGEMConfig.model_type!r}"
+            f"`model` is {name!r}, of type {config.get('model_type')!r}; expected {MMGEMConfig.model_type!r}."
         )
     return MMGEMConfig.from_pretrained(name)

@@ -15,31 +15,31 @@ from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 
-# What says how a folder was written, not what the model is.
+# The keys that say how a folder was written, not which model it is.
 _WRITTEN_BY = ("_name_or_path", "transformers_version", "use_cache", "dtype")
 
 
 def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None) -> dict[str, float]:
-    """
-    Average the weights of models fine-tuned from one (Model soups, https://arxiv.org/abs/2203.05482), or of
-    checkpoints of one run, and save the mean as a complete Hub folder, with `soup.json` saying what it is made of.
+    """Averages the weights of models into a complete Hub folder, with `soup.json` saying what it is made of.
+
+    The models are fine-tuned from one (Model soups, https://arxiv.org/abs/2203.05482), or checkpoints of one run.
 
     Floating-point tensors are averaged in float64, one at a time, and come out in their own type; all others must be
     equal. Processor, prompts and generation settings are those of the first folder.
 
     Args:
-        folders: two or more, of trained models or `checkpoint-N` of a run; of one configuration and one tokenizer.
-        out: a new or empty folder.
-        weights: one per folder, 0 or more; divided by their sum. By default all are equal.
+        folders: Two or more, of trained models or `checkpoint-N` of a run; of one configuration and one tokenizer.
+        out: A new or empty folder.
+        weights: One per folder, 0 or more; divided by their sum. By default all are equal.
 
     Returns:
         The share of each folder in the mean.
 
     Raises:
-        FileExistsError: if `out` holds something.
-        FileNotFoundError: for a folder without config or weights, such as one that holds a LoRA adapter.
-        ValueError: for fewer than two folders, a folder given twice, weights that do not fit or are not finite, and
-            models that differ in more than their weights.
+        FileExistsError: If `out` holds something.
+        FileNotFoundError: If there is a folder without config or weights, such as one that holds a LoRA adapter.
+        ValueError: If there are fewer than two folders, a folder is given twice, weights do not fit or are not finite,
+            or models differ in more than their weights.
     """
     paths, out = [Path(folder) for folder in folders], Path(out)
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
@@ -94,7 +94,7 @@ def _average_tensor(name: str, paths: list[Path], tensors: list[torch.Tensor], s
         if not first.is_floating_point() and not torch.equal(tensor, first):
             raise ValueError(f"`{name}` differs between {str(paths[0])!r} and {str(path)!r}, and has no mean.")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"`{name}` is not finite in {str(path)!r}.")
+            raise ValueError(f"`{name}` is not finite in {str(path)!r}; expected finite weights.")
     if not first.is_floating_point():
         return first
     mean = torch.zeros_like(first, dtype=torch.float64)
@@ -135,10 +135,12 @@ def _tokenizer(folder: Path) -> dict | None:
 
 
 def _check_equal(first, other, key: str, first_path: Path, path: Path):
-    """Refuse configs that differ, naming the key at which they do."""
+    """Refuses configs that differ, naming the key at which they do."""
     if isinstance(first, dict) and isinstance(other, dict):
         for name in first.keys() | other.keys():
             if name not in _WRITTEN_BY:
                 _check_equal(first.get(name), other.get(name), f"{key}: {name}", first_path, path)
     elif first != other:
-        raise ValueError(f"{key} is {first!r} in {str(first_path)!r}, but {other!r} in {str(path)!r}.")
+        raise ValueError(
+            f"{key} is {first!r} in {str(first_path)!r}, but {other!r} in {str(path)!r}; expected the same."
+        )

@@ -75,7 +75,9 @@ class KnowingModel(torch.nn.Module):
 
     def __init__(self, rows):
         super().__init__()
-        self.config = SimpleNamespace(prompts=PROMPTS, embedding_prompt_ids=None, calibrated_modalities=None)
+        self.config = SimpleNamespace(
+            prompts=PROMPTS, has_memory=True, embedded_kinds=["text", "image", "fused"], calibrated_modalities=None
+        )
         self.row_list = rows
         self.rows = {self._key(np.array(row["image"])): row for row in rows}
         twins = [row for row in rows if row.get("edited_image")]
@@ -126,7 +128,8 @@ class KnowingModel(torch.nn.Module):
         self._called("get_image_features", len(pixel_values))
         rows = self._rows(pixel_values)
         if boxes is None:
-            return _Output(torch.stack([3 * self._embed(row["captions"][0]) for row in rows]))
+            embeds = torch.stack([3 * self._embed(row["captions"][0]) for row in rows])
+            return _Output(embeds, pixel_values)  # as the visual tokens
         regions = [torch.stack([self._embed(text) for text in row["region_captions"]]) for row in rows]
         regions = pad_sequence(regions, batch_first=True)
         assert regions.shape[:2] == boxes.shape[:2]
@@ -137,9 +140,10 @@ class KnowingModel(torch.nn.Module):
         self.text_batches.append(attention_mask)
         return _Output(torch.stack([self._embed(text) for text in KnowingProcessor().batch_decode(input_ids)]))
 
-    def get_multimodal_features(self, input_ids, attention_mask, pixel_values):
+    def get_multimodal_features(self, input_ids, attention_mask, pixel_values=None, visual_tokens=None):
         self._called("get_multimodal_features", len(input_ids))
-        rows, texts = self._rows(pixel_values), self._texts_behind_images(input_ids)
+        pixel_values = visual_tokens if pixel_values is None else pixel_values
+        rows, texts = self._rows(pixel_values), self._texts_after_images(input_ids)
         embeds = torch.stack([7 * self._embed_fused(row, text) for row, text in zip(rows, texts, strict=True)])
         memory = torch.zeros(len(rows), 2, 4)
         memory[:, 0, 0] = torch.tensor([self.row_list.index(row) for row in rows])
@@ -163,7 +167,7 @@ class KnowingModel(torch.nn.Module):
             rows = [self.row_list[int(number)] for number in embedding_tokens[:, 0, 0]]
             questions = KnowingProcessor().batch_decode(input_ids)
             return KnowingProcessor().encode(map(self._answer, rows, questions))
-        rows, questions = self._rows(pixel_values), self._texts_behind_images(input_ids)
+        rows, questions = self._rows(pixel_values), self._texts_after_images(input_ids)
         texts = map(self._answer, rows, questions)
         if boxes is not None:
             assert not any(questions)
@@ -171,7 +175,7 @@ class KnowingModel(torch.nn.Module):
         return torch.cat([input_ids, KnowingProcessor().encode(texts)], dim=1)
 
     @staticmethod
-    def _texts_behind_images(input_ids):
+    def _texts_after_images(input_ids):
         texts = KnowingProcessor().batch_decode(input_ids)
         assert all(text.count("\1") == 1 and text.startswith("\1") for text in texts)
         return [text[1:] for text in texts]
@@ -186,7 +190,7 @@ class IgnorantModel(KnowingModel):
 
     def get_image_features(self, pixel_values, boxes=None):
         output = super().get_image_features(pixel_values, boxes)
-        return _Output(torch.ones_like(output.pooler_output))
+        return _Output(torch.ones_like(output.pooler_output), output.last_hidden_state)
 
     def _embed_fused(self, row, text):
         return torch.ones_like(super()._embed_fused(row, text))

@@ -110,13 +110,13 @@ def test_bad_files_and_bad_boxes_are_left_out_and_reported(folder, out, tiny_mod
 
 def test_boxes_need_metadata_that_has_them(folder, out, echo):
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
-    with pytest.raises(ValueError, match="no line with `boxes`"):
+    with pytest.raises(ValueError, match="`boxes` is in no line of"):
         caption_folder(folder, None, None, out, with_boxes=True)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"boxes": []}\n')
-    with pytest.raises(ValueError, match="line 2 of .* must have a `file_name`"):
+    with pytest.raises(ValueError, match="`file_name` of .*line 2 of .* is None; expected the name"):
         caption_folder(folder, None, None, out, with_boxes=True)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "boxes": [5, 5, 20, 20]}\n')
-    with pytest.raises(ValueError, match=r"line 1 of .* must have `boxes`, a list of \[x0, y0, x1, y1\]"):
+    with pytest.raises(ValueError, match=r"`boxes` of .*line 1 of .*; expected a list of \[x0, y0, x1, y1\]"):
         caption_folder(folder, None, None, out, with_boxes=True)
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):

@@ -112,8 +112,8 @@ def test_an_index_holds_and_compares_what_it_is_told_to(multi_vector_checkpoint,
     assert given == [{"top": 10, **arguments} for _, arguments in queries]
     assert len(json.loads(run("search", tmp_path / "index", "star", "--vectors", 1, "--json").stdout)) == 10
     for query, message in [
-        (("star", "--vectors", 4), "vectors is 4; expected 1 to 3"),
-        (("star", "--prompt", "edit"), "prompt is 'edit'; expected one of 'query'"),
+        (("star", "--vectors", 4), "`vectors` is 4; expected 1 to 3"),
+        (("star", "--prompt", "edit"), "`prompt` is 'edit'; expected one of 'query'"),
     ]:
         assert message in run("search", tmp_path / "index", *query, exit_code=1).stderr
 
@@ -150,7 +150,7 @@ def test_calibrate_leaves_a_model_that_is_calibrated(checkpoint, gallery, tmp_pa
     model = MMGEMModel.from_pretrained(tmp_path / "out")
     assert model.config.calibrated_modalities == list(result["counts"])
     torch.testing.assert_close(model.calibrator.mean("image").norm() > 0, torch.tensor(True))
-    assert "out is" in run("calibrate", checkpoint, gallery, "--out", tmp_path / "out", exit_code=1).stderr
+    assert "`out` is" in run("calibrate", checkpoint, gallery, "--out", tmp_path / "out", exit_code=1).stderr
 
 
 def test_caption_writes_json_lines(checkpoint, gallery, tmp_path):
@@ -166,7 +166,7 @@ def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
     figures = json.loads(run("evaluate", checkpoint, gallery, "--json").stdout)
     assert 0 <= figures["text_to_image_recall@1"] <= figures["text_to_image_recall@10"] == 1
 
-    def evaluate_model(model, processor, dataset, batch_size):
+    def evaluate_model(model, processor, dataset, batch_size, caption_judge):
         return {"images": len(dataset), "batch_size": batch_size}
 
     monkeypatch.setattr("mmgem.training.evaluation.evaluate.evaluate_model", evaluate_model)
@@ -227,9 +227,9 @@ def test_soup_averages_models(checkpoint, tiny_model, tmp_path):
 
 def test_a_users_mistake_takes_one_line_and_exit_code_1(gallery, tmp_path):
     for arguments, part in [
-        (("index", tmp_path / "nowhere", "--model", tmp_path, "--out", tmp_path / "index"), "model is"),
+        (("index", tmp_path / "nowhere", "--model", tmp_path, "--out", tmp_path / "index"), "`model` is"),
         (("evaluate", "no/such-model", tmp_path / "nowhere"), "nowhere"),
-        (("search", tmp_path / "nowhere", "a star"), "index is"),
+        (("search", tmp_path / "nowhere", "a star"), "`path` is"),
         (("train", tmp_path / "nowhere.yaml", "--out", tmp_path / "out"), "nowhere.yaml"),
         (("soup", tmp_path / "mean", tmp_path / "nowhere", gallery), "nowhere"),
         (("scenes", gallery), "gallery"),

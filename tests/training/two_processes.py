@@ -13,6 +13,7 @@ from torchrun import leave
 
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.evaluation.evaluate import evaluate_model
+from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
 TEXTS = [{"text": "a sentence about nothing in particular"}, {"text": "another"}]
 WRONG = {"hard_negatives": ["a blue star", "no star at all"]}
@@ -85,7 +86,8 @@ def evaluation(processor) -> dict:
     data[0] |= {"captions": [], "boxes": [], "region_captions": [], "instructions": []}
     data[3] |= {"captions": None, "long_caption": None}
     samples: list[dict] = []
-    metrics = evaluate_model(build_model(), processor, data, batch_size=2, max_new_tokens=8, samples=samples)
+    options = {"batch_size": 2, "max_new_tokens": 8, "samples": samples, "caption_judge": SCENE_JUDGE}
+    metrics = evaluate_model(build_model(), processor, data, **options)
     return {"metrics": metrics, "samples": samples}
 
 

@@ -1,4 +1,4 @@
-"""What a demonstration shows of embeddings that are read: of images with texts, of several vectors, and memories.
+"""The sections of a demonstration about images with texts, several vectors, and memories.
 
 Each function returns what `demo.json` has, or nothing (an empty list, or None) for a model that cannot do it.
 """
@@ -15,7 +15,6 @@ from mmgem.training.inference import (
     embed_fused,
     embed_regions,
     embed_texts,
-    embedded_kinds,
     generate_answers,
 )
 from mmgem.training.evaluation.metrics import answer_accuracy, recall_by_budget
@@ -147,7 +146,7 @@ def _judge(answer: str, truth: str) -> dict[str, Any]:
 
 def _has_prompt(model, name: str) -> bool:
     """Whether a model has this prompt, and embeds the images with texts that it is for."""
-    return name in (model.config.prompts or {}) and "fused" in embedded_kinds(model.config)
+    return name in (model.config.prompts or {}) and "fused" in model.config.embedded_kinds
 
 
 def _rows_by_name(index: SearchIndex) -> dict[str, int]:

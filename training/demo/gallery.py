@@ -21,7 +21,7 @@ class Gallery:
 
     Args:
         dataset: The rows of the image folder.
-        scenes: The scene behind each image file, twins included.
+        scenes: The scene of each image file, twins included.
     """
 
     dataset: ImageFolderDataset
@@ -29,6 +29,7 @@ class Gallery:
 
     @classmethod
     def read(cls, folder: Path, count: int) -> "Gallery":
+        """Reads a gallery of `count` scenes of `SEED` from the folder where they were written."""
         dataset = read_image_folder(folder)
         known = SceneDataset(SEED, count, unique=True)
         scenes = {}

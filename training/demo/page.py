@@ -74,11 +74,14 @@ HEADLINES = ("text_to_image_recall@1", "zero_shot_accuracy", "caption_fidelity",
 
 
 def render_page(results: dict[str, Any], folder: str | Path) -> str:
-    """The page as HTML.
+    """Renders the page as HTML.
 
     Args:
-        results: What `run_demo` collects; its `demo.json` is an example.
+        results: The results that `run_demo` collects; its `demo.json` is an example.
         folder: The folder of the images that `results` names.
+
+    Returns:
+        The source of the page.
     """
     folder = Path(folder)
 

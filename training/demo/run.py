@@ -1,8 +1,8 @@
 """The demonstration: everything one checkpoint does, on a gallery of files, as one HTML page.
 
 The gallery is scenes of a seed that no recipe trains on, so that the page can say for each answer whether it is right.
-Nothing on it is picked by its outcome: each section takes scenes by their order in the gallery. What a checkpoint does
-not have, such as several vectors, prompts or a memory, is left out; see `demo_reading`.
+Nothing on it is picked by its outcome: each section takes scenes by their order in the gallery. Sections about
+something that a checkpoint does not have, such as several vectors, prompts or a memory, are left out; see `embedding_modes`.
 """
 
 import json
@@ -21,6 +21,7 @@ from mmgem.training.scenes.dataset import write_scene_folder
 from mmgem.training.scenes.drawing import LABELS, Look
 from mmgem.training.inference import embed_regions, embed_texts, inference
 from mmgem.training.evaluation.evaluate import evaluate_model
+from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 from mmgem.training.captioning import caption_folder
 from mmgem.training.demo.gallery import HITS, SEED, Gallery, show_hits
 from mmgem.training.demo.page import render_page
@@ -63,7 +64,7 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
     report = timed("indexing", build_index, folder, model, processor, out / "index", memory=has_memory)
     timed("captioning", caption_folder, folder, model, processor, out / "captions.jsonl", with_boxes=True)
     gallery = Gallery.read(folder, count)
-    figures = timed("measuring", evaluate_model, model, processor, gallery.dataset)
+    figures = timed("measuring", evaluate_model, model, processor, gallery.dataset, caption_judge=SCENE_JUDGE)
 
     index = SearchIndex.load(out / "index", model, processor)
     with open(out / "captions.jsonl", encoding="utf-8") as lines:
@@ -95,7 +96,7 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
 def _make_room(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / RESULTS_FILE).is_file():
-            raise FileExistsError(f"out is {str(out)!r}, with something else in it; expected a new folder or a demo's")
+            raise FileExistsError(f"`out` is {str(out)!r}, with something else in it; expected a new folder or a demo's.")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS_FILE).write_text("{}")  # what makes the folder a demo's, should this run be killed

@@ -1,4 +1,4 @@
-"""What a model is worth on a set of images: retrieval, classification, captions, answers, regions and instructions."""
+"""A model measured on a set of images: retrieval, classification, captions, answers, regions and instructions."""
 
 import importlib.util
 from collections import defaultdict
@@ -12,19 +12,14 @@ from mmgem.late_interaction import similarity
 from mmgem.training.data.rows import captions_of
 from mmgem.training.distributed import Share
 from mmgem.training.evaluation.metrics import (
+    CaptionJudge,
     agreement,
     answer_accuracy,
-    caption_fidelity,
-    cider,
     recall_at,
-    region_caption_fidelity,
     retrieval_ranks,
 )
-from mmgem.training.evaluation.row_outputs import Reading, RowReader, instructions_of, region_texts_of
+from mmgem.training.evaluation.row_outputs import RowOutputs, RowPredictor, instructions_of, region_texts_of
 from mmgem.training.inference import CAPTION_TOKENS, embed_texts
-from mmgem.training.scenes.caption_parser import parse_region_caption
-from mmgem.training.scenes.captions import label_prompt
-from mmgem.training.scenes.drawing import LABELS
 
 RECALL_AT = (1, 5, 10)
 Embed = Callable[[list[str]], torch.Tensor]
@@ -38,6 +33,7 @@ def evaluate_model(
     batch_size: int = 64,
     max_new_tokens: int = CAPTION_TOKENS,
     samples: list[dict[str, Any]] | None = None,
+    caption_judge: CaptionJudge | None = None,
 ) -> dict[str, float]:
     """Measures a model on rows of images; what the rows do not have is not measured.
 
@@ -47,10 +43,10 @@ def evaluate_model(
     | `image_to_text_recall@k` | `captions` | every image searches them (`logits_per_image`); any of its own is right |
     | `fused_text_to_image_recall@1` | `captions` | images with captions go through the language model |
     | `long_text_to_image_recall@1` | `long_caption` | |
-    | `zero_shot_accuracy` | `label` | among all classes of scenes, or those of the rows if they have others |
-    | `caption_fidelity` | `captions` | generated captions that speak of exactly the right objects (scenes only) |
+    | `zero_shot_accuracy` | `label` | among the labels of the rows, or the judge's classes if they are among these |
+    | `caption_fidelity` | `captions` | generated captions that the judge finds right, of those it can judge |
     | `memory_caption_fidelity` | `captions` | as `caption_fidelity`, from the memory of the image alone |
-    | `cider` | `captions` | of the generated captions; needs pycocoevalcap |
+    | `cider` | `captions` | of the generated captions; needs evaluate and pycocoevalcap |
     | `answer_accuracy` | `qa` | generated answers that are the right one but for case, punctuation and articles |
     | `memory_answer_accuracy` | `qa` | as `answer_accuracy`, from the memory of the image alone |
     | `region_recall@1` | `boxes`, `region_captions` | every region caption searches all regions of all images |
@@ -62,7 +58,7 @@ def evaluate_model(
 
     An instruction `{"text", "box"}` names a box by its number, and counts where the image has several boxes. An image
     with the instruction of its `edit` searches all images and all edited ones: itself is the nearest distractor. What
-    bears the file name of the edited image is right as well. Instructions stand behind the model's prompts "object"
+    bears the file name of the edited image is right as well. Instructions stand after the model's prompts "object"
     and "edit", where it has them.
 
     A model that reads a prompt in the place of [EMB] vectors has no memory, and sends all images through the language
@@ -80,6 +76,8 @@ def evaluate_model(
         batch_size: Images, texts or questions at a time.
         max_new_tokens: The length at which a generated caption is cut.
         samples: If given, receives for each row `caption` and, with boxes, `region_captions`, as generated.
+        caption_judge: The judge that tells right captions from wrong ones, such as
+            [`mmgem.training.evaluation.scene_metrics.SCENE_JUDGE`]; without one, no `_fidelity` is measured.
 
     Returns:
         Metric name to value.
@@ -90,21 +88,21 @@ def evaluate_model(
             is not there.
     """
     share = Share.for_model(model)
-    reader = RowReader(model, processor, batch_size, max_new_tokens)
-    readings = share.gather(reader.read(share.of(dataset)))
-    if len(readings) < 2:
-        raise ValueError(f"dataset must have 2 rows or more, got {len(readings)}")
+    predictor = RowPredictor(model, processor, batch_size, max_new_tokens, caption_judge)
+    outputs = share.gather(predictor.predict(share.of(dataset)))
+    if len(outputs) < 2:
+        raise ValueError(f"`dataset` has {len(outputs)} rows; expected 2 or more.")
 
     embed = partial(_embed_texts, model, processor, batch_size, share)
-    figures = _caption_figures(readings, embed)
-    figures |= _long_caption_figures(readings, embed)
-    figures |= _label_figures(readings, embed)
-    figures |= _answer_figures(readings)
-    figures |= _region_figures(readings, embed)
-    figures |= _instruction_figures(readings)
-    figures |= _edit_figures(readings)
+    figures = _caption_figures(outputs, embed, caption_judge)
+    figures |= _long_caption_figures(outputs, embed)
+    figures |= _label_figures(outputs, embed, caption_judge)
+    figures |= _answer_figures(outputs)
+    figures |= _region_figures(outputs, embed, caption_judge)
+    figures |= _instruction_figures(outputs)
+    figures |= _edit_figures(outputs)
     if samples is not None:
-        samples += [{"caption": reading.caption, "region_captions": reading.region_captions} for reading in readings]
+        samples += [{"caption": output.caption, "region_captions": output.region_captions} for output in outputs]
     return {name: value for name, value in figures.items() if value is not None}
 
 
@@ -115,8 +113,8 @@ def _embed_texts(model, processor, batch_size: int, share: Share, texts: list[st
     return torch.stack(share.gather([embed.clone() for embed in embeds]))
 
 
-def _image_embeds(readings: Sequence[Reading]) -> torch.Tensor:
-    return torch.stack([reading.image_embed for reading in readings])
+def _image_embeds(outputs: Sequence[RowOutputs]) -> torch.Tensor:
+    return torch.stack([output.image_embed for output in outputs])
 
 
 class _Captions:
@@ -151,100 +149,107 @@ class _Captions:
         return retrieval_ranks(image_embeds[described], self.embeds, right, gallery_asks=True)
 
 
-def _caption_figures(readings: Sequence[Reading], embed: Embed) -> Figures:
-    references = [captions_of(reading.row) for reading in readings]
+def _caption_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJudge | None) -> Figures:
+    references = [captions_of(output.row) for output in outputs]
     if not any(references):
         return {}
-    image_embeds, everywhere = _image_embeds(readings), range(len(readings))
+    image_embeds, everywhere = _image_embeds(outputs), range(len(outputs))
     texts = _Captions(references, embed)
     text_ranks, image_ranks = texts.text_ranks(image_embeds, everywhere), texts.image_ranks(image_embeds)
     figures: Figures = {f"text_to_image_recall@{k}": recall_at(text_ranks, k) for k in RECALL_AT}
     figures |= {f"image_to_text_recall@{k}": recall_at(image_ranks, k) for k in RECALL_AT}
     described = [number for number, own in enumerate(references) if own]
-    fused_embeds = [reading.fused_embed for reading in readings if reading.fused_embed is not None]
+    fused_embeds = [output.fused_embed for output in outputs if output.fused_embed is not None]
     if fused_embeds:
         fused_ranks = texts.text_ranks(torch.stack(fused_embeds), described)
         figures["fused_text_to_image_recall@1"] = recall_at(fused_ranks, 1)
 
-    captions = [reading.caption for reading in readings if reading.caption is not None]
+    captions = [output.caption for output in outputs if output.caption is not None]
     originals = [references[number] for number in described]
-    figures["caption_fidelity"] = caption_fidelity(captions, [first for first, *_ in originals])
-    if len(captions) > 1 and importlib.util.find_spec("pycocoevalcap"):
-        figures["cider"] = cider(captions, originals)
-    recalled = [(one.memory_caption, captions_of(one.row)[0]) for one in readings if one.memory_caption is not None]
-    if recalled:
-        figures["memory_caption_fidelity"] = caption_fidelity(*zip(*recalled, strict=True))
+    if judge is not None:
+        figures["caption_fidelity"] = judge.caption_fidelity(captions, [first for first, *_ in originals])
+    if len(captions) > 1 and all(map(importlib.util.find_spec, ("evaluate", "pycocoevalcap"))):
+        from mmgem.training.evaluation.evaluate_metrics import CIDErD
+
+        figures |= CIDErD().compute(predictions=captions, references=originals)
+    recalled = [(one.memory_caption, captions_of(one.row)[0]) for one in outputs if one.memory_caption is not None]
+    if judge is not None and recalled:
+        figures["memory_caption_fidelity"] = judge.caption_fidelity(*zip(*recalled, strict=True))
     return figures
 
 
-def _long_caption_figures(readings: Sequence[Reading], embed: Embed) -> Figures:
-    texts = [[reading.row["long_caption"]] if reading.row.get("long_caption") else [] for reading in readings]
+def _long_caption_figures(outputs: Sequence[RowOutputs], embed: Embed) -> Figures:
+    texts = [[output.row["long_caption"]] if output.row.get("long_caption") else [] for output in outputs]
     if not any(texts):
         return {}
-    ranks = _Captions(texts, embed).text_ranks(_image_embeds(readings), range(len(readings)))
+    ranks = _Captions(texts, embed).text_ranks(_image_embeds(outputs), range(len(outputs)))
     return {"long_text_to_image_recall@1": recall_at(ranks, 1)}
 
 
-def _label_figures(readings: Sequence[Reading], embed: Embed) -> Figures:
-    """The class of an image is that whose prompt is nearest, among all that scenes have, or else among the labels."""
-    labels = [reading.row["label"] for reading in readings if reading.row.get("label") is not None]
-    if len(labels) < len(readings):
+def _label_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJudge | None) -> Figures:
+    """The class of an image is that of the nearest prompt, among all that the judge has, or else among the labels."""
+    labels = [output.row["label"] for output in outputs if output.row.get("label") is not None]
+    if len(labels) < len(outputs):
         return {}
-    classes = list(LABELS) if set(labels) <= set(LABELS) else sorted(set(labels))
-    scores = similarity(_image_embeds(readings), embed([label_prompt(label) for label in classes]))  # (I, classes)
+    if judge is not None and set(labels) <= set(judge.classes):
+        classes, prompts = list(judge.classes), [judge.label_prompt(label) for label in judge.classes]
+    else:
+        classes = sorted(set(labels))
+        prompts = [f"a picture of {label}" for label in classes]
+    scores = similarity(_image_embeds(outputs), embed(prompts))  # (I, classes)
     return {"zero_shot_accuracy": agreement([classes[best] for best in scores.argmax(dim=1).tolist()], labels)}
 
 
-def _answer_figures(readings: Sequence[Reading]) -> Figures:
-    references = [turn["answer"] for reading in readings for turn in reading.row.get("qa") or []]
+def _answer_figures(outputs: Sequence[RowOutputs]) -> Figures:
+    references = [turn["answer"] for output in outputs for turn in output.row.get("qa") or []]
     written = {
-        "answer_accuracy": [answer for reading in readings for answer in reading.answers],
-        "memory_answer_accuracy": [answer for reading in readings for answer in reading.memory_answers],
+        "answer_accuracy": [answer for output in outputs for answer in output.answers],
+        "memory_answer_accuracy": [answer for output in outputs for answer in output.memory_answers],
     }
     return {name: answer_accuracy(answers, references) for name, answers in written.items() if answers}
 
 
-def _region_figures(readings: Sequence[Reading], embed: Embed) -> Figures:
+def _region_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJudge | None) -> Figures:
     """A region of the same meaning is right as well."""
-    captioned = [reading for reading in readings if reading.region_captions]
+    captioned = [output for output in outputs if output.region_captions]
     if not captioned:
         return {}
-    texts = [text for reading in captioned for text in region_texts_of(reading.row)]
-    meanings = [parse_region_caption(text) or text.lower() for text in texts]
+    texts = [text for output in captioned for text in region_texts_of(output.row)]
+    meanings = [(judge and judge.parse_region_caption(text)) or text.lower() for text in texts]
     regions_of_meaning: dict[Hashable, set[int]] = defaultdict(set)
     for region, meaning in enumerate(meanings):
         regions_of_meaning[meaning].add(region)
-    region_embeds = torch.cat([reading.region_embeds for reading in captioned])
+    region_embeds = torch.cat([output.region_embeds for output in captioned])
     ranks = retrieval_ranks(embed(texts), region_embeds, [regions_of_meaning[meaning] for meaning in meanings])
-    captions = [caption for reading in captioned for caption in reading.region_captions]
-    fidelity = region_caption_fidelity(captions, texts)
+    captions = [caption for output in captioned for caption in output.region_captions]
+    fidelity = judge.region_caption_fidelity(captions, texts) if judge is not None else None
     return {"region_recall@1": recall_at(ranks, 1), "region_caption_fidelity": fidelity}
 
 
-def _instruction_figures(readings: Sequence[Reading]) -> Figures:
+def _instruction_figures(outputs: Sequence[RowOutputs]) -> Figures:
     ranks = [
         retrieval_ranks(
-            reading.instruction_embeds, reading.region_embeds, [{one["box"]} for one in instructions_of(reading.row)]
+            output.instruction_embeds, output.region_embeds, [{one["box"]} for one in instructions_of(output.row)]
         )
-        for reading in readings
-        if reading.instruction_embeds is not None
+        for output in outputs
+        if output.instruction_embeds is not None
     ]
     return {"instructed_region_accuracy": recall_at(torch.cat(ranks), 1)} if ranks else {}
 
 
-def _edit_figures(readings: Sequence[Reading]) -> Figures:
+def _edit_figures(outputs: Sequence[RowOutputs]) -> Figures:
     """The image that is edited is a distractor like all others, and the nearest one."""
-    edited = [reading for reading in readings if reading.edit_embed is not None]
+    edited = [output for output in outputs if output.edit_embed is not None]
     if not edited:
         return {}
-    queries = torch.stack([reading.edit_embed for reading in edited])
-    gallery = torch.stack([reading.image_embed for reading in readings] + [reading.twin_embed for reading in edited])
-    twin_names = [reading.row["edit"].get("file_name") for reading in edited]
+    queries = torch.stack([output.edit_embed for output in edited])
+    gallery = torch.stack([output.image_embed for output in outputs] + [output.twin_embed for output in edited])
+    twin_names = [output.row["edit"].get("file_name") for output in edited]
     # Where the edited image is a row as well, or comes of several edits, each copy of it is right.
     places: dict[str | None, set[int]] = defaultdict(set)
-    for place, name in enumerate([reading.row.get("file_name") for reading in readings] + twin_names):
+    for place, name in enumerate([output.row.get("file_name") for output in outputs] + twin_names):
         places[name].add(place)
     right = [
-        {len(readings) + number} | (set() if name is None else places[name]) for number, name in enumerate(twin_names)
+        {len(outputs) + number} | (set() if name is None else places[name]) for number, name in enumerate(twin_names)
     ]
     return {"composed_recall@1": recall_at(retrieval_ranks(queries, gallery, right), 1)}

@@ -1,14 +1,14 @@
-"""What embeddings, captions and answers are worth, given what is right: no model runs here."""
+"""Figures for embeddings, captions and answers, given what is right: no model runs here."""
 
 import re
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
 from mmgem.late_interaction import similarity
-from mmgem.training.scenes.caption_parser import parse_caption, parse_region_caption
 
 _MAX_SCORES = 2**24  # scores held at a time
 _ARTICLES = {"a", "an", "the"}
@@ -34,23 +34,47 @@ def retrieval_ranks(
     Raises:
         ValueError: If the sizes do not fit, a query has no right row, or one side has single vectors only.
     """
-    if len(right) != len(queries):
-        raise ValueError(f"right must have one entry for each of the {len(queries)} queries, got {len(right)}")
-    if empty := [number for number, rows in enumerate(right) if not rows]:
-        raise ValueError(f"right must name at least one gallery row for each query, got none for query {empty[0]}")
+    _check_right(right, len(queries), len(gallery))
     ranks = []
     # A part of the queries at a time: all scores of 100,000 x 100,000 would be 40 GB.
     step = max(1, _MAX_SCORES // gallery[..., 0].numel())
     for start in range(0, len(queries), step):
         part = queries[start : start + step]
         scores = similarity(gallery, part).T if gallery_asks else similarity(part, gallery)  # (step, G)
-        is_right = torch.zeros_like(scores, dtype=torch.bool)
-        for row, columns in enumerate(right[start : start + step]):
-            is_right[row, list(columns)] = True
-        best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
-        # `not <` rather than `>=`: a row of NaN is then as wrong as can be.
-        ranks.append((~(scores < best) & ~is_right).sum(dim=1))
+        ranks.append(ranks_of_scores(scores, right[start : start + step]))
     return torch.cat(ranks)
+
+
+def ranks_of_scores(scores: torch.Tensor, right: Sequence[Collection[int]]) -> torch.Tensor:
+    """The ranks of `retrieval_ranks`, from the scores of all gallery rows.
+
+    Args:
+        scores: (Q, G).
+        right: For each query the gallery rows that are right, at least one.
+
+    Returns:
+        (Q,) int64, 0 is best.
+
+    Raises:
+        ValueError: If the sizes do not fit, a query has no right row, or one that is not in the gallery.
+    """
+    _check_right(right, *scores.shape)
+    is_right = torch.zeros_like(scores, dtype=torch.bool)  # (Q, G)
+    for row, columns in enumerate(right):
+        is_right[row, list(columns)] = True
+    best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)  # (Q, 1)
+    # `not <` rather than `>=`: a row of NaN is then as wrong as can be.
+    return (~(scores < best) & ~is_right).sum(dim=1)
+
+
+def _check_right(right: Sequence[Collection[int]], queries: int, gallery: int) -> None:
+    if len(right) != queries:
+        raise ValueError(f"`right` holds {len(right)} entries; expected {queries}, one for each of the queries.")
+    for number, rows in enumerate(right):
+        if not rows:
+            raise ValueError(f"`right` is empty for query {number}; expected at least one gallery row.")
+        if not 0 <= min(rows) <= max(rows) < gallery:
+            raise ValueError(f"`right` is {sorted(rows)} for query {number}; expected rows from 0 to {gallery - 1}.")
 
 
 def recall_at(ranks: torch.Tensor, k: int) -> float:
@@ -62,10 +86,10 @@ class BudgetRecall(NamedTuple):
     """Recall@1 where so many vectors of so many dimensions are kept.
 
     Args:
-        query_vectors, document_vectors: of each query and each document; 1 for single vectors.
-        dimensions: of each vector.
-        bytes_per_document: of its vectors, as the gallery holds them.
-        recall: 0 to 1.
+        query_vectors, document_vectors: How many of each query and each document; 1 for single vectors.
+        dimensions: Values of each vector.
+        bytes_per_document: Bytes of its vectors, as the gallery holds them.
+        recall: Recall@1, 0 to 1.
     """
 
     query_vectors: int
@@ -101,9 +125,9 @@ def recall_by_budget(
     dimensions = [width] if dimensions is None else list(dimensions)
     for r, m in vectors:
         if not (1 <= r <= query_count and 1 <= m <= document_count):
-            raise ValueError(f"vectors must be within ({query_count}, {document_count}), from 1 on, got {(r, m)}")
+            raise ValueError(f"`vectors` holds {(r, m)}; expected (1, 1) to ({query_count}, {document_count}).")
     if outside := [d for d in dimensions if not 1 <= d <= width]:
-        raise ValueError(f"dimensions must be from 1 to {width}, got {outside[0]}")
+        raise ValueError(f"`dimensions` holds {outside[0]}; expected numbers from 1 to {width}.")
 
     budgets = []
     for r, m in vectors:
@@ -125,18 +149,34 @@ def agreement(predictions: Sequence[Hashable], references: Sequence[Hashable]) -
     return sum(a == b for a, b in zip(predictions, references, strict=True)) / len(references)
 
 
-def caption_fidelity(captions: Sequence[str], references: Sequence[str]) -> float | None:
-    """The share of captions that speak of exactly the objects their reference speaks of, in whatever words.
+@dataclass(frozen=True)
+class CaptionJudge:
+    """A judge of the captions of one kind of pictures, which are right or wrong in whatever words.
 
-    Returns:
-        0 to 1 over the references that are captions of scenes, or None where none is.
+    Args:
+        parse_caption: Caption to its meaning, equal for captions that say the same; None for a text that is no caption
+            of these pictures, which is then not judged.
+        parse_region_caption: Likewise for a caption of a region.
+        classes: All classes that the pictures can have.
+        label_prompt: Class to the text that searches for it.
     """
-    return _fidelity(captions, references, parse_caption)
 
+    parse_caption: Callable[[str], Hashable | None]
+    parse_region_caption: Callable[[str], Hashable | None]
+    classes: Sequence[str]
+    label_prompt: Callable[[str], str]
 
-def region_caption_fidelity(captions: Sequence[str], references: Sequence[str]) -> float | None:
-    """As `caption_fidelity`, for captions of regions."""
-    return _fidelity(captions, references, parse_region_caption)
+    def caption_fidelity(self, captions: Sequence[str], references: Sequence[str]) -> float | None:
+        """The share of captions that say exactly what their reference says.
+
+        Returns:
+            0 to 1 over the references that can be judged, or None where none can.
+        """
+        return _fidelity(captions, references, self.parse_caption)
+
+    def region_caption_fidelity(self, captions: Sequence[str], references: Sequence[str]) -> float | None:
+        """As `caption_fidelity`, for captions of regions."""
+        return _fidelity(captions, references, self.parse_region_caption)
 
 
 def answer_accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -173,10 +213,12 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float
     """
     if len(captions) != len(references):
         raise ValueError(
-            f"references must have one entry for each of the {len(captions)} captions, got {len(references)}"
+            f"`references` holds {len(references)} entries; expected {len(captions)}, one for each of the captions."
         )
     if len(captions) < 2:
-        raise ValueError(f"captions must be of 2 images or more, CIDEr weighs words by image; got {len(captions)}")
+        raise ValueError(
+            f"`captions` is of {len(captions)} images; expected 2 or more, because CIDEr weighs words by image."
+        )
     from pycocoevalcap.cider.cider import Cider
 
     candidates = {number: [_words(caption)] for number, caption in enumerate(captions)}

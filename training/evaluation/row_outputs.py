@@ -1,4 +1,4 @@
-"""What a model makes of rows: the embeddings of their images, and what it writes about them."""
+"""The outputs of a model for rows: embeddings of their images, and what it writes about them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from mmgem.processing.boxes import is_in_view, model_views
 from mmgem.processing.image_loading import load_image
 from mmgem.training.data.rows import IMAGE_COLUMNS, captions_of, edit_of, images_of
+from mmgem.training.evaluation.metrics import CaptionJudge
 from mmgem.training.inference import (
     ANSWER_TOKENS,
     answer_from_memory,
@@ -19,35 +20,31 @@ from mmgem.training.inference import (
     embed_fused,
     embed_images,
     embed_regions,
-    embedded_kinds,
     generate_answers,
     generate_region_captions,
-    remember,
 )
-from mmgem.training.scenes.caption_parser import parse_caption
 
 _PICTURES = (*IMAGE_COLUMNS, "edited_image")
 
 
 @dataclass
-class Reading:
-    """
-    What a model makes of a row, beside the row's columns without its pictures, which would fill the memory.
+class RowOutputs:
+    """The outputs of a model for one row, beside the row's columns without its pictures, which would fill the RAM.
 
     An embedding is (D,) or (k, D); what the row has no columns for is None or empty.
 
     Args:
-        row: the other columns.
-        image_embed: of the image.
-        caption: of the image.
-        fused_embed: of the image through the language model.
-        memory_caption: from the memory of the image alone; only beside captions of scenes, which can be judged.
-        answers, memory_answers: to the questions of `qa`, from the image and from its memory alone.
-        region_embeds: (R, D) or (R, k, D), of the boxes.
-        region_captions: of the boxes.
-        instruction_embeds: (N, D) or (N, k, D), of the image with each of its `instructions`.
-        edit_embed: of the image with the instruction of its `edit`.
-        twin_embed: of the edited image.
+        row: The other columns.
+        image_embed: Embedding of the image.
+        caption: Caption of the image.
+        fused_embed: Embedding of the image through the language model.
+        memory_caption: Caption from the memory of the image alone, where captions can be judged.
+        answers, memory_answers: Answers to the questions of `qa`, from the image and from its memory alone.
+        region_embeds: (R, D) or (R, k, D) embeddings of the boxes.
+        region_captions: Captions of the boxes.
+        instruction_embeds: (N, D) or (N, k, D) embeddings of the image with each of its `instructions`.
+        edit_embed: Embedding of the image with the instruction of its `edit`.
+        twin_embed: Embedding of the edited image.
     """
 
     row: dict[str, Any]
@@ -77,7 +74,9 @@ def region_texts_of(row: Mapping[str, Any]) -> list[str]:
     """
     texts, boxes = row.get("region_captions") or [], row.get("boxes") or []
     if texts and len(texts) != len(boxes):
-        raise ValueError(f"a row of dataset has {len(boxes)} boxes and {len(texts)} region_captions, expected as many")
+        raise ValueError(
+            f"`dataset` has a row with {len(boxes)} boxes and {len(texts)} region_captions; expected as many."
+        )
     return texts
 
 
@@ -90,65 +89,69 @@ def instructions_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     instructions, count = row.get("instructions") or [], len(row.get("boxes") or [])
     for instruction in instructions:
         if not 0 <= instruction["box"] < count:
-            raise ValueError(f"a row of dataset has {count} boxes and an instruction for number {instruction['box']}")
+            raise ValueError(
+                f"`dataset` has a row with {count} boxes and an instruction for box {instruction['box']}; expected "
+                "one of them."
+            )
     return instructions if count > 1 else []
 
 
 def _checked(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
     """Raises a ValueError for a row that cannot be measured."""
     if len(images_of(row)) != 1:
-        raise ValueError(f"row {number} of dataset has {len(images_of(row))} images, expected one")
+        raise ValueError(f"`dataset` has {len(images_of(row))} images in row {number}; expected one.")
     for turn in row.get("qa") or []:
         if not isinstance(turn, Mapping) or not {"question", "answer"} <= set(turn):
-            raise ValueError(f"row {number} of dataset has {turn!r:.80} in `qa`, expected a question and an answer")
+            raise ValueError(f"`dataset` has {turn!r:.80} in `qa` of row {number}; expected a question and an answer.")
     region_texts_of(row)
     instructions_of(row)
     return row
 
 
-class RowReader:
-    """
-    Reads rows: embeds and writes all that their columns allow, in batches.
+class RowPredictor:
+    """Embeds and writes all that the columns of rows allow, in batches.
 
     Args:
-        model: an `MMGEMModel`, on any device; its training mode is the same afterwards.
-        processor: its `MMGEMProcessor`.
-        batch_size: images, questions or instructions at a time.
-        max_new_tokens: at which a caption is cut; answers are cut at `ANSWER_TOKENS` at the latest.
+        model: An `MMGEMModel`, on any device; its training mode is the same afterwards.
+        processor: Its `MMGEMProcessor`.
+        batch_size: Images, questions or instructions at a time.
+        max_new_tokens: The length at which a caption is cut; answers are cut at `ANSWER_TOKENS` at the latest.
+        caption_judge: The judge of captions, as for `evaluate_model`; only what it can judge is written from memories.
     """
 
-    def __init__(self, model, processor, batch_size: int, max_new_tokens: int):
-        self.model, self.processor = model, processor
+    def __init__(
+        self, model, processor, batch_size: int, max_new_tokens: int, caption_judge: CaptionJudge | None = None
+    ):
+        self.model, self.processor, self.caption_judge = model, processor, caption_judge
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.max_answer_tokens = min(max_new_tokens, ANSWER_TOKENS)
         self.prompts = model.config.prompts or {}
-        # Where a prompt is read in the place of [EMB] vectors, there is no memory, and all images go through the
-        # language model anyway.
-        self.has_memory = model.config.embedding_prompt_ids is None
-        self.can_fuse = "fused" in embedded_kinds(model.config)
+        self.can_fuse = "fused" in model.config.embedded_kinds
 
-    def read(self, rows: Iterable[Mapping[str, Any]]) -> list[Reading]:
-        """
+    def predict(self, rows: Iterable[Mapping[str, Any]]) -> list[RowOutputs]:
+        """Runs the model.
+
         Args:
-            rows: dicts as for `evaluate_model`.
+            rows: Dicts as for `evaluate_model`.
 
         Returns:
-            A reading of each row. No embedding is a view of its batch: it would be sent to other processes with all
-            of it.
+            The outputs for each row. No embedding shares the memory of its batch: it would be sent to other processes
+            with all of it.
+
+        Raises:
+            ValueError: If a row cannot be measured, see `evaluate_model`.
         """
-        readings: list[Reading] = []
+        outputs: list[RowOutputs] = []
         for unchecked in _batches(rows, self.batch_size):
-            batch = [self._visible(_checked(row, len(readings) + number)) for number, row in enumerate(unchecked)]
+            batch = [self._visible(_checked(row, len(outputs) + number)) for number, row in enumerate(unchecked)]
             images = [images_of(row)[0] for row in batch]
             columns = [{name: value for name, value in row.items() if name not in _PICTURES} for row in batch]
-            embeds = _rows_of(embed_images(self.model, self.processor, images))
-            new = [Reading(*pair) for pair in zip(columns, embeds, strict=True)]
-            self._look(new, images)
-            self._remember(new, images)
-            self._read_regions(new, images)
-            self._read_edits(new, images, [edit_of(row) for row in batch])
-            readings += new
-        return readings
+            new = self._embed_images(columns, images)
+            self._write_from_images(new, images)
+            self._predict_regions(new, images)
+            self._embed_edits(new, images, [edit_of(row) for row in batch])
+            outputs += new
+        return outputs
 
     def _visible(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Without the boxes that the image processor crops away, as in training, and without what is said of them."""
@@ -170,94 +173,104 @@ class RowReader:
             "instructions": instructions,
         }
 
-    def _look(self, readings: Sequence[Reading], images: Sequence[Any]):
+    def _embed_images(self, rows: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[RowOutputs]:
+        """Embeddings of the images and, where there is something to write about them, outputs from their memories."""
+        # Where a prompt is read in the place of [EMB] vectors, there is no memory, and all images go through the
+        # language model anyway.
+        has_memory = self.model.config.has_memory
+        told = [n for n, row in enumerate(rows) if has_memory and (captions_of(row) or questions_of(row))]
+        others = [n for n in range(len(rows)) if n not in told]
+        outputs: dict[int, RowOutputs] = {}
+        if others:
+            embeds = embed_images(self.model, self.processor, [images[n] for n in others])
+            outputs |= {n: RowOutputs(rows[n], embed) for n, embed in zip(others, _rows_of(embeds), strict=True)}
+        if told:
+            states = embed_and_remember(self.model, self.processor, [images[n] for n in told])
+            embeds = states.image_embeds
+            outputs |= {n: RowOutputs(rows[n], embed) for n, embed in zip(told, _rows_of(embeds), strict=True)}
+            if states.fused_embeds is not None:
+                for n, fused_embed in zip(told, _rows_of(states.fused_embeds), strict=True):
+                    outputs[n].fused_embed = fused_embed if captions_of(rows[n]) else None
+            self._write_from_memories([outputs[n] for n in told], states.memory)
+        return [outputs[n] for n in range(len(rows))]
+
+    def _write_from_images(self, outputs: Sequence[RowOutputs], images: Sequence[Any]):
         """Captions and answers, from the images."""
-        is_told = [bool(captions_of(reading.row)) for reading in readings]
-        texts = self._write(generate_answers, images, readings, is_told)
-        for reading, (caption, answers) in zip(readings, texts, strict=True):
-            reading.caption, reading.answers = caption, answers
+        has_caption = [bool(captions_of(output.row)) for output in outputs]
+        texts = self._write(generate_answers, images, outputs, has_caption)
+        for output, (caption, answers) in zip(outputs, texts, strict=True):
+            output.caption, output.answers = caption, answers
 
-    def _remember(self, readings: Sequence[Reading], images: Sequence[Any]):
-        """Embeddings through the language model; captions and answers from the memory that these passes leave."""
-        told = [number for number, one in enumerate(readings) if captions_of(one.row) or questions_of(one.row)]
-        if not self.has_memory or not told:
-            return
-        readings = [readings[number] for number in told]
-        own_images = [images[number] for number in told]
-        if self.can_fuse:
-            embeds, memories = embed_and_remember(self.model, self.processor, own_images)
-            for reading, embed in zip(readings, _rows_of(embeds), strict=True):
-                reading.fused_embed = embed if captions_of(reading.row) else None
-        else:
-            memories = remember(self.model, self.processor, own_images)
-        is_judged = [_is_scene(captions_of(reading.row)) for reading in readings]
-        texts = self._write(_answer_from_memories, list(memories), readings, is_judged)
-        for reading, (caption, answers) in zip(readings, texts, strict=True):
-            reading.memory_caption, reading.memory_answers = caption, answers
+    def _write_from_memories(self, outputs: Sequence[RowOutputs], memories: torch.Tensor):
+        """Captions and answers, from the memories (B, k, H) of the images."""
+        has_caption = [self._is_judged(captions_of(output.row)) for output in outputs]
+        texts = self._write(_answer_from_memories, list(memories), outputs, has_caption)
+        for output, (caption, answers) in zip(outputs, texts, strict=True):
+            output.memory_caption, output.memory_answers = caption, answers
 
-    def _write(self, answer: Callable, sources: Sequence, readings: Sequence[Reading], is_told: Sequence[bool]):
-        """For each reading what `answer` makes of its source: a caption, where it is told, and its answers."""
+    def _is_judged(self, captions: Sequence[str]) -> bool:
+        judge = self.caption_judge
+        return judge is not None and bool(captions) and judge.parse_caption(captions[0]) is not None
+
+    def _write(self, answer: Callable, sources: Sequence, outputs: Sequence[RowOutputs], has_caption: Sequence[bool]):
+        """For each row a caption, if it has one, and its answers, all from its source, by the function `answer`."""
         answer = partial(answer, self.model, self.processor)
-        nothing = [[""] if told else [] for told in is_told]  # a caption answers the empty question
+        nothing = [[""] if has_one else [] for has_one in has_caption]  # a caption answers the empty question
         captions = self._each(partial(answer, max_new_tokens=self.max_new_tokens), sources, nothing)
-        questions = [questions_of(reading.row) for reading in readings]
+        questions = [questions_of(output.row) for output in outputs]
         answers = self._each(partial(answer, max_new_tokens=self.max_answer_tokens), sources, questions)
         return zip([next(iter(caption), None) for caption in captions], answers, strict=True)
 
-    def _read_regions(self, readings: Sequence[Reading], images: Sequence[Any]):
-        """Embeddings and captions of boxes, and what instructions make of the image."""
-        boxed = [n for n, one in enumerate(readings) if region_texts_of(one.row) or instructions_of(one.row)]
+    def _predict_regions(self, outputs: Sequence[RowOutputs], images: Sequence[Any]):
+        """Embeddings and captions of boxes, and embeddings of the image with each instruction."""
+        boxed = [n for n, one in enumerate(outputs) if region_texts_of(one.row) or instructions_of(one.row)]
         if boxed:
-            boxes = [readings[number].row["boxes"] for number in boxed]
+            boxes = [outputs[number].row["boxes"] for number in boxed]
             embeds = embed_regions(self.model, self.processor, [images[number] for number in boxed], boxes)
             for number, own_embeds in zip(boxed, embeds.split([len(own) for own in boxes]), strict=True):
-                readings[number].region_embeds = own_embeds.clone()
-        captioned = [number for number in boxed if region_texts_of(readings[number].row)]
+                outputs[number].region_embeds = own_embeds.clone()
+        captioned = [number for number in boxed if region_texts_of(outputs[number].row)]
         if captioned:
-            boxes = [readings[number].row["boxes"] for number in captioned]
+            boxes = [outputs[number].row["boxes"] for number in captioned]
             own_images = [images[number] for number in captioned]
             captions = iter(
                 generate_region_captions(self.model, self.processor, own_images, boxes, self.max_new_tokens)
             )
             for number, own_boxes in zip(captioned, boxes, strict=True):
-                readings[number].region_captions = list(islice(captions, len(own_boxes)))
+                outputs[number].region_captions = list(islice(captions, len(own_boxes)))
 
         if not self.can_fuse:
             return
         prompt = self.prompts.get("object", "")
-        texts = [[prompt + one["text"] for one in instructions_of(reading.row)] for reading in readings]
-        for reading, own_embeds in zip(readings, self._each(self._embed, images, texts), strict=True):
-            reading.instruction_embeds = torch.stack(own_embeds) if own_embeds else None
+        texts = [[prompt + one["text"] for one in instructions_of(output.row)] for output in outputs]
+        for output, own_embeds in zip(outputs, self._each(self._embed, images, texts), strict=True):
+            output.instruction_embeds = torch.stack(own_embeds) if own_embeds else None
 
-    def _read_edits(self, readings: Sequence[Reading], images: Sequence[Any], edits: Sequence[tuple[str, Any] | None]):
-        """What the instruction of an edit makes of the image, and the embedding of what should come of it."""
-        edited = [
-            (reading, image, *edit) for reading, image, edit in zip(readings, images, edits, strict=True) if edit
-        ]
+    def _embed_edits(
+        self, outputs: Sequence[RowOutputs], images: Sequence[Any], edits: Sequence[tuple[str, Any] | None]
+    ):
+        """Embeddings of the image with the instruction of its edit, and of the edited image."""
+        edited = [(output, image, *edit) for output, image, edit in zip(outputs, images, edits, strict=True) if edit]
         if not edited or not self.can_fuse:
             return
-        edited_readings, own_images, instructions, twins = zip(*edited, strict=True)
+        edited_outputs, own_images, instructions, twins = zip(*edited, strict=True)
         prompt = self.prompts.get("edit", "")
         edit_embeds = self._embed(own_images, [prompt + instruction for instruction in instructions])
         twin_embeds = _rows_of(embed_images(self.model, self.processor, twins))
-        for reading, edit_embed, twin_embed in zip(edited_readings, edit_embeds, twin_embeds, strict=True):
-            reading.edit_embed, reading.twin_embed = edit_embed, twin_embed
+        for output, edit_embed, twin_embed in zip(edited_outputs, edit_embeds, twin_embeds, strict=True):
+            output.edit_embed, output.twin_embed = edit_embed, twin_embed
 
     def _embed(self, images: Sequence[Any], texts: Sequence[str]) -> list[torch.Tensor]:
         return _rows_of(embed_fused(self.model, self.processor, images, texts))
 
     def _each(self, function: Callable, sources: Sequence, texts: Sequence[Sequence[str]]) -> list[list]:
-        """What a function makes of each source with each of its texts, a batch at a time."""
+        """The results of a function for each source with each of its texts, a batch at a time."""
         pairs = [(source, text) for source, own in zip(sources, texts, strict=True) for text in own]
         results: list = []
         for start in range(0, len(pairs), self.batch_size):
             results += function(*zip(*pairs[start : start + self.batch_size], strict=True))
         remaining = iter(results)
         return [list(islice(remaining, len(own))) for own in texts]
-
-
-def _is_scene(captions: Sequence[str]) -> bool:
-    return bool(captions) and parse_caption(captions[0]) is not None
 
 
 def _answer_from_memories(model, processor, memories: Sequence[torch.Tensor], questions, max_new_tokens: int):

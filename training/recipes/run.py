@@ -135,7 +135,10 @@ def _finish(recipe: Recipe, out: Path, arguments: MMGEMTrainingArguments, eval_d
         model.set_attn_implementation(recipe.model.attn_implementation)
     metrics: dict[str, float] = {}
     if eval_dataset is not None:
-        metrics = evaluate_model(model, processor, eval_dataset, batch_size=arguments.per_device_eval_batch_size)
+        from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
+
+        batch_size = arguments.per_device_eval_batch_size
+        metrics = evaluate_model(model, processor, eval_dataset, batch_size=batch_size, caption_judge=SCENE_JUDGE)
     if PartialState().is_main_process:
         logs = [json.loads((folder / LOG_NAME).read_text(encoding="utf-8")) for folder in folders]
         log_history = [entry for log in logs for entry in log]

@@ -92,10 +92,14 @@ def stage_trainer(
     eval_dataset=None,
 ) -> MMGEMTrainer:
     """Build the trainer of one stage, with its model and processor set for it."""
+    from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
+
     set_seed(arguments.seed)  # for LoRA, which starts at random
     prepare_for_stage(model, processor, recipe, stage)
     collator = MMGEMCollator(processor, prompts=model.config.prompts, **stage.collator)
-    return stage_kind(stage).trainer(model, arguments, processor, collator, train_dataset, eval_dataset)
+    trainer = stage_kind(stage).trainer(model, arguments, processor, collator, train_dataset, eval_dataset)
+    trainer.caption_judge = SCENE_JUDGE  # which leaves what is not of scenes unjudged
+    return trainer
 
 
 def _steps_of(arguments: MMGEMTrainingArguments, sources: Sequence) -> int:

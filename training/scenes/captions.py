@@ -1,4 +1,4 @@
-"""What is said about a scene: captions, questions, instructions, edits.
+"""The texts about a scene: captions, questions, instructions, edits.
 
 Every text follows from the scene alone, wording included. A caption is complete: it names every object with color,
 shape and place; a fill is named unless the object is solid, a size unless it is small.
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from mmgem.training.scenes.drawing import (
     COLORS,
     FILLS,
-    LABELS,
     MAX_OBJECTS,
     PLACES,
     SHAPES,
@@ -244,10 +243,8 @@ def write_edit(scene: Scene) -> Edit | None:
 
 
 def label_prompt(label: str) -> str:
-    """The text that finds the images of a class: "a picture with a large red star" for one of `LABELS`, "a picture of
-    dog" for a class of other data.
-    """
-    return f"a picture with a large {label}" if label in LABELS else f"a picture of {label}"
+    """The text that searches for the scenes of a class, one of `LABELS`: "a picture with a large red star"."""
+    return f"a picture with a large {label}"
 
 
 def _in_reading_order(objects: Sequence[SceneObject], rng: random.Random | None) -> str:

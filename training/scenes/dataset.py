@@ -1,4 +1,4 @@
-"""Scenes as data: a torch dataset, a `datasets` dataset, and an image folder on disk, all with the same rows."""
+"""Scenes as data: a torch dataset, and an image folder on disk, with the same rows."""
 
 import json
 import shutil
@@ -23,17 +23,16 @@ from mmgem.training.scenes.captions import (
 from mmgem.training.scenes.drawing import MIN_IMAGE_SIZE, Scene, draw_scene, make_scene, scene_boxes
 
 if TYPE_CHECKING:
-    import datasets
     from PIL import Image
 
 
 def image_name(scene: Scene) -> str:
-    """The file name of a scene's picture: names sort as the scenes do."""
+    """Returns the file name of a scene's picture: names sort as the scenes do."""
     return f"scene-{scene.seed}-{scene.index:07d}.png"
 
 
 def twin_name(scene: Scene) -> str:
-    """The file name of the picture that follows from the scene's edit."""
+    """Returns the file name of the picture that follows from the scene's edit."""
     return f"scene-{scene.seed}-{scene.index:07d}-edited.png"
 
 
@@ -63,7 +62,6 @@ _COLUMNS: dict[str, Callable[[Scene, int], Any]] = {
     "instructions": lambda scene, size: write_instructions(scene),
 }
 COLUMNS = tuple(_COLUMNS)
-_BLOCK = 256  # rows of a `datasets` shard
 
 
 class SceneDataset(Dataset):
@@ -86,7 +84,7 @@ class SceneDataset(Dataset):
     | `instructions` | for each box `{"text": ..., "box": ...}`: words that mean the object in it and no other |
 
     Args:
-        seed: Which sequence of scenes. Different seeds for training and evaluation.
+        seed: The sequence of scenes. Training and evaluation take different seeds.
         count: Number of rows.
         image_size: Side of the images in pixels.
         unique: Whether to skip scenes whose objects, or whose twin's objects, another row or twin has already. Then
@@ -106,11 +104,11 @@ class SceneDataset(Dataset):
         columns: Sequence[str] = COLUMNS,
     ):
         if count < 1:
-            raise ValueError(f"count must be 1 or more, got {count}")
+            raise ValueError(f"`count` is {count}; expected 1 or more.")
         if image_size < MIN_IMAGE_SIZE:
-            raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE} pixels, got {image_size}")
+            raise ValueError(f"`image_size` is {image_size}; expected {MIN_IMAGE_SIZE} pixels or more.")
         if unknown := set(columns) - set(COLUMNS):
-            raise ValueError(f"columns must be among {', '.join(COLUMNS)}; got {', '.join(sorted(unknown))}")
+            raise ValueError(f"`columns` holds {sorted(unknown)}; expected some of {', '.join(COLUMNS)}.")
         self.seed = seed
         self.image_size = image_size
         self.columns = tuple(columns)
@@ -124,7 +122,7 @@ class SceneDataset(Dataset):
         return {column: _COLUMNS[column](scene, self.image_size) for column in self.columns}
 
     def scene(self, row: int) -> Scene:
-        """The scene behind a row.
+        """Returns the scene of a row.
 
         Raises:
             IndexError: If there is no such row; negative numbers count from the end.
@@ -153,62 +151,6 @@ def _unique_indices(seed: int, count: int) -> list[int]:
     return indices
 
 
-def scene_features(columns: Sequence[str] = COLUMNS) -> "datasets.Features":
-    """The `datasets` features of the given columns."""
-    from datasets import Features, Image, List, Value
-
-    text = Value("string")
-    features = {
-        "image": Image(),
-        "file_name": text,
-        "scene_id": text,
-        "captions": List(text),
-        "long_caption": text,
-        "boxes": List(List(Value("float64"))),
-        "region_captions": List(text),
-        "label": text,
-        "qa": List({"question": text, "answer": text}),
-        "hard_negatives": List(text),
-        "edit": {"instruction": text, "file_name": text},
-        "edited_image": Image(),
-        "instructions": List({"text": text, "box": Value("int64")}),
-    }
-    return Features({column: features[column] for column in columns})
-
-
-def scene_dataset(
-    seed: int,
-    count: int,
-    image_size: int = 96,
-    unique: bool = False,
-    columns: Sequence[str] = COLUMNS,
-    streaming: bool = False,
-) -> "datasets.Dataset | datasets.IterableDataset":
-    """The rows of `SceneDataset` as a `datasets` dataset.
-
-    Args:
-        seed, count, image_size, unique, columns: As for `SceneDataset`.
-        streaming: False gives a `datasets.Dataset`, computed once and kept in the cache of `datasets`; True an
-            `IterableDataset`, which computes rows as they are read and can be split among workers.
-    """
-    import datasets
-
-    scenes = SceneDataset(seed, count, image_size, unique, columns)
-    features = scene_features(columns)
-    # Lists in `gen_kwargs` are what `datasets` divides among workers.
-    blocks = [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
-    arguments = {"scenes": scenes, "blocks": blocks}
-    if streaming:
-        return datasets.IterableDataset.from_generator(_generate_rows, features=features, gen_kwargs=arguments)
-    return datasets.Dataset.from_generator(_generate_rows, features=features, gen_kwargs=arguments)
-
-
-def _generate_rows(scenes: SceneDataset, blocks: list[range]):
-    for block in blocks:
-        for row in block:
-            yield scenes[row]
-
-
 def write_scene_folder(out: str | Path, seed: int, count: int, image_size: int = 96) -> Path:
     """Writes scenes as an ordinary image folder: PNG files, their edited twins, and `metadata.jsonl`.
 
@@ -232,7 +174,7 @@ def write_scene_folder(out: str | Path, seed: int, count: int, image_size: int =
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out must be a new or empty folder, got {out}")
+        raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or empty folder.")
     scenes = SceneDataset(seed, count, image_size, unique=True)
     partial = out.with_name(out.name + ".partial")
     if partial.exists():

@@ -117,7 +117,7 @@ def make_scene(seed: int, index: int) -> Scene:
         ValueError: If `index` is negative.
     """
     if index < 0:
-        raise ValueError(f"index must be 0 or more, got {index}")
+        raise ValueError(f"`index` is {index}; expected 0 or more.")
     rng = random.Random(f"{seed}-{index}-objects")
     places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, MAX_OBJECTS)))
     subject = rng.choice(places)
@@ -178,7 +178,7 @@ def scene_boxes(scene: Scene, image_size: int = 96) -> list[list[float]]:
 
 def _check_image_size(image_size: int) -> None:
     if image_size < MIN_IMAGE_SIZE:
-        raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE} pixels, got {image_size}")
+        raise ValueError(f"`image_size` is {image_size}; expected {MIN_IMAGE_SIZE} pixels or more.")
 
 
 def _place(scene: Scene, item: SceneObject, image_size: int) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -292,7 +292,7 @@ def _draw_background(scene: Scene, image_size: int) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _pattern(kind: str, variant: int, image_size: int) -> Image.Image:
-    """Where the second tone of a background shows: mode L, 0 to 255; `variant` is 0 to 3."""
+    """The mask of the second tone of a background: mode L, 0 to 255; `variant` is 0 to 3."""
     square = (image_size, image_size)
     if kind == "gradient":
         return Image.linear_gradient("L").resize(square).rotate(90 * variant)

@@ -23,6 +23,7 @@ from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.distributed import adapt_to_fsdp, is_sharded, whole
 from mmgem.training.evaluation.evaluate import evaluate_model
+from mmgem.training.evaluation.metrics import CaptionJudge
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer.checkpoints import is_disk_full, last_complete_checkpoint, mark_complete, mark_unfinished
 from mmgem.training.trainer.contrastive_losses import build_objective
@@ -57,6 +58,7 @@ class MMGEMTrainer(Trainer):
         args: The training arguments.
         processing_class: The `MMGEMProcessor`.
         data_collator: Makes the batches; by default an [`MMGEMCollator`] of the processor.
+        caption_judge: Tells right captions from wrong ones in `evaluate`, as for `evaluate_model`.
         kwargs: Further arguments of `Trainer`.
 
     Raises:
@@ -77,7 +79,16 @@ class MMGEMTrainer(Trainer):
         "contrastive_queries": "count",
     }
 
-    def __init__(self, model, args: MMGEMTrainingArguments, processing_class, data_collator=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args: MMGEMTrainingArguments,
+        processing_class,
+        data_collator=None,
+        caption_judge: CaptionJudge | None = None,
+        **kwargs,
+    ):
+        self.caption_judge = caption_judge
         if data_collator is None:
             data_collator = MMGEMCollator(processing_class)
         if args.lora is not None:
@@ -343,7 +354,11 @@ class MMGEMTrainer(Trainer):
         averaged = nullcontext() if self.ema is None else self.ema.averaged(self.model)
         with averaged:
             metrics = evaluate_model(
-                self.model, self.processing_class, dataset, batch_size=self.args.per_device_eval_batch_size
+                self.model,
+                self.processing_class,
+                dataset,
+                batch_size=self.args.per_device_eval_batch_size,
+                caption_judge=self.caption_judge,
             )
         prefix = f"{metric_key_prefix}_" if metric_key_prefix else ""
         metrics = {f"{prefix}{name}": value for name, value in metrics.items()}

@@ -1,4 +1,8 @@
-"""The evaluation against a model that knows everything, one that knows nothing, and readings made by hand."""
+"""The evaluation against a model that knows everything, one that knows nothing, and outputs made by hand."""
+
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +14,13 @@ from transformers import CLIPImageProcessorPil
 
 from mmgem.late_interaction import similarity
 from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem.training.evaluation import evaluate as evaluate_module
 from mmgem.training.evaluation.calibration import calibrate
-from mmgem.training.evaluation.evaluate import _edit_figures, _instruction_figures, evaluate_model
-from mmgem.training.evaluation.row_outputs import Reading, RowReader
+from mmgem.training.evaluation.evaluate import _edit_figures, _instruction_figures
+from mmgem.training.evaluation.row_outputs import RowOutputs, RowPredictor
+from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
+evaluate_model = partial(evaluate_module.evaluate_model, caption_judge=SCENE_JUDGE)
 COUNT = 12
 PER_ROW = ("caption_fidelity", "memory_caption_fidelity", "answer_accuracy", "memory_answer_accuracy")
 NEW = ("fused_text_to_image_recall@1", "instructed_region_accuracy", "composed_recall@1")
@@ -170,14 +177,55 @@ def test_labels_of_other_data_choose_among_themselves(rows):
     assert metrics == {"zero_shot_accuracy": pytest.approx(1 - 3 / COUNT)}  # all images are embedded as a dog
 
 
+def test_without_a_judge_there_is_no_fidelity_and_nothing_else_changes(rows):
+    model, processor = KnowingModel(rows), KnowingProcessor()
+    judged = evaluate_model(model, processor, rows)
+    written = dict(model.calls)["recall"]
+    plain = evaluate_module.evaluate_model(model, processor, [row | {"label": None} for row in rows])
+    fidelity = {"caption_fidelity", "memory_caption_fidelity", "region_caption_fidelity"}
+    assert judged.keys() - plain.keys() == fidelity | {"zero_shot_accuracy"}
+    assert plain == {name: judged[name] for name in plain}
+    assert written > 0
+
+
+def test_the_judge_leaves_other_data_alone(rows):
+    class Model(KnowingModel):
+        def _embed(self, text):
+            return torch.tensor([1.0, len(text)])
+
+    cats = [{"image": row["image"], "text": f"a cat on {n} sofas", "label": "cat"} for n, row in enumerate(rows)]
+    figures = evaluate_model(Model(rows), KnowingProcessor(), cats)
+    assert figures == evaluate_module.evaluate_model(Model(rows), KnowingProcessor(), cats)
+    assert "zero_shot_accuracy" in figures and not any("fidelity" in name for name in figures)
+
+
+@pytest.mark.parametrize("package", ["evaluate", "pycocoevalcap"])
+def test_cider_is_left_out_where_what_it_needs_is_missing(rows, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    figures = evaluate_model(KnowingModel(rows), KnowingProcessor(), rows)
+    assert "cider" not in figures and figures["answer_accuracy"] == 1
+
+
+@pytest.mark.slow
+def test_general_code_imports_no_scenes():
+    program = """
+import sys
+import mmgem.training.evaluation.evaluate, mmgem.training.trainer, mmgem.training.search.index
+import mmgem.training.evaluation.calibration, mmgem.training.captioning
+print([name for name in sys.modules if name.startswith("mmgem.training.scenes")])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    assert result.stdout.strip() == "[]"
+
+
 def test_one_row_is_refused(rows):
-    with pytest.raises(ValueError, match="dataset must have 2 rows or more, got 1"):
+    with pytest.raises(ValueError, match="`dataset` has 1 rows; expected 2 or more"):
         evaluate_model(KnowingModel(rows), KnowingProcessor(), rows[:1])
 
 
 def test_regions_without_their_boxes_are_refused(rows):
     odd = [*rows[:3], {**rows[3], "boxes": rows[3]["boxes"][1:]}]
-    message = f"has {len(odd[3]['boxes'])} boxes and {len(odd[3]['region_captions'])} region_captions"
+    message = f"with {len(odd[3]['boxes'])} boxes and {len(odd[3]['region_captions'])} region_captions"
     with pytest.raises(ValueError, match=message):
         evaluate_model(KnowingModel(rows), KnowingProcessor(), odd)
 
@@ -185,11 +233,11 @@ def test_regions_without_their_boxes_are_refused(rows):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"images": [Image.new("RGB", (8, 8))] * 2, "caption": "a"}, "row 3 of dataset has 2 images, expected one"),
-        ({"qa": [{"question": "what?", "answer": "that"}]}, "row 3 of dataset has 0 images, expected one"),
+        ({"images": [Image.new("RGB", (8, 8))] * 2, "caption": "a"}, "`dataset` has 2 images in row 3; expected one"),
+        ({"qa": [{"question": "what?", "answer": "that"}]}, "`dataset` has 0 images in row 3; expected one"),
         (
             {"image": Image.new("RGB", (8, 8)), "qa": [{"question": "what?"}]},
-            "in `qa`, expected a question and an ans",
+            "in `qa` of row 3; expected a question and an answer",
         ),
     ],
 )
@@ -209,10 +257,10 @@ def test_boxes_that_are_cropped_away_are_not_measured(tiny_processor):
         "region_captions": ["hidden", "seen", "also seen"],
         "instructions": [{"text": "left", "box": 0}, {"text": "right", "box": 1}],
     }
-    [reading] = RowReader(build_model(), processor, 4, 4).read([row])
-    assert reading.region_embeds.shape[0] == 2 and len(reading.region_captions) == 2
-    assert reading.row["region_captions"] == ["seen", "also seen"]
-    assert reading.row["instructions"] == [{"text": "right", "box": 0}] and len(reading.instruction_embeds) == 1
+    [outputs] = RowPredictor(build_model(), processor, 4, 4).predict([row])
+    assert outputs.region_embeds.shape[0] == 2 and len(outputs.region_captions) == 2
+    assert outputs.row["region_captions"] == ["seen", "also seen"]
+    assert outputs.row["instructions"] == [{"text": "right", "box": 0}] and len(outputs.instruction_embeds) == 1
 
 
 def test_a_model_that_is_calibrated_for_images_and_texts_is_measured_on_those(tiny_processor, rows):
@@ -280,13 +328,13 @@ def test_a_model_that_ignores_the_edit_finds_its_own_image(rows):
     assert metrics["fused_text_to_image_recall@1"] == 1
 
 
-# ------------------------------------------------------------------------------------------------ readings by hand
+# ------------------------------------------------------------------------------------------------ -outputs by hand
 
 
-def _reading(image_embed, twin=None, edit=None, name=None, twin_name=None):
+def _outputs(image_embed, twin=None, edit=None, name=None, twin_name=None):
     row = {"file_name": name, "edit": edit and {"instruction": "turn", "file_name": twin_name}}
     embeds = [None if embed is None else torch.tensor(embed) for embed in (image_embed, edit, twin)]
-    return Reading(row, embeds[0], edit_embed=embeds[1], twin_embed=embeds[2])
+    return RowOutputs(row, embeds[0], edit_embed=embeds[1], twin_embed=embeds[2])
 
 
 EDITED = ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.3, 0.9, 0.0])  # image, twin, image with instruction
@@ -295,44 +343,44 @@ EDITED = ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.3, 0.9, 0.0])  # image, twin, ima
 @pytest.mark.parametrize(
     ("other", "recall"),
     [
-        (_reading([0.0, 0.0, 1.0]), 1),
-        (_reading([0.3, 0.95, 0.0]), 0),  # an image without an edit is nearer than the twin
-        (_reading([0.0, 0.0, 1.0], [0.3, 0.95, 0.0], [0.3, 0.95, 0.0]), 0.5),  # the twin of another is; it finds it
+        (_outputs([0.0, 0.0, 1.0]), 1),
+        (_outputs([0.3, 0.95, 0.0]), 0),  # an image without an edit is nearer than the twin
+        (_outputs([0.0, 0.0, 1.0], [0.3, 0.95, 0.0], [0.3, 0.95, 0.0]), 0.5),  # the twin of another is; it finds it
     ],
 )
 def test_an_edit_searches_all_images_and_all_twins(other, recall):
-    assert _edit_figures([_reading(*EDITED), other]) == {"composed_recall@1": recall}
+    assert _edit_figures([_outputs(*EDITED), other]) == {"composed_recall@1": recall}
 
 
 def test_the_edited_image_itself_is_a_distractor():
-    nearer = _reading([0.3, 0.95, 0.0], *EDITED[1:])
-    assert _edit_figures([nearer, _reading([0.0, 0.0, 1.0])]) == {"composed_recall@1": 0}
+    nearer = _outputs([0.3, 0.95, 0.0], *EDITED[1:])
+    assert _edit_figures([nearer, _outputs([0.0, 0.0, 1.0])]) == {"composed_recall@1": 0}
 
 
 def test_an_edited_image_that_is_a_row_too_is_right_there_as_well():
-    edited = _reading(*EDITED, name="a.png", twin_name="b.png")
-    assert _edit_figures([edited, _reading(EDITED[1], name="b.png")]) == {"composed_recall@1": 1}
-    assert _edit_figures([edited, _reading(EDITED[1], name="c.png")]) == {"composed_recall@1": 0}
-    twice = [edited, _reading([0.0, 0.0, 1.0], *EDITED[1:], twin_name="b.png")]
+    edited = _outputs(*EDITED, name="a.png", twin_name="b.png")
+    assert _edit_figures([edited, _outputs(EDITED[1], name="b.png")]) == {"composed_recall@1": 1}
+    assert _edit_figures([edited, _outputs(EDITED[1], name="c.png")]) == {"composed_recall@1": 0}
+    twice = [edited, _outputs([0.0, 0.0, 1.0], *EDITED[1:], twin_name="b.png")]
     assert _edit_figures(twice) == {"composed_recall@1": 1}
-    nameless = [_reading(*EDITED), _reading(EDITED[1])]
+    nameless = [_outputs(*EDITED), _outputs(EDITED[1])]
     assert _edit_figures(nameless) == {"composed_recall@1": 0}
 
 
 def test_an_instruction_searches_the_regions_of_its_own_image():
-    def reading(regions, instructions, boxes):
+    def outputs(regions, instructions, boxes):
         row = {"boxes": [[0, 0, 1, 1]] * len(regions), "instructions": [{"text": "it", "box": box} for box in boxes]}
-        return Reading(row, torch.zeros(2), region_embeds=torch.tensor(regions), instruction_embeds=instructions)
+        return RowOutputs(row, torch.zeros(2), region_embeds=torch.tensor(regions), instruction_embeds=instructions)
 
     right, wrong = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     both = torch.cat([right, wrong])
     regions = [[0.6, 0.0], [0.0, 0.6]]
-    decoy = reading([[1.0, 0.0], [0.0, 1.0]], None, [])  # of another image, and nearer
-    assert _instruction_figures([reading(regions, right, [0]), decoy]) == {"instructed_region_accuracy": 1}
-    assert _instruction_figures([reading(regions, wrong, [0]), decoy]) == {"instructed_region_accuracy": 0}
-    several = [reading(regions, both, [0, 1]), reading(regions, right, [1])]
+    decoy = outputs([[1.0, 0.0], [0.0, 1.0]], None, [])  # of another image, and nearer
+    assert _instruction_figures([outputs(regions, right, [0]), decoy]) == {"instructed_region_accuracy": 1}
+    assert _instruction_figures([outputs(regions, wrong, [0]), decoy]) == {"instructed_region_accuracy": 0}
+    several = [outputs(regions, both, [0, 1]), outputs(regions, right, [1])]
     assert _instruction_figures(several) == {"instructed_region_accuracy": pytest.approx(2 / 3)}
-    same = [reading([[1.0, 0.0], [1.0, 0.0]], right, [0])]
+    same = [outputs([[1.0, 0.0], [1.0, 0.0]], right, [0])]
     assert _instruction_figures(same) == {"instructed_region_accuracy": 0}
     assert _instruction_figures([decoy]) == {}
 
@@ -348,6 +396,6 @@ def test_an_instruction_of_the_only_box_does_not_count(rows):
 @pytest.mark.parametrize("box", [-1, 9])
 def test_an_instruction_of_no_box_is_refused(rows, box):
     odd = [*rows[:2], rows[2] | {"instructions": [{"text": "it", "box": box}]}]
-    message = f"{len(rows[2]['boxes'])} boxes and an instruction for number {box}"
+    message = f"{len(rows[2]['boxes'])} boxes and an instruction for box {box}"
     with pytest.raises(ValueError, match=message):
         evaluate_model(KnowingModel(rows), KnowingProcessor(), odd)

@@ -9,13 +9,12 @@ from mmgem.training.evaluation import metrics
 from mmgem.training.evaluation.metrics import (
     agreement,
     answer_accuracy,
-    caption_fidelity,
     cider,
     recall_at,
     recall_by_budget,
-    region_caption_fidelity,
     retrieval_ranks,
 )
+from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
 
 def _ranks_by_sorting(queries, gallery, right):
@@ -58,10 +57,13 @@ def test_ranks_of_perfect_reversed_and_collapsed_embeddings():
 
 
 def test_ranks_refuse_what_does_not_fit():
-    with pytest.raises(ValueError, match="one entry for each of the 2 queries, got 1"):
+    with pytest.raises(ValueError, match="`right` holds 1 entries; expected 2"):
         retrieval_ranks(torch.eye(2), torch.eye(2), [{0}])
-    with pytest.raises(ValueError, match="got none for query 1"):
+    with pytest.raises(ValueError, match="`right` is empty for query 1"):
         retrieval_ranks(torch.eye(2), torch.eye(2), [{0}, set()])
+    for outside in (-1, 2):
+        with pytest.raises(ValueError, match=rf"`right` is \[.*{outside}.*\] for query 1; expected rows from 0 to 1"):
+            retrieval_ranks(torch.eye(2), torch.eye(2), [{0}, {1, outside}])
 
 
 def test_recall():
@@ -70,12 +72,13 @@ def test_recall():
 
 
 def test_fidelity_judges_meaning_not_words():
+    judge = SCENE_JUDGE
     references = ["a red star at the top", "a blue moon on the left", "a cat on a sofa"]
     captions = ["at the top a small solid red star", "a blue moon on the right", "a cat on a sofa"]
-    assert caption_fidelity(captions, references) == 0.5  # the third is not of a scene
-    assert caption_fidelity(captions[2:], references[2:]) is None
-    assert caption_fidelity([""], references[:1]) == 0
-    assert region_caption_fidelity(["a little red star", "a big red star"], ["a red star", "a red star"]) == 0.5
+    assert judge.caption_fidelity(captions, references) == 0.5  # the third is not of a scene
+    assert judge.caption_fidelity(captions[2:], references[2:]) is None
+    assert judge.caption_fidelity([""], references[:1]) == 0
+    assert judge.region_caption_fidelity(["a little red star", "a big red star"], ["a red star", "a red star"]) == 0.5
     assert agreement(["a", "b", "c", "d"], ["a", "b", "c", "x"]) == 0.75
 
 
@@ -88,9 +91,9 @@ def test_cider_is_ten_for_the_reference_and_zero_for_other_words():
 
 
 def test_cider_refuses_what_means_nothing():
-    with pytest.raises(ValueError, match="2 images or more"):
+    with pytest.raises(ValueError, match="`captions` is of 1 images; expected 2 or more"):
         cider(["a"], [["a"]])
-    with pytest.raises(ValueError, match="one entry for each of the 2 captions, got 1"):
+    with pytest.raises(ValueError, match="`references` holds 1 entries; expected 2"):
         cider(["a", "b"], [["a"]])
 
 
@@ -161,12 +164,12 @@ def test_the_whole_budget_is_the_recall_of_all():
 def test_budgets_that_are_not_there_are_refused():
     embeds, right = torch.ones(2, 3, 4), [{0}, {1}]
     for vectors in ((0, 1), (1, 4), (4, 1)):
-        with pytest.raises(ValueError, match=r"vectors must be within \(3, 3\)"):
+        with pytest.raises(ValueError, match=r"`vectors` holds .*; expected \(1, 1\) to \(3, 3\)"):
             recall_by_budget(embeds, embeds, right, vectors=[(1, 1), vectors])
-    with pytest.raises(ValueError, match=r"vectors must be within \(1, 1\), from 1 on, got \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"`vectors` holds \(1, 2\); expected \(1, 1\) to \(1, 1\)"):
         recall_by_budget(embeds[:, 0], embeds[:, 0], right, vectors=[(1, 2)])
     for dimension in (0, 5):
-        with pytest.raises(ValueError, match=f"dimensions must be from 1 to 4, got {dimension}"):
+        with pytest.raises(ValueError, match=f"`dimensions` holds {dimension}; expected numbers from 1 to 4"):
             recall_by_budget(embeds, embeds, right, dimensions=[4, dimension])
 
 

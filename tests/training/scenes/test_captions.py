@@ -260,4 +260,3 @@ def test_region_captions_in_other_words():
 
 def test_label_prompt():
     assert parse_region_caption(label_prompt("blue heart")) == Look("heart", "blue", "solid", "large")
-    assert label_prompt("dog") == "a picture of dog"
