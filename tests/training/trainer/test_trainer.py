@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
+from mmgem.training.scenes.dataset import SceneDataset
 from mmgem.training.trainer.trainer import MMGEMTrainer, MMGEMTrainingArguments, count_caption_tokens
 
 TESTS = Path(__file__).parent
@@ -264,3 +266,14 @@ def test_end_tokens_are_counted_once():
     for image_index, expected in (([0, 1, 2, 3], 4 + 3 + 2 + 0), ([0, 1, 2, -1], 9), ([-1, 1, 2, 3], 8)):
         columns = {"image_index": torch.tensor(image_index), "contrastive_mask": torch.zeros(4, dtype=torch.bool)}
         assert count_caption_tokens(batch | columns, text_config) == expected
+
+
+def test_evaluation_judges_captions_where_a_judge_is_given(tiny_processor, tmp_path):
+    data = list(SceneDataset(3, 2, image_size=48, columns=("image", "captions")))
+    for judge in (None, SCENE_JUDGE):
+        trainer = MMGEMTrainer(
+            build_model(), arguments_in(tmp_path), tiny_processor, caption_judge=judge, eval_dataset=data
+        )
+        figures = trainer.evaluate()
+        assert ("eval_caption_fidelity" in figures) == (judge is not None)
+        assert "eval_text_to_image_recall@1" in figures
