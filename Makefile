@@ -5,6 +5,8 @@ VENV ?= .venv
 # Index to take torch from, where the default is not the build you want:
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# Versions to install: the tested ones; `test-oldest` and `test-newest` have others, in environments of their own.
+CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,7 +14,7 @@ CHECKED := build/types/mmgem
 PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint types format retrain picture hub-code clean
+.PHONY: help install demo test test-oldest test-newest clients fast lint types format retrain picture hub-code clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -20,10 +22,10 @@ help: ## list the targets
 install: $(STAMP) ## create .venv and install mmgem into it with all extras, in the tested versions
 
 # torch first and alone, so that no other package's requirement chooses its build.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tiny; the page is demo/index.html
@@ -31,6 +33,16 @@ demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tin
 
 test: lint types ## ruff, mypy and every test (what CI runs)
 	$(BIN)/python -m pytest -q --durations=10
+
+test-oldest: ## what meets other libraries, with the oldest versions that pyproject.toml allows
+	$(MAKE) clients VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+test-newest: ## the same with the newest published versions
+	$(MAKE) clients VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
+
+clients: $(STAMP) ## the tests of what meets other libraries
+	$(BIN)/python -m pytest -q -m 'not slow' tests/modeling_mmgem tests/processing tests/training/test_cli.py
+	$(BIN)/python -m pytest -q tests/test_hub_folder.py
 
 fast: $(STAMP) ## the tests that take milliseconds
 	$(BIN)/python -m pytest -q -m 'not slow'
@@ -62,4 +74,4 @@ hub-code: $(STAMP) ## copy the code that travels into model_cards/mmgem-tiny aga
 	$(BIN)/python -c "from mmgem.processing.hub_code import copy_code; copy_code('model_cards/mmgem-tiny')"
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -9,7 +9,7 @@ Multimodal Generative Embedding Model, https://arxiv.org/abs/2405.19333.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import signature
 
 import torch
@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids
@@ -38,39 +38,33 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 @dataclass
-class MMGEMOutput(ModelOutput):
-    """
-    What `forward` returns for a prompt (`logits`, ...) or for images and texts (`logits_per_image`, ...).
+class MMGEMOutput(CausalLMOutputWithPast):
+    """The output of `forward` for a prompt (`logits`, ...), or for images and texts (`logits_per_image`, ...).
 
     Args:
         loss: scalar. Language modelling loss of a prompt with `labels`; caption + contrastive loss with `return_loss`.
+        logits: (B, L, vocabulary) next-token scores.
+        past_key_values, hidden_states, attentions: of the language model, as in `CausalLMOutputWithPast`, whose
+            fields differ between versions of transformers.
         caption_loss: scalar, mean (or sum / `num_items_in_batch`) over the caption tokens.
         contrastive_loss: scalar, InfoNCE of images and texts, plus that of boxes and texts.
         contrastive_batch: what a contrastive loss is computed from, of this process; with `return_loss`.
         image_norm, text_norm: scalars, mean length of the embeddings before they are normalised; with `return_loss`.
-        logits: (B, L, vocabulary) next-token scores.
         logits_per_image: (B, T) scaled similarity of every image with every text: the cosine, or MaxSim.
         logits_per_text: (T, B), its transpose.
         image_embeds: (B, D) unit vectors, or (B, k, D).
         text_embeds: (T, D) unit vectors, or (T, k, D); with `return_loss` those of the contrastive queries.
-        past_key_values: cache of the language model.
-        hidden_states, attentions: of the language model, per layer, on request.
     """
 
-    loss: torch.FloatTensor | None = None
     caption_loss: torch.FloatTensor | None = None
     contrastive_loss: torch.FloatTensor | None = None
     contrastive_batch: ContrastiveBatch | None = None
     image_norm: torch.FloatTensor | None = None
     text_norm: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     logits_per_image: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
@@ -125,9 +119,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init_value]))
         has_bias = config.logit_bias_init_value is not None
         self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias_init_value])) if has_bias else None
-        # Of Mamba and its kin, that of all others is another.
-        has_cache_params = "cache_params" in signature(self.language_model.forward).parameters
-        self._cache_argument = "cache_params" if has_cache_params else "past_key_values"
+        # Its name differs between versions of transformers, and for Mamba and its kin.
+        names, accepted = ("cache", "cache_params"), signature(self.language_model.forward).parameters
+        self._cache_argument = next((name for name in names if name in accepted), "past_key_values")
         self._checked_reading: tuple | str | None = None  # see `_check_reading`
         # Not to be guessed from the class name: the Trainer counts labels by it, and full-graph compile needs it.
         self.loss_type = "ForCausalLM"
@@ -250,6 +244,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.language_model.set_output_embeddings(value)
 
     def get_decoder(self, modality: str | None = None) -> nn.Module:
         if modality == "image":
@@ -624,10 +621,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                     "`return_loss` expects `pixel_values` and `input_ids` without image placeholders; for the loss of "
                     "a prompt give `labels`."
                 )
+            cache = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
             if inputs_embeds is None:
                 # States have no length; they are there from the second step on.
-                has_length = past_key_values is not None and self._cache_argument == "past_key_values"
-                if past_key_values is None or (has_length and past_key_values.get_seq_length() == 0):
+                has_length = cache is not None and self._cache_argument != "cache_params"
+                if cache is None or (has_length and cache.get_seq_length() == 0):
                     self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
                 inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes)  # (B, L, H)
             if labels is not None:
@@ -638,16 +636,13 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{self._cache_argument: past_key_values},
+                **({} if cache is None else {self._cache_argument: cache}),
                 **kwargs,
             )
-            return MMGEMOutput(
-                loss=outputs.loss,
-                logits=outputs.logits,  # (B, L, vocabulary)
-                past_key_values=getattr(outputs, self._cache_argument, None),
-                hidden_states=outputs.hidden_states,
-                attentions=getattr(outputs, "attentions", None),
-            )
+            known = {field.name for field in fields(MMGEMOutput)}
+            output = MMGEMOutput(**{name: value for name, value in outputs.items() if name in known})
+            output["cache" if "cache" in known else "past_key_values"] = outputs.get(self._cache_argument)
+            return output
 
         attention_mask = checked_mask(input_ids, attention_mask, allow_empty=return_loss)
         if return_loss:

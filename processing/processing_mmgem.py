@@ -114,7 +114,7 @@ class MMGEMProcessor(ProcessorMixin):
         return cls(vision, text, num_visual_tokens=num_visual_tokens, image_token=image_token)
 
     @property
-    def text_kwargs(self) -> dict:  # type: ignore[override]
+    def text_defaults(self) -> dict:
         """Defaults for the tokenizer: rows padded to the longest, cut to what the model takes where that is known."""
         return {"padding": True, "truncation": self.tokenizer.model_max_length < LARGE_INTEGER}
 
@@ -149,6 +149,9 @@ class MMGEMProcessor(ProcessorMixin):
         """
         if boxes is not None:
             kwargs["boxes"] = boxes
+        if text is not None:
+            given = {**kwargs, **kwargs.get("text_kwargs", {})}
+            kwargs |= {name: value for name, value in self.text_defaults.items() if name not in given}
         return super().__call__(images=images, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):

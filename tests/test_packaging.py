@@ -2,6 +2,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,18 @@ def test_every_requirement_is_pinned_among_the_tested_versions():
 
     pinned = {name_of(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert {name_of(requirement) for requirement in requires("mmgem")} - {"mmgem"} <= pinned
+
+
+def test_the_oldest_tested_versions_are_the_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if "==" in line)
+    bounds = dict(re.fullmatch(r"([\w-]+)>=([\d.]+).*", one).groups() for one in requirements if ">=" in one)
+    assert len(bounds) > 15
+    assert {name_of(name): bound for name, bound in bounds.items()} == {
+        name_of(name): oldest[name_of(name)] for name in bounds
+    }
 
 
 def test_make_help_lists_every_target():

@@ -139,7 +139,7 @@ class MMGEMCollator(TextDrawing):
         tokenizer = self.processor.tokenizer
         if not texts:
             return {name: torch.zeros(0, 0, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
-        truncation = self.processor.text_kwargs["truncation"]
+        truncation = self.processor.text_defaults["truncation"]
         plain = tokenizer([text.prompt or text.text for text in texts], truncation=truncation)["input_ids"]
         rows, labels = [], []
         for text, ids in zip(texts, plain, strict=True):
