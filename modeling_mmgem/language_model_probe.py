@@ -63,6 +63,7 @@ def probe_language_model(model: Any) -> str:
         raise _refusal(model, reading, failed) from failed
 
 
+@torch.compiler.disable
 def check_reading(model: Any):
     """
     Make sure that a model reads texts as its configuration says. Where parameters may be sharded over processes,
