@@ -6,8 +6,9 @@ from collections import Counter
 
 import datasets
 import pytest
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from image_bytes import png
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from mmgem.training.data import streams
 from mmgem.training.data.mixture import Mixture
@@ -197,6 +198,22 @@ def test_each_worker_reads_its_share(tmp_path):
     reads_of(log)
     load(2, num_readers=3)  # whose batches fall to both workers
     assert max(reads_of(log).values()) <= 256 + 3 * 8
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_workers_of_several_processes_read_their_shares(tmp_path, skipped):
+    """With the batches that accelerate gives to each process, also where a resumed run begins."""
+    log = tmp_path / "log"
+    mixture = Mixture([make_stream(log)], None, seed=0, num_samples=320)
+    mixture.split_streams(4, num_readers=4)
+    batches = BatchSampler(range(256), 4, drop_last=False)
+    for rank in range(2):
+        own = SkipBatchSampler(BatchSamplerShard(batches, 2, rank), skip_batches=skipped)
+        reads_of(log)
+        loader = DataLoader(mixture, batch_sampler=own, num_workers=2, collate_fn=list)
+        assert len(list(loader)) == 32 - skipped
+        reads = reads_of(log).values()
+        assert len(reads) == 2 and max(reads) <= 256 // 4 + 8
 
 
 @pytest.mark.parametrize("num_readers", [2, 4, 8, 16])
