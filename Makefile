@@ -11,6 +11,8 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKED := build/types/mmgem
+# Two processes of one thread each; one that has run out of tests takes over some of the other's.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
@@ -32,7 +34,7 @@ demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tin
 	$(BIN)/mmgem demo --out demo
 
 test: lint types ## ruff, mypy and every test (what CI runs)
-	$(BIN)/python -m pytest -q --durations=10
+	$(PYTEST) --durations=10
 
 test-oldest: ## what meets other libraries, with the oldest versions that pyproject.toml allows
 	$(MAKE) clients VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -45,7 +47,7 @@ clients: $(STAMP) ## the tests of what meets other libraries
 	$(BIN)/python -m pytest -q tests/test_hub_folder.py
 
 fast: $(STAMP) ## the tests that take milliseconds
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -1,6 +1,19 @@
-"""Fixtures: a tiny random model, its processor, and inputs."""
+"""Fixtures: a tiny random model, its processor, and inputs; and an environment in which no test meets another."""
+
+import gc
+import os
+import shutil
+import tempfile
 
 import pytest
+
+# Read when the libraries are imported. Each process of pytest has its own copies of remote code and data sets, no
+# network, and one thread.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
 import torch
 from tiny_models import IMAGE_SIZE, build_model
 from transformers import SiglipImageProcessorPil
@@ -10,6 +23,15 @@ from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.recipes.tokenizer import train_tokenizer
 
 TEXTS = ["a red star at the top left", "a large blue circle in the center and a striped green moon on the right"]
+
+
+def pytest_collection_finish():
+    """What the libraries hold stays; a trainer collects garbage at each of its ends, half a second of it otherwise."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture

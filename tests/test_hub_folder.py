@@ -1,9 +1,8 @@
 """Towers of several families: composed by name, saved, and loaded in a fresh process that has no mmgem installed."""
 
 import json
-import subprocess
-import sys
 
+import fresh_process
 import pytest
 import torch
 from PIL import Image
@@ -49,7 +48,6 @@ FAMILIES = {
 
 LOADER = """
 import json, sys
-sys.modules["mmgem"] = None  # not installed
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -101,11 +99,8 @@ def test_composed_towers_embed_and_caption_in_a_process_without_the_package(tmp_
         generated = model.generate(**prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         expected[str(folder)] = (outputs.image_embeds, outputs.text_embeds, generated)
 
-    result = subprocess.run(
-        [sys.executable, "-c", LOADER, *expected], capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    answers = json.loads(result.stdout.splitlines()[-1])
+    output = fresh_process.run(LOADER, *expected, cwd=tmp_path, installed=False)
+    answers = json.loads(output.splitlines()[-1])
     for folder, tensors in expected.items():
         for actual, tensor in zip(answers[folder], tensors, strict=True):
             torch.testing.assert_close(torch.tensor(actual), tensor, rtol=0, atol=1e-5)

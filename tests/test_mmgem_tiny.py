@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 from mmgem.processing.hub_code import code_files
@@ -38,6 +39,7 @@ def test_its_code_is_the_code_of_the_package():
         assert (TINY / file.name).read_text() == file.read_text(), f"{file.name} differs: run `make hub-code`"
 
 
+@pytest.mark.slow
 def test_it_loads_without_a_warning():
     program = f"from mmgem.training.loading import load_checkpoint; load_checkpoint({str(TINY)!r})"
     result = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
@@ -56,13 +58,13 @@ def test_its_results_are_what_was_aimed_at():
 @pytest.mark.slow
 def test_it_is_that_good_on_scenes_of_another_seed():
     model, processor = load_checkpoint(TINY)
-    scenes = SceneDataset(seed=3_141_592, count=200, unique=True)
+    scenes = SceneDataset(seed=3_141_592, count=60, unique=True)
     metrics = evaluate_model(model, processor, scenes, caption_judge=SCENE_JUDGE)
     assert {name: metrics[name] >= aim for name, aim in AIMS.items()} == dict.fromkeys(AIMS, True), metrics
 
 
 @pytest.mark.slow
-def test_with_the_package_imported_nobody_is_asked_to_trust_a_copy_of_it():
+def test_with_the_package_imported_nobody_is_asked_to_trust_a_copy_of_it(tmp_path):
     code = f"""
 from mmgem import MMGEMModel, MMGEMProcessor
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -76,7 +78,4 @@ from sentence_transformers import SentenceTransformer
 
 assert SentenceTransformer({str(TINY)!r}, trust_remote_code=True).encode(["a red star"]).shape == (1, 192)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    fresh_process.run(code, cwd=tmp_path, installed=True)  # where nothing can be asked

@@ -3,39 +3,57 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = ROOT / "model_cards" / "mmgem-tiny"
+WITHOUT_MMGEM = "import sys; sys.modules['mmgem'] = None  # as if the package were not installed\n"
+COMMAND = "from mmgem.training.cli import app; app()"
 
 
 def snippets():
     return re.findall(r"```(bash|python|yaml)\n(.*?)```", README, flags=re.DOTALL)
 
 
+def run(language: str, code: str, folder: Path):
+    """A snippet, each command of it in a process of its own."""
+    if language == "python":
+        fresh_process.run(code, cwd=folder, installed="from mmgem" in code)
+        return
+    for line in filter(None, code.splitlines()):
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "mmgem"
+        fresh_process.run(COMMAND, *arguments, cwd=folder, installed=True)
+
+
+def run_from_nothing(language: str, code: str, folder: Path):
+    """The same in a process that has not been forked."""
+    command = [sys.executable, "-c", WITHOUT_MMGEM + code] if language == "python" else ["bash", "-euc", code]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert result.returncode == 0, f"{code}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+
+
 @pytest.mark.slow
 def test_snippets_run(tmp_path):
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-    }
+    started = set()
     for number, (language, code) in enumerate(snippets()):
-        if language == "python" and "from mmgem" not in code:
-            code = "import sys; sys.modules['mmgem'] = None  # as if the package were not installed\n" + code
         if language == "yaml":
             (tmp_path / "recipe.yaml").write_text(code)
-            command = ["mmgem", "train", "recipe.yaml", "--out", f"runs/recipe-{number}"]
+            run("bash", f"mmgem train recipe.yaml --out runs/recipe-{number}", tmp_path)
+        elif language in started:
+            run(language, code, tmp_path)
         else:
-            command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-        assert result.returncode == 0, f"{code}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+            started.add(language)
+            run_from_nothing(language, code, tmp_path)
 
 
 def test_there_are_snippets_of_each_kind():

@@ -1,9 +1,8 @@
 """The image-to-text pipeline, and the stock ones that work from the same folder."""
 
 import json
-import subprocess
-import sys
 
+import fresh_process
 import numpy as np
 import pytest
 import torch
@@ -138,7 +137,6 @@ def test_stock_pipelines(folder, tiny_model, tiny_processor, photos):
 
 FRESH_PROCESS = """
 import json, sys
-sys.modules["mmgem"] = None  # as if it were not installed
 from transformers import AutoModelForImageTextToText, pipeline
 folder, photo, again = sys.argv[1:]
 AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).save_pretrained(again)
@@ -151,7 +149,6 @@ print(json.dumps([task(photo, max_new_tokens=6) for task in (describe, again)]))
 @pytest.mark.slow
 def test_in_a_fresh_process_without_the_package(folder, describe, photos, tmp_path):
     photos[0].save(tmp_path / "photo.png")
-    command = [sys.executable, "-c", FRESH_PROCESS, folder, str(tmp_path / "photo.png"), str(tmp_path / "again")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == [describe(photos[0])] * 2
+    arguments = (folder, tmp_path / "photo.png", tmp_path / "again")
+    output = fresh_process.run(FRESH_PROCESS, *arguments, cwd=tmp_path, installed=False)
+    assert json.loads(output.splitlines()[-1]) == [describe(photos[0])] * 2

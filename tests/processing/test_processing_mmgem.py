@@ -1,9 +1,8 @@
 """Placeholders, boxes, texts, the chat template and the round trip through a folder."""
 
 import json
-import subprocess
-import sys
 
+import fresh_process
 import numpy as np
 import pytest
 import torch
@@ -361,7 +360,6 @@ def test_token_types_are_left_out(image):
 
 FRESH_PROCESS = """
 import json, sys
-sys.modules["mmgem"] = None  # as if it were not installed
 from PIL import Image
 from transformers import AutoProcessor
 folder, again = sys.argv[1:]
@@ -399,7 +397,6 @@ def test_round_trip(tmp_path):
 @pytest.mark.slow
 def test_round_trip_in_a_fresh_process_without_the_package(processor, tmp_path):
     expected = save(processor, tmp_path / "saved")
-    command = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "saved"), str(tmp_path / "again")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == expected
+    arguments = (tmp_path / "saved", tmp_path / "again")
+    output = fresh_process.run(FRESH_PROCESS, *arguments, cwd=tmp_path, installed=False)
+    assert json.loads(output.splitlines()[-1]) == expected

@@ -1,10 +1,9 @@
 """One folder, loaded by sentence-transformers: each input goes through the method made for its kind."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import numpy as np
 import pytest
 import torch
@@ -222,7 +221,6 @@ def test_mixed_columns_reach_the_loss_whole(encoder, photo, tmp_path):
 
 FRESH_PROCESS = """
 import json, sys
-sys.modules["mmgem"] = None  # as if it were not installed
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 encoder = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
@@ -235,9 +233,7 @@ print(json.dumps([encoder.encode(inputs).tolist(), again.encode(inputs).tolist()
 
 @pytest.mark.slow
 def test_in_a_fresh_process_without_the_package(folder, expected, tmp_path):
-    command = [sys.executable, "-c", FRESH_PROCESS, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    output = fresh_process.run(FRESH_PROCESS, folder, cwd=tmp_path, installed=False)
     rows = torch.cat([expected["texts"][:1], expected["image"], expected["fused"], expected["image"]])
-    for embeddings in json.loads(result.stdout.splitlines()[-1]):
+    for embeddings in json.loads(output.splitlines()[-1]):
         assert close(embeddings, rows)

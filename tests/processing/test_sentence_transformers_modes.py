@@ -1,9 +1,8 @@
 """Every mode of the model through sentence-transformers: boxes, prompts, calibration, rationales, narrow vectors."""
 
 import json
-import subprocess
-import sys
 
+import fresh_process
 import pytest
 import torch
 from encoders import PROMPTS, calibrated_model, close, multi_vector_model, picture, prompted_model, unit_features
@@ -236,7 +235,6 @@ def test_a_rationale_is_read_before_the_embedding(encoder, model, tiny_processor
 
 FRESH_PROCESS = """
 import json, sys
-sys.modules["mmgem"] = None  # as if it were not installed
 from PIL import Image
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 photo = Image.open("photo.png")
@@ -261,10 +259,8 @@ def test_every_mode_in_a_fresh_process_without_the_package(tiny_processor, tmp_p
     PHOTO.save(tmp_path / "photo.png")
     for name, model in models.items():
         save_sentence_transformer(model, tiny_processor, tmp_path / name)
-    command = [sys.executable, "-c", FRESH_PROCESS, *models]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-4000:]
-    answers = json.loads(result.stdout.splitlines()[-1])
+    output = fresh_process.run(FRESH_PROCESS, *models, cwd=tmp_path, installed=False)
+    answers = json.loads(output.splitlines()[-1])
     for name, model in models.items():
         rows = [
             unit_features(model, tiny_processor, text="a a star"),

@@ -17,23 +17,23 @@ from mmgem.training.trainer.checkpoints import last_complete_checkpoint
 
 
 class InFifthStep(TrainerCallback):
-    """Does something on the second process."""
+    """Does something on the second process, and lets the first not wait long for it."""
 
     def __init__(self, act: Callable[[], None]):
         self.act = act
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 4 and dist.get_rank() == 1:
-            self.act()
+        if state.global_step == 4:
+            if dist.get_rank() == 1:
+                self.act()
+            # As `ddp_timeout` does on accelerators; on a CPU transformers leaves it at half an hour.
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=5), dist.group.WORLD)
 
 
 ACTS = {"step": [InFifthStep(die)], "hanging": [InFifthStep(lambda: time.sleep(1000))]}
 
 
 def main(folder: Path, moment: str):
-    if moment == "hanging":
-        # What `ddp_timeout` does on accelerators; on a CPU transformers leaves it at half an hour.
-        dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     if moment == "saving":
         write_in_two_halves(die_at("rng_state_1.pth"))
     processor, checkpoint = read_processor(str(folder / "tokenizer")), last_complete_checkpoint(folder)

@@ -1,7 +1,6 @@
 """Losses of this process's part of a batch, and their gradients; saves both. Run by torchrun on two processes."""
 
 import sys
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ def loss_and_gradients(options: dict, fields: dict, teacher: dict) -> tuple[torc
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo")
     rank = dist.get_rank()
     cases, folder = torch.load(f"{sys.argv[1]}/cases.pt"), sys.argv[1]
     results = [loss_and_gradients(options, batches[rank], teachers[rank]) for options, batches, teachers in cases]

@@ -5,12 +5,43 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_ema import Line, begun, one_step
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import leave
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mmgem.training.trainer.weight_average import EMACallback
+
+
+class Line(nn.Module):
+    """y = w x + b, and a part that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 1)
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x, y):
+        return {"loss": (self.linear(x)[:, 0] - y).square().mean()}
+
+
+def begun(decay: float, model: nn.Module, tmp_path) -> tuple[EMACallback, tuple]:
+    """A callback at the start of training, and what it is called with."""
+    ema = EMACallback(decay)
+    arguments = (TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState(), TrainerControl())
+    ema.on_train_begin(*arguments, model=model)
+    return ema, arguments
+
+
+def one_step(ema, arguments, model, values: dict[str, torch.Tensor]):
+    with torch.no_grad():
+        for name, value in values.items():
+            model.get_parameter(name).copy_(value)
+    arguments[1].global_step += 1
+    ema.on_step_end(*arguments, model=model)
 
 
 def averaged_in(folder: Path, model):
@@ -40,6 +71,4 @@ if __name__ == "__main__":
     model = Line()
     fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
     averaged_in(out / "fsdp2", model)
-    # Gloo's threads abort a process that exits before they are joined.
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -1,13 +1,12 @@
 """A run that is killed, at any moment, ends where one ends that was not, once it is resumed."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
+import fresh_process
 import killed_run
 import pytest
 import torch
-from torchrun import FOLDER, environment
 
 pytestmark = pytest.mark.slow
 
@@ -16,9 +15,8 @@ pytestmark = pytest.mark.slow
 def runs(tiny_processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
-    subprocess.run(
-        [sys.executable, str(FOLDER / "killed_run.py"), str(folder)], env=environment(), check=True, timeout=600
-    )
+    script = Path(killed_run.__file__).read_text(encoding="utf-8")
+    fresh_process.run(script, folder, cwd=folder, installed=True)
     return folder
 
 

@@ -2,35 +2,50 @@
 
 import gc
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 FOLDER = Path(__file__).parent
 
 
-def environment() -> dict[str, str]:
-    """For a script that imports from the tests."""
-    paths = [str(FOLDER.parent), str(FOLDER), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+def torchrun(script: str | Path, *arguments: str | Path):
+    """Run a script on two fresh processes, which both have to succeed, by what the command `torchrun` runs them by.
+
+    Raises:
+        ChildFailedError: If one of them fails or is killed; the other has been ended then.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="forkserver",
+    )
+    elastic_launch(config, fresh_process.run_script)(str(FOLDER / script), *map(str, arguments))
 
 
-def torchrun(script: str, *arguments: str | Path, check: bool = True, timeout: float = 120) -> int:
-    """Run a script on two processes; with `check`, both have to succeed. Returns the exit status."""
+def torchrun_command(script: str | Path, *arguments: str | Path) -> int:
+    """The exit status of the command itself, whose processes start from nothing."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(FOLDER / script), *map(str, arguments)]
-    with subprocess.Popen(command, env=environment(), start_new_session=True) as launcher:
-        try:
-            code = launcher.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(launcher.pid, signal.SIGKILL)  # its processes too
-            raise
-    if check and code:
-        raise subprocess.CalledProcessError(code, command)
-    return code
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FOLDER.parent), str(FOLDER)])}
+    return subprocess.run([*command, str(FOLDER / script), *map(str, arguments)], env=environment).returncode
+
+
+def torchrun_fails(script: str | Path, *arguments: str | Path) -> bool:
+    """Whether one of the two processes of a script fails."""
+    try:
+        torchrun(script, *arguments)
+    except ChildFailedError:
+        return True
+    return False
 
 
 def leave():

@@ -1,6 +1,4 @@
-import subprocess
-import sys
-
+import fresh_process
 import pytest
 import torch
 from tiny_models import build_model
@@ -14,7 +12,6 @@ from mmgem.training.scenes.dataset import SceneDataset
 COUNT = 7
 LOADER = """
 import sys
-sys.modules["mmgem"] = None  # not installed
 import torch
 from transformers import AutoModel
 
@@ -118,8 +115,7 @@ def test_saved_model_embeds_as_before_where_the_package_is_not(tiny_model, tiny_
     images, captions = [row["image"] for row in rows], [row["captions"][0] for row in rows]
     inputs = tiny_processor(images=images, text=captions, return_tensors="pt")
     torch.save(dict(inputs), tmp_path / "inputs.pt")
-    arguments = [str(tmp_path / name) for name in ("model", "inputs.pt", "outputs.pt")]
-    subprocess.run([sys.executable, "-c", LOADER, *arguments], check=True, timeout=300, cwd=tmp_path)
+    fresh_process.run(LOADER, "model", "inputs.pt", "outputs.pt", cwd=tmp_path, installed=False)
     image, text = torch.load(tmp_path / "outputs.pt")
     torch.testing.assert_close(image, embed_images(tiny_model, tiny_processor, images), rtol=0, atol=1e-5)
     torch.testing.assert_close(text, embed_texts(tiny_model, tiny_processor, captions), rtol=0, atol=1e-5)

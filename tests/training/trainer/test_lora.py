@@ -1,7 +1,4 @@
-import subprocess
-import sys
-from pathlib import Path
-
+import fresh_process
 import pytest
 import torch
 from one_step import rows
@@ -15,7 +12,6 @@ from mmgem.training.trainer.lora import TOWERS, MMGEMPeftModel, add_lora, merge_
 from mmgem.training.trainer.parameter_selection import own_name
 from mmgem.training.trainer.trainer import MMGEMTrainer
 
-TESTS = Path(__file__).parent
 BLOCKS = {
     "clip": ("vision_tower.encoder.layers", "self_attn", "q_proj k_proj v_proj out_proj", "fc1 fc2"),
     "dinov2": ("vision_tower.encoder.layer", "attention", "q_proj k_proj v_proj o_proj", "fc1 fc2"),
@@ -259,7 +255,7 @@ def test_trained_adapter_loads_in_a_fresh_process(tiny_processor, pixel_values, 
     model = add_lora(base, TOWERS, r=4)
     trainer_of(model, tiny_processor, tmp_path).train()
     torch.save({"pixel_values": pixel_values, **text_batch}, tmp_path / "inputs.pt")
-    subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path)], check=True, timeout=300)
+    fresh_process.run(IN_A_FRESH_PROCESS, tmp_path, cwd=tmp_path, installed=True)
     expected = outputs_of(model.eval(), pixel_values, text_batch)
     untrained = outputs_of(build_model(), pixel_values, text_batch)
     for name, value in torch.load(tmp_path / "outputs.pt").items():

@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 from mmgem.training.scenes.dataset import SceneDataset
 from mmgem.training.trainer.trainer import MMGEMTrainer, MMGEMTrainingArguments, count_caption_tokens
-
-TESTS = Path(__file__).parent
 
 
 def assert_same_gradients(actual, expected, atol=1e-6):

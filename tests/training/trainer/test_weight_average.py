@@ -1,32 +1,14 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
+from sharded_ema import Line, begun, one_step
 from torch import nn
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from torchrun import torchrun
+from transformers import Trainer, TrainingArguments
 
 from mmgem.training.trainer.lora import add_lora
 from mmgem.training.trainer.parameter_selection import set_trainable
 from mmgem.training.trainer.weight_average import EMA_WEIGHTS_NAME, EMACallback
-
-TESTS = Path(__file__).parent
-
-
-class Line(nn.Module):
-    """y = w x + b, and a part that is frozen."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(4, 1)
-        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
-
-    def forward(self, x, y):
-        return {"loss": (self.linear(x)[:, 0] - y).square().mean()}
 
 
 class Training(Trainer):
@@ -62,22 +44,6 @@ class Training(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.ema and checkpoint:
             self.ema.load(checkpoint, self.model)
-
-
-def begun(decay: float, model: nn.Module, tmp_path) -> tuple[EMACallback, tuple]:
-    """A callback at the start of training, and what it is called with."""
-    ema = EMACallback(decay)
-    arguments = (TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState(), TrainerControl())
-    ema.on_train_begin(*arguments, model=model)
-    return ema, arguments
-
-
-def one_step(ema, arguments, model, values: dict[str, torch.Tensor]):
-    with torch.no_grad():
-        for name, value in values.items():
-            model.get_parameter(name).copy_(value)
-    arguments[1].global_step += 1
-    ema.on_step_end(*arguments, model=model)
 
 
 def test_average_is_that_of_the_formula(tmp_path):
@@ -222,13 +188,7 @@ def test_of_lora_the_adapter_is_averaged(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_average_as_one_does(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*command, str(TESTS / "sharded_ema.py"), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )
+    torchrun("sharded_ema.py", tmp_path)
     model = Line()
     ema, arguments = begun(0.9, model, tmp_path)
     for value in (1.0, 2.0, 3.0):
