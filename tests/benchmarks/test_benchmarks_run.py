@@ -46,6 +46,7 @@ def test_training_memory():
     assert all(float(row[1]) > 0 for name, row in rows.items() if name not in ("step", "---"))
 
 
+@pytest.mark.slow
 def test_grad_cache_holds_one_chunk_at_a_time():
     rows = cells(grad_cache.compare(micro_setting(), numbers_of_chunks=(2, 16), plain_up_to=16, rounds=1))
     (plain_small, cached_small, _), (plain_large, cached_large, _) = rows["8"], rows["64"]

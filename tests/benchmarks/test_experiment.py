@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from statistics import mean
 
+import fresh_process
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,7 +192,9 @@ def test_every_arm_is_run_once_and_a_stopped_experiment_goes_on(tmp_path, monkey
     path = tmp_path / "clip-77-1.json"
     path.unlink()
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*-*.json")}
-    again = run_all(MICRO, tmp_path, workers=2, seeds=(0, 1))  # in processes of its own
+    with monkeypatch.context() as patch:
+        patch.setattr(workers.multiprocessing, "get_context", lambda method: fresh_process.context)
+        again = run_all(MICRO, tmp_path, workers=2, seeds=(0, 1))  # in processes of its own
     assert path.is_file()
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
     assert [result["metrics"] for result in again] == [result["metrics"] for result in first]  # runs repeat

@@ -218,6 +218,7 @@ def test_every_part_learns_from_the_joint_loss(vision, text, text_batch, pixel_v
     assert patch_embedding.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_one_batch_is_learned(text_batch, pixel_values):
     model = build_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
