@@ -43,8 +43,8 @@ test-newest: ## the same with the newest published versions
 	$(MAKE) clients VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
 clients: $(STAMP) ## the tests of what meets other libraries
-	$(BIN)/python -m pytest -q -m 'not slow' tests/modeling_mmgem tests/processing tests/training/test_cli.py
-	$(BIN)/python -m pytest -q tests/test_hub_folder.py
+	$(PYTEST) -m 'not slow' tests/modeling_mmgem tests/processing tests/training/test_cli.py
+	$(PYTEST) tests/test_hub_folder.py
 
 fast: $(STAMP) ## the tests that take milliseconds
 	$(PYTEST) -m 'not slow'
