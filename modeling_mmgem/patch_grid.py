@@ -1,51 +1,298 @@
 """Any vision tower as a grid of patch features."""
 
 import inspect
+import math
+from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel
+
+from .configuration_mmgem import GridLayout, VisionGrid
+
+DEFAULT_IMAGE_SIZE = 224  # of towers that say nothing about it
+MAP_AXES: dict[GridLayout, slice] = {"channels_first": slice(2, 4), "channels_last": slice(1, 3)}
+IMAGE_INPUTS = {"pixel_values", "pixel_attention_mask", "spatial_shapes"}
 
 
-def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     """A side or (height, width) as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def patch_grid(vision_tower, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(B, channels, H, W) pixels -> (B, C, H / patch, W / patch) features of the vision tower."""
-    vision_config = vision_tower.config
-    patch_height, patch_width = pair(vision_config.patch_size)
-    if pixel_values.ndim != 4 or len(pixel_values) == 0 or pixel_values.shape[1] != vision_config.num_channels:
+def blank_image(grid: VisionGrid, device: torch.device | None = None) -> torch.Tensor:
+    """(1, channels, H, W) zeros of the tower's own size."""
+    return torch.zeros(1, grid.num_channels, *grid.image_size, device=device)
+
+
+def patch_grid(vision_tower: PreTrainedModel, grid: VisionGrid, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Features of the vision tower in the place they belong to.
+
+    Args:
+        vision_tower: Any vision encoder that `find_grid` knows.
+        grid: What `find_grid` found out about it.
+        pixel_values: (B, channels, H, W), of the tower's own size or of multiples of its stride.
+
+    Returns:
+        (B, C, rows, columns), without class and register tokens.
+
+    Raises:
+        ValueError: If the images do not fit, or the tower does not answer as `grid` says.
+    """
+    if pixel_values.ndim != 4 or len(pixel_values) == 0 or pixel_values.shape[1] != grid.num_channels:
         raise ValueError(
-            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (B, {vision_config.num_channels}, H, "
-            "W) with B at least 1."
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (B, {grid.num_channels}, H, W) with B at "
+            "least 1."
         )
-    (batch, _, height, width), pixel_values = pixel_values.shape, pixel_values.to(vision_tower.dtype)
-    if height % patch_height or width % patch_width:
+    name, (batch, _, height, width), own_size = vision_tower.config.model_type, pixel_values.shape, grid.image_size
+    if (height, width) != own_size:
+        if not grid.any_size:
+            raise ValueError(
+                f"`pixel_values` shows images of {height} x {width}; expected {own_size[0]} x {own_size[1]}, the only "
+                f"size that the vision tower `{name}` takes."
+            )
+        if height % grid.stride[0] or width % grid.stride[1]:
+            raise ValueError(
+                f"`pixel_values` shows images of {height} x {width}; expected multiples of the patch size "
+                f"{grid.stride[0]} x {grid.stride[1]}."
+            )
+    features = _features(vision_tower, pixel_values, is_own_size=(height, width) == own_size)
+    placed = _placed(features, grid, batch, height, width)
+    if placed is None or placed.shape[:2] != (batch, grid.hidden_size):
         raise ValueError(
-            f"`pixel_values` shows images of {height} x {width}; expected multiples of the patch size "
-            f"{patch_height} x {patch_width}."
+            f"`vision_grid` is {grid}, but the vision tower `{name}` answers {batch} images of {height} x {width} "
+            f"with features of shape {tuple(features.shape)}; expected what `MMGEMModel.from_towers` finds out."
         )
-    rows, columns = height // patch_height, width // patch_width
-    accepted = inspect.signature(vision_tower.forward).parameters
-    if "spatial_shapes" in accepted:  # SigLIP2 (NaFlex) takes flattened patches
-        patches = pixel_values.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-        patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(batch, rows * columns, -1)  # (B, P, ph * pw * channels)
-        hidden_states = vision_tower(
-            patches,
-            pixel_attention_mask=patches.new_ones(batch, rows * columns, dtype=torch.long),
-            spatial_shapes=torch.tensor([[rows, columns]] * batch, device=patches.device),
-        ).last_hidden_state
+    return placed
+
+
+def _placed(features: torch.Tensor, grid: VisionGrid, batch: int, height: int, width: int) -> torch.Tensor | None:
+    """Features in the layout of a tower -> (B, C, rows, columns); None if they are no grid in this layout."""
+    if grid.layout != "tokens":
+        return None if features.ndim != 4 else features if grid.layout == "channels_first" else features.movedim(3, 1)
+    if features.ndim != 3 or features.shape[0] * features.shape[1] % batch:
+        return None
+    tokens = _by_image(features, batch)  # (B, N, C)
+    tokens = tokens[:, grid.prefix_tokens : tokens.shape[1] - grid.suffix_tokens]  # (B, P, C)
+    shape = _shape_of(tokens.shape[1], (height, width), grid.stride)
+    return None if shape is None else tokens.transpose(1, 2).unflatten(2, shape)
+
+
+def boxes_on_grid(boxes: torch.Tensor, grid: VisionGrid, pixel_values: torch.Tensor, features: torch.Tensor):
+    """Boxes of the view as boxes of the grid, which leaves out pixels at the right and bottom that fill no patch.
+
+    Args:
+        boxes: (B, R, 4) xyxy in [0, 1] of the view.
+        grid: See `find_grid`.
+        pixel_values: (B, channels, H, W).
+        features: (B, C, rows, columns), of `patch_grid`.
+
+    Returns:
+        (B, R, 4) xyxy in [0, 1] of the grid.
+    """
+    sizes = zip(pixel_values.shape[2:], features.shape[2:], grid.stride, strict=True)
+    height, width = (max(1.0, size / (cells * stride)) for size, cells, stride in sizes)
+    return (boxes * boxes.new_tensor([width, height, width, height])).clamp(max=1)
+
+
+@torch.no_grad()
+def find_grid(vision_tower: PreTrainedModel) -> VisionGrid:
+    """Find out where a vision tower has its patch features, by running it and not by its name.
+
+    It sees an image of its own size twice, one that is twice as wide, and two with other pixels in the leftmost and in
+    the topmost patches, whose features must change more than the others. A tower on the meta device has shapes alone;
+    tokens beside the patches are then taken to stand in front.
+
+    Args:
+        vision_tower: A vision encoder of transformers, with its weights.
+
+    Raises:
+        ValueError: If the tower takes no images, or its features are no grid of them.
+    """
+    name = vision_tower.config.model_type
+    parameters = inspect.signature(vision_tower.forward).parameters.values()
+    required = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if "pixel_values" not in {p.name for p in parameters} or required - IMAGE_INPUTS:
+        raise ValueError(f"`vision` is a `{name}`, which takes {sorted(required)}; expected an encoder of images.")
+    was_training = vision_tower.training
+    vision_tower.eval()  # nothing is drawn at random
+    try:
+        return _find_grid(vision_tower, name)
+    finally:
+        vision_tower.train(was_training)
+
+
+def _find_grid(tower: PreTrainedModel, name: str) -> VisionGrid:
+    num_channels, own_size = getattr(tower.config, "num_channels", None) or 3, _own_size(tower.config)
+    height, width = own_size
+    noise = torch.randn(1, num_channels, height, 2 * width, generator=torch.Generator().manual_seed(0), device="cpu")
+    noise = noise.to(tower.device, tower.dtype)
+    image, other = noise[..., :width], noise[..., width:]  # (1, channels, H, W)
+    try:
+        features = _features(tower, torch.cat([image, image]), is_own_size=True)
+    except Exception as error:  # whatever towers raise
+        if tower.device.type == "meta" and hasattr(tower.config, "patch_size"):
+            return _declared_grid(tower.config, num_channels, own_size)
+        raise ValueError(
+            f"`vision` is a `{name}`, which fails on images of {num_channels} x {height} x {width} ({error}); "
+            "expected an encoder of images."
+        ) from error
+    try:
+        wide = _features(tower, noise, is_own_size=False)
+    except Exception:
+        wide = None
+    found = _explain(tower.config, own_size, features, wide)
+    if found is None:
+        wide_shape = "" if wide is None else f", and one of {height} x {2 * width} with {tuple(wide.shape)}"
+        raise ValueError(
+            f"`vision` is a `{name}`, which answers two images of {height} x {width} with features of shape "
+            f"{tuple(features.shape)}{wide_shape}; expected a grid of patches."
+        )
+    layout, stride, extra_tokens = found
+    grid = VisionGrid(
+        layout=layout,
+        num_channels=num_channels,
+        image_size=own_size,
+        stride=stride,
+        hidden_size=features.shape[1 if layout == "channels_first" else -1],
+        prefix_tokens=extra_tokens,
+        any_size=wide is not None,
+    )
+    if tower.device.type == "meta":
+        return grid
+    cells, again = _cells(features, layout, 2)  # (N, C) each
+    if not torch.allclose(cells, again, rtol=0, atol=1e-2 * float(cells.abs().max())):
+        raise ValueError(
+            f"`vision` is a `{name}`, which answers the same image in two ways, as encoders do that mask patches at "
+            "random; expected one that sees the whole image."
+        )
+    if layout != "tokens":
+        return grid
+    left, top = image.clone(), image.clone()
+    left[..., : stride[1]], top[:, :, : stride[0]] = other[..., : stride[1]], other[:, :, : stride[0]]
+    changes = []
+    for changed in (left, top):
+        moved = _cells(_features(tower, changed, is_own_size=True), layout, 1)[0] - cells
+        changes.append(moved.norm(dim=-1) / cells.norm(dim=-1).clamp(min=1e-12))  # (N,)
+    # Tokens beside the patches may stand on either side; where it makes no difference they stand in front.
+    shape = _shape_of(len(cells) - extra_tokens, own_size, stride)
+    assert shape is not None  # by `_explain`
+    contrasts = [_contrast(changes, start, shape) for start in range(extra_tokens, -1, -1)]
+    if max(contrasts) <= 1:
+        raise ValueError(
+            f"`vision` is a `{name}`, whose features do not change where the image does; expected a grid of patches."
+        )
+    behind = contrasts.index(max(contrasts))
+    return replace(grid, prefix_tokens=extra_tokens - behind, suffix_tokens=behind)
+
+
+def _declared_grid(config, num_channels: int, own_size: tuple[int, int]) -> VisionGrid:
+    """By the configuration: of towers that have to see numbers, such as the position of a patch, to run."""
+    return VisionGrid(
+        layout="tokens",
+        num_channels=num_channels,
+        image_size=own_size,
+        stride=pair(config.patch_size),
+        hidden_size=config.hidden_size,
+    )
+
+
+def _own_size(config) -> tuple[int, int]:
+    """(height, width) of the images a tower was made for."""
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None)
+    if size is None and hasattr(config, "num_patches"):  # SigLIP 2
+        size = math.isqrt(config.num_patches) * config.patch_size
+    if size is None and getattr(config, "pretrained_cfg", None):  # timm
+        size = config.pretrained_cfg["input_size"][1:]
+    return pair(DEFAULT_IMAGE_SIZE if size is None else size)
+
+
+def _features(tower: PreTrainedModel, pixel_values: torch.Tensor, is_own_size: bool) -> torch.Tensor:
+    """The last features of a tower, in whatever layout it has."""
+    accepted = inspect.signature(tower.forward).parameters
+    pixel_values = pixel_values.to(tower.dtype)
+    if "spatial_shapes" in accepted:  # SigLIP 2 (NaFlex) takes flattened patches
+        patches, spatial_shapes = flat_patches(pixel_values, tower.config.patch_size)
+        mask = patches.new_ones(patches.shape[:2], dtype=torch.long)
+        outputs = tower(patches, pixel_attention_mask=mask, spatial_shapes=spatial_shapes)
     else:
-        is_native_size = (height, width) == pair(vision_config.image_size)
-        resizable = not is_native_size and "interpolate_pos_encoding" in accepted
-        hidden_states = vision_tower(
-            pixel_values, **({"interpolate_pos_encoding": True} if resizable else {})
-        ).last_hidden_state
-    if hidden_states.ndim != 3 or hidden_states.shape[1] < rows * columns:
-        raise ValueError(
-            f"The vision tower `{vision_config.model_type}` answers images of {height} x {width} with features of "
-            f"shape {tuple(hidden_states.shape)}; expected a patch grid of {rows} x {columns} tokens."
-        )
-    # Class and register tokens, where there are any, stand in front of the patches.
-    patches = hidden_states[:, -rows * columns :]  # (B, P, C)
-    return patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, C, rows, columns)
+        resizes = not is_own_size and "interpolate_pos_encoding" in accepted
+        outputs = tower(pixel_values, **({"interpolate_pos_encoding": True} if resizes else {}))
+    features = getattr(outputs, "last_hidden_state", None)
+    if features is None:
+        features = outputs.feature_maps  # of backbones
+    return features[-1] if isinstance(features, list | tuple) else features
+
+
+def flat_patches(pixel_values: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, channels, H, W) -> (B, P, patch * patch * channels) and (B, 2), the rows and columns of each image."""
+    patches = pixel_values.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+    rows, columns = patches.shape[2:4]
+    patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(len(patches), rows * columns, -1)
+    return patches, torch.tensor([[rows, columns]] * len(patches), device="cpu")
+
+
+def _by_image(tokens: torch.Tensor, batch: int) -> torch.Tensor:
+    """(B, N, C), also of (1, B * N, C): Pixtral has the tokens of all images in one row."""
+    return tokens.reshape(batch, -1, tokens.shape[-1])
+
+
+def _cells(features: torch.Tensor, layout: str, batch: int) -> torch.Tensor:
+    """Features in any layout -> (B, N, C)"""
+    return _by_image(features.movedim(1, 3) if layout == "channels_first" else features, batch).float()
+
+
+def _shape_of(num_patches: int, image_size: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int] | None:
+    """(rows, columns) of so many patches: those that fit into the image, or those that cover it; None for neither."""
+    for rounded_up in (False, True):
+        rows, columns = (_count(*side, rounded_up) for side in zip(image_size, stride, strict=True))
+        if rows * columns == num_patches:
+            return rows, columns
+    return None
+
+
+def _count(size: int, stride: int, rounded_up: bool) -> int:
+    return -(-size // stride) if rounded_up else size // stride
+
+
+def _explain(
+    config, own_size: tuple[int, int], features: torch.Tensor, wide: torch.Tensor | None
+) -> tuple[GridLayout, tuple[int, int], int] | None:
+    """Layout, stride and number of further tokens by which two images have such features, and a wide one these."""
+    if wide is not None and wide.ndim != features.ndim:
+        return None
+    height, width = own_size
+    explanations: list[tuple[GridLayout, tuple[int, int], int]] = []
+    patch_size = getattr(config, "patch_size", None)
+    patch_size = pair(patch_size) if isinstance(patch_size, int | list | tuple) else None
+    # What divides the image comes first, and of that round numbers: 32, not 33.
+    sides = sorted(
+        range(1, min(own_size) + 1), key=lambda side: (height % side > 0 or width % side > 0, -(side & -side))
+    )
+    strides = [(side, side) for side in sides]
+    for stride in strides if patch_size is None else [patch_size, *strides]:
+        for rounded_up in (False, True):
+            rows, columns = _count(height, stride[0], rounded_up), _count(width, stride[1], rounded_up)
+            wide_columns = _count(2 * width, stride[1], rounded_up)
+            if features.ndim == 3:
+                extra_tokens = features.shape[0] * features.shape[1] / 2 - rows * columns
+                if extra_tokens >= 0 and (wide is None or wide.shape[1] == rows * wide_columns + extra_tokens):
+                    explanations.append(("tokens", stride, int(extra_tokens)))
+            elif features.ndim == 4:
+                for layout, axes in MAP_AXES.items():
+                    fits = wide is None or wide.shape[axes] == (rows, wide_columns)
+                    if fits and features.shape[axes] == (rows, columns):
+                        explanations.append((layout, stride, 0))
+        if explanations and stride == patch_size:
+            break
+    return min(explanations, key=lambda explanation: explanation[2], default=None)
+
+
+def _contrast(changes: list[torch.Tensor], start: int, shape: tuple[int, int]) -> float:
+    """How much more the leftmost, and the topmost, patches changed than the others, if they begin at `start`."""
+    left, top = (change[start : start + math.prod(shape)].view(shape) for change in changes)
+    contrasts = [
+        float(cells[:, 0].mean() / cells[:, 1:].mean())
+        for cells in (left, top.T)
+        if cells.shape[1] > 1 and cells.any()
+    ]
+    return min(contrasts, default=math.inf)

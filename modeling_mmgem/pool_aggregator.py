@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def attention_heads(vision_config, hidden_size: int) -> int:
+    """Heads for features of a vision tower: as many as it has itself, or else of about 64 channels."""
+    heads = getattr(vision_config, "num_attention_heads", None)
+    if isinstance(heads, int) and hidden_size % heads == 0:
+        return heads
+    return max(count for count in range(1, max(1, hidden_size // 64) + 1) if hidden_size % count == 0)
+
+
 def adaptive_windows(size: int, bins: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows of `F.adaptive_avg_pool1d` along one axis.
 

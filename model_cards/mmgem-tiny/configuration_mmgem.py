@@ -1,9 +1,11 @@
 """Configuration of MM-GEM: one vision tower, one causal language model, three small projections."""
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -23,6 +25,41 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+GridLayout = Literal["tokens", "channels_first", "channels_last"]
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class VisionGrid:
+    """Where the features of a vision tower have their patches; `patch_grid.find_grid` finds it out.
+
+    Args:
+        layout: Of the features: `"tokens"` (B, N, C), `"channels_first"` (B, C, rows, columns) or `"channels_last"`.
+        num_channels: Of an image.
+        image_size: (height, width) of the images that the tower was made for, in pixels.
+        stride: (height, width) of a patch in pixels.
+        hidden_size: Width C of the features.
+        prefix_tokens, suffix_tokens: Tokens before and after the patches: of the class, of registers, ...
+        any_size: Whether the tower takes images of other sizes.
+
+    Raises:
+        ValueError: If a number is out of its range. `StrictDataclassFieldValidationError` for one of a wrong type.
+    """
+
+    layout: GridLayout
+    num_channels: int
+    image_size: tuple[int, int]
+    stride: tuple[int, int]
+    hidden_size: int
+    prefix_tokens: int = 0
+    suffix_tokens: int = 0
+    any_size: bool = True
+
+    def __post_init__(self):
+        positive = self.num_channels, *self.image_size, *self.stride, self.hidden_size
+        if min(positive) < 1 or min(self.prefix_tokens, self.suffix_tokens) < 0:
+            raise ValueError(f"`vision_grid` is {self}; expected sizes above 0 and numbers of tokens from 0 on.")
+
 
 # What can be embedded, and the method of the model that does it. Whoever asks for an embedding by its kind asks here.
 EMBEDDING_METHODS = {"text": "get_text_features", "image": "get_image_features", "fused": "get_multimodal_features"}
@@ -34,8 +71,11 @@ class MMGEMConfig(PreTrainedConfig):
     Configuration of an [`MMGEMModel`] (MM-GEM, https://arxiv.org/abs/2405.19333).
 
     Args:
-        vision_config (`dict` or `PreTrainedConfig`): any transformers vision encoder with a patch grid
-            (`clip_vision_model`, `siglip_vision_model`, `siglip2_vision_model`, `vit`, `dinov2`, `dinov3_vit`, ...).
+        vision_config (`dict` or `PreTrainedConfig`): any transformers vision encoder whose features are a grid, of
+            patches (`clip_vision_model`, `siglip2_vision_model`, `dinov3_vit`, ...) or of a feature map (`convnextv2`,
+            `swin`, `efficientnet`, `timm_wrapper`, ...).
+        vision_grid (`dict`, optional): a [`VisionGrid`], the place of the patches in these features. By default the
+            model finds it out, by running the encoder.
         text_config (`dict` or `PreTrainedConfig`): any transformers causal language model.
         projection_dim (`int`, > 0): width D of the shared embedding space.
         num_visual_tokens (`int`): visual tokens n of an image or a box; a square, n = g * g.
@@ -74,6 +114,7 @@ class MMGEMConfig(PreTrainedConfig):
     }
 
     vision_config: dict | PreTrainedConfig | None = None
+    vision_grid: dict[str, Any] | None = None
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     num_visual_tokens: int = 64
@@ -131,11 +172,19 @@ class MMGEMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`logit_scale_init_value` is {self.logit_scale_init_value}; expected at most ln 100 = 4.6052."
             )
-        if not hasattr(self.vision_config, "patch_size") or not hasattr(self.vision_config, "hidden_size"):
-            raise ValueError(
-                f"`vision_config` is of type `{self.vision_config.model_type}`, which has no patch grid; "
-                "expected a vision encoder with `patch_size` and `hidden_size` (CLIP, SigLIP, ViT, DINOv2, ...)."
-            )
+        if self.vision_grid is not None:
+            _ = self.grid
+
+    @property
+    def grid(self) -> VisionGrid:
+        """`vision_grid` as an object."""
+        lists_as_tuples: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in self.vision_grid.items()
+        }
+        try:
+            return VisionGrid(**lists_as_tuples)
+        except (TypeError, StrictDataclassError) as error:
+            raise ValueError(f"`vision_grid` is {self.vision_grid}; {error}.") from error
 
     def _check_embedding_prompt(self):
         if self.embedding_prompt_ids is None:

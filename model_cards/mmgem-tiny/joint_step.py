@@ -11,7 +11,7 @@ from .contrastive import ContrastiveObjective
 from .contrastive_batch import DOCUMENT, IMAGE, REGION, ContrastiveBatch, ids_of_regions, ids_of_rows
 from .input_checks import is_box
 from .packing import PackedLayout
-from .patch_grid import pair
+from .patch_grid import blank_image
 from .text_rows import IGNORED_LABEL, TextRows
 from .text_sequences import caption_sequences, embedded_sequences, recalled_sequences
 
@@ -27,6 +27,7 @@ class JointStep:
     logit_bias: torch.Tensor | None
     pool_aggregator: Any
     _patch_grid: Any
+    _box_tokens: Any
     token_projection: Any
     get_input_embeddings: Any
     get_output_embeddings: Any
@@ -51,11 +52,10 @@ class JointStep:
         # Vision: the tower once; whole images and boxes through the same aggregator. Without an image a blank one
         # runs, so that in a distributed run every process takes part with every parameter.
         if pixel_values is None:
-            size = pair(self.config.vision_config.image_size)
-            pixel_values = torch.zeros(1, self.config.vision_config.num_channels, *size, device=device)
+            pixel_values = blank_image(self.config.grid, device)
         grid = self._patch_grid(pixel_values)  # (I, C, rows, columns)
         image_tokens = self.pool_aggregator(grid)  # (I, n, C)
-        box_tokens = None if boxes is None else self.pool_aggregator(grid, boxes)  # (I, R, n, C)
+        box_tokens = None if boxes is None else self._box_tokens(grid, boxes, pixel_values)  # (I, R, n, C)
 
         # Language: captions after their visual tokens, and what is embedded before [EMB], packed into the same rows.
         text_config, embedding_tokens = self.config.text_config, self.embedding_tokens  # (k, H)

@@ -9,13 +9,13 @@ Multimodal Generative Embedding Model, https://arxiv.org/abs/2405.19333.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -29,10 +29,10 @@ from .joint_step import JointStep
 from .language_model_probe import PROBING, check_reading
 from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
-from .patch_grid import patch_grid
-from .pool_aggregator import PoolAggregator
+from .patch_grid import boxes_on_grid, find_grid, patch_grid
+from .pool_aggregator import PoolAggregator, attention_heads
 from .text_rows import TEXT_COLUMNS, TextRows, documents_text_columns, first_token_id, is_first_token
-from .tower_composition import DEFAULT_MAX_NEW_TOKENS, compose_towers
+from .tower_composition import DEFAULT_MAX_NEW_TOKENS, build_vision_tower, compose_towers
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -97,11 +97,13 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MMGEMConfig):
         super().__init__(config)
-        vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = build_vision_tower(config.vision_config)
+        if config.vision_grid is None:
+            config.vision_grid = asdict(find_grid(self.vision_tower))
+        vision_size, text_size = config.grid.hidden_size, config.text_config.hidden_size
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.pool_aggregator = PoolAggregator(
-            vision_size, config.vision_config.num_attention_heads, config.num_visual_tokens
+            vision_size, attention_heads(config.vision_config, vision_size), config.num_visual_tokens
         )
         self.image_projection = nn.Sequential(
             nn.LayerNorm(vision_size), nn.Linear(vision_size, config.projection_dim, bias=False)
@@ -154,31 +156,35 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         vision: str | PreTrainedModel,
         text: str | PreTrainedModel,
         image_token_id: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        gguf_file: str | None = None,
         **config_kwargs,
     ) -> "MMGEMModel":
-        """
-        Compose pretrained towers: `MMGEMModel.from_towers("openai/clip-vit-large-patch14", "TinyLlama/...")`.
+        """Compose pretrained towers: `MMGEMModel.from_towers("openai/clip-vit-large-patch14", "TinyLlama/...")`.
 
         Args:
-            vision: Hub name or folder of a vision encoder with a patch grid, or of a dual encoder that contains one
-                (CLIP, SigLIP); or such an encoder itself.
+            vision: Hub name or folder of a vision encoder whose features are a grid, or of a dual encoder or VLM that
+                contains one (CLIP, SigLIP, LLaVA); or such a model itself.
             text: Hub name or folder of a causal language model, or the model itself.
-            image_token_id: id of `<image>`. By default the id that `MMGEMProcessor.from_towers` gives it: the next
+            image_token_id: Id of `<image>`. By default the id that `MMGEMProcessor.from_towers` gives it: the next
                 free one of the tokenizer of `text`, or, for a model object, the next row of its vocabulary.
-            config_kwargs: further fields of [`MMGEMConfig`].
+            dtype: Type of the weights, such as `"bfloat16"`; by default that of the towers, if it is the same.
+            gguf_file: File in the folder `text` to read the language model from.
+            config_kwargs: Further fields of [`MMGEMConfig`].
 
         Returns:
-            The composed model; towers as they were, projections and aggregator fresh.
+            The composed model; towers as they were, LoRA of a `PeftModel` merged, projections and aggregator fresh.
 
         Raises:
-            ValueError: if the vision tower has no patch grid.
+            ValueError: If the features of the vision tower are no grid, if the language model is no causal one, if
+                weights are missing, quantized or of two types.
         """
-        return compose_towers(cls, vision, text, image_token_id, **config_kwargs)
+        return compose_towers(cls, vision, text, image_token_id, dtype, gguf_file, **config_kwargs)
 
     def _make_image_vectors(self) -> ImageVectors | None:
         if self.config.embedding_pooling != "multi_vector":
             return None
-        return ImageVectors(self.config.vision_config.hidden_size, self.config.num_embedding_tokens)
+        return ImageVectors(self.config.grid.hidden_size, self.config.num_embedding_tokens)
 
     @property
     def embedding_dim(self) -> int:
@@ -262,13 +268,17 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def _patch_grid(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) pixels -> (B, C, rows, columns) features of the vision tower."""
-        return patch_grid(self.vision_tower, pixel_values)
+        return patch_grid(self.vision_tower, self.config.grid, pixel_values)
+
+    def _box_tokens(self, grid: torch.Tensor, boxes: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """-> (B, R, n, C)"""
+        return self.pool_aggregator(grid, boxes_on_grid(boxes, self.config.grid, pixel_values, grid))
 
     def _visual_tokens(self, pixel_values: torch.Tensor, boxes: torch.Tensor | None) -> torch.Tensor:
         """-> (B, n, C), or (B, R, n, C) with boxes."""
         grid = self._patch_grid(pixel_values)  # (B, C, rows, columns)
         check_boxes(boxes, len(grid))
-        return self.pool_aggregator(grid, boxes)
+        return self.pool_aggregator(grid) if boxes is None else self._box_tokens(grid, boxes, pixel_values)
 
     def _embed_visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., n, C) -> (..., D), or (..., k, D)"""

@@ -432,16 +432,6 @@ def test_an_empty_batch_of_texts_is_refused(tiny_model):
         tiny_model.get_text_features(torch.zeros(0, 4, dtype=torch.long))
 
 
-def test_a_tower_without_a_patch_grid_is_refused():
-    from transformers import SwinConfig, SwinModel
-
-    tower = SwinModel(
-        SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
-    )
-    with pytest.raises(ValueError, match="`swin`.*expected a patch grid of 8 x 8|has no patch grid"):
-        MMGEMModel.from_towers(tower, build_towers()[1], num_visual_tokens=4)
-
-
 @pytest.mark.parametrize(
     "box",
     [[0.0, 0.0, 20.0, 20.0], [0.9, 0.9, 0.1, 0.1], [float("nan"), 0.0, 1.0, 1.0], [-0.1, 0.0, 1.0, 1.0]],

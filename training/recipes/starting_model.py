@@ -1,7 +1,6 @@
 """The model and processor that a recipe starts from, and what a stage changes about them."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from transformers import SiglipImageProcessorPil
@@ -34,7 +33,7 @@ def build_model(recipe: Recipe, rows: Mixture | None = None) -> tuple[MMGEMModel
     elif section.is_fresh:
         model, processor = _fresh_model(recipe, rows)
     else:
-        model = MMGEMModel.from_towers(section.vision, section.text, **section.config)
+        model = MMGEMModel.from_towers(section.vision, section.text, dtype=section.dtype, **section.config)
         processor = MMGEMProcessor.from_towers(
             section.vision,
             section.text,
@@ -83,10 +82,15 @@ def check_image_size(config: MMGEMConfig, image_size: int) -> None:
     Raises:
         ValueError: If it is not a multiple of the patch size.
     """
-    vision_config: Any = config.vision_config
-    patch_size = vision_config.patch_size
-    if any(image_size % side for side in ([patch_size] if isinstance(patch_size, int) else patch_size)):
-        raise ValueError(f"`image_size` is {image_size}; expected a multiple of the patch size {patch_size}.")
+    (own_height, own_width), (height, width) = config.grid.image_size, config.grid.stride
+    if (image_size, image_size) == (own_height, own_width):
+        return
+    if not config.grid.any_size:
+        raise ValueError(
+            f"`image_size` is {image_size}; expected {own_height} x {own_width}, all that the vision tower takes."
+        )
+    if image_size % height or image_size % width:
+        raise ValueError(f"`image_size` is {image_size}; expected a multiple of the patch size {height} x {width}.")
 
 
 def set_image_size(image_processor, image_size: int) -> None:

@@ -25,7 +25,7 @@ from mmgem.training.trainer.parameter_selection import parameter_groups
 # Arguments of the trainer that the run sets itself, or that have a place of their own in a stage.
 _NOT_IN_TRAINING = ("output_dir", "resume_from_checkpoint", "train_sampling_strategy", "contrastive_objective")
 # Fields of the configuration that have a place of their own in a recipe, or are no choice of its author.
-_NOT_IN_MODEL = ("vision_config", "text_config", "image_token_id", "prompts", "calibrated_modalities")
+_NOT_IN_MODEL = ("vision_config", "vision_grid", "text_config", "image_token_id", "prompts", "calibrated_modalities")
 
 
 def check_sections(recipe: Recipe) -> None:

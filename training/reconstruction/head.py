@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmgem.configuration_mmgem import MMGEMConfig
-from mmgem.patch_grid import pair
+from mmgem.pool_aggregator import attention_heads
 
 _FREQUENCIES = 16  # of the waves that tell a place, along each axis
 
@@ -26,17 +26,17 @@ class ReconstructionHead(nn.Module):
 
     def __init__(self, config: MMGEMConfig):
         super().__init__()
-        vision_config: Any = config.vision_config
         text_config: Any = config.text_config
-        size, text_size = vision_config.hidden_size, text_config.hidden_size
-        patch_shape = vision_config.num_channels, *pair(vision_config.patch_size)
+        grid = config.grid
+        size, text_size = grid.hidden_size, text_config.hidden_size
+        patch_shape = grid.num_channels, *grid.stride
         self.mask_embedding = nn.Parameter(torch.empty(text_size))
         self.mask_patch = nn.Parameter(torch.empty(patch_shape))
         self.state_norm = nn.LayerNorm(text_size)
         self.state_projection = nn.Linear(text_size, size)
         self.place_projection = nn.Linear(4 * _FREQUENCIES, size)
         self.query_norm, self.token_norm = nn.LayerNorm(size), nn.LayerNorm(size)
-        self.attention = nn.MultiheadAttention(size, vision_config.num_attention_heads, batch_first=True)
+        self.attention = nn.MultiheadAttention(size, attention_heads(config.vision_config, size), batch_first=True)
         self.mlp = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, size))
         self.pixels = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, math.prod(patch_shape)))
 

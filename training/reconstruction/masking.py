@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from mmgem.configuration_mmgem import MMGEMConfig
-from mmgem.patch_grid import pair
 from mmgem.text_rows import is_first_token
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.permutation import hash_numbers
@@ -56,8 +55,7 @@ class MaskingCollator:
 
     def __init__(self, collator: MMGEMCollator, config: MMGEMConfig, options: Reconstruction):
         self.collator = collator
-        vision_config: Any = config.vision_config
-        self.patch_size = pair(vision_config.patch_size)
+        self.patch_size = config.grid.stride
         self.text_config = config.text_config
         self.options = options
         self._special_ids = torch.tensor(collator.processor.tokenizer.all_special_ids)

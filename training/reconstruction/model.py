@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.input_checks import check_boxes, checked_mask
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.patch_grid import pair
+from mmgem.patch_grid import blank_image
 from mmgem.text_rows import IGNORED_LABEL, TextRows
 from mmgem.text_sequences import lay_out
 from mmgem.training.reconstruction.head import ReconstructionHead, normalized_patches
@@ -136,9 +136,7 @@ class MMGEMForReconstruction(MMGEMModel):
                 f"{image_index}; expected the same shape, and which image stands before each text."
             )
         if pixel_values is None:  # a blank one, so that every process of a run takes part with every parameter
-            vision_config = self.config.vision_config
-            size = vision_config.num_channels, *pair(vision_config.image_size)
-            pixel_values = torch.zeros(1, *size, device=input_ids.device)
+            pixel_values = blank_image(self.config.grid, input_ids.device)
         attention_mask = checked_mask(input_ids, attention_mask, allow_empty=True)
         if box_index is None:
             box_index = torch.full_like(image_index, -1)
@@ -197,7 +195,7 @@ class MMGEMForReconstruction(MMGEMModel):
             )
         grid = self._patch_grid(self._masked(pixel_values, patch_mask))  # (I, C, rows, columns)
         image_tokens = self.pool_aggregator(grid)  # (I, n, C)
-        box_tokens = None if boxes is None else self.pool_aggregator(grid, boxes)  # (I, R, n, C)
+        box_tokens = None if boxes is None else self._box_tokens(grid, boxes, pixel_values)  # (I, R, n, C)
 
         has_image = rows.image_index >= 0  # (S,)
         prefix = has_image[:, None].expand(-1, self.config.num_visual_tokens)  # (S, n)
@@ -229,13 +227,13 @@ class MMGEMForReconstruction(MMGEMModel):
 
     def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(I, channels, H, W) -> (I, rows, columns, channels, patch height, patch width)"""
-        height, width = pair(self.config.vision_config.patch_size)
+        height, width = self.config.grid.stride
         patches = pixel_values.unfold(2, height, height).unfold(3, width, width)
         return patches.permute(0, 2, 3, 1, 4, 5)
 
     def _masked(self, pixel_values: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
         """(I, channels, H, W) images with the learned patch where `patch_mask`, (I, rows, columns), is True."""
-        height, width = pair(self.config.vision_config.patch_size)
+        height, width = self.config.grid.stride
         is_masked = patch_mask.repeat_interleave(height, 1).repeat_interleave(width, 2)[:, None]  # (I, 1, H, W)
         filling = self.reconstruction_head.mask_patch.to(pixel_values.dtype).repeat(1, *patch_mask.shape[1:])
         return torch.where(is_masked, filling, pixel_values)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from mmgem.patch_grid import blank_image
 from mmgem.training.argument_checks import check_keys
 
 _PEFT_PREFIX = "base_model.model."
@@ -125,15 +126,12 @@ def freeze_unused(model) -> list[str]:
     Returns:
         The names of the parameters that this call has frozen.
     """
-    vision_config = model.config.vision_config
-    size = vision_config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
     trained = {name: p for name, p in model.named_parameters() if "vision_tower." in name and p.requires_grad}
     if not trained:
         return []
     was_training = model.training
     model.eval()  # nothing is drawn at random
-    pixel_values = torch.zeros(1, vision_config.num_channels, height, width, dtype=model.dtype, device=model.device)
+    pixel_values = blank_image(model.config.grid, model.device).to(model.dtype)
     tokens = model.get_image_features(pixel_values).last_hidden_state
     model.train(was_training)
     gradients = torch.autograd.grad(tokens.sum(), list(trained.values()), allow_unused=True)

@@ -70,7 +70,7 @@ def test_images_and_objectives_that_do_not_fit_the_model_are_found(tmp_path):
     recipe = recipe_with()
     recipe["stages"][1]["image_size"] = 36
     with pytest.raises(
-        ValueError, match="stage `second`: `image_size` is 36; expected a multiple of the patch size 8"
+        ValueError, match="stage `second`: `image_size` is 36; expected a multiple of the patch size 8 x 8"
     ):
         check(recipe)
     tiny_model().save_pretrained(tmp_path)

@@ -1,0 +1,203 @@
+"""Towers of every shape: the grid is the tower's own output, put where it belongs."""
+
+import inspect
+
+import pytest
+import torch
+from tiny_models import build_model, build_towers
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertModel,
+    GroupViTVisionConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
+from vision_towers import VISION_TOWERS
+
+from mmgem import modeling_mmgem
+from mmgem.configuration_mmgem import MMGEMConfig
+from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.patch_grid import find_grid
+from mmgem.pool_aggregator import roi_align
+from mmgem.tower_composition import build_vision_tower
+from mmgem.training.trainer.parameter_selection import freeze_unused
+
+every_tower = pytest.mark.parametrize("name", VISION_TOWERS)
+
+
+def images(height: int, width: int, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def compose(name: str) -> tuple[MMGEMModel, torch.nn.Module]:
+    tower = VISION_TOWERS[name].build()
+    return MMGEMModel.from_towers(tower, build_towers()[1], projection_dim=16, num_visual_tokens=4), tower
+
+
+@every_tower
+def test_what_is_found_out_is_what_is_known(name):
+    known, tower = VISION_TOWERS[name], VISION_TOWERS[name].build()
+    grid = find_grid(tower)
+    assert (grid.layout, grid.stride, grid.any_size) == (known.layout, (known.stride,) * 2, known.any_size)
+    assert (grid.prefix_tokens, grid.suffix_tokens) == (known.prefix_tokens, known.suffix_tokens)
+    assert grid.hidden_size == known.expected_grid(tower, images(known.image_size, known.image_size)).shape[1]
+
+
+@every_tower
+def test_a_tower_of_any_shape_composes_trains_saves_and_loads(name, tmp_path, monkeypatch):
+    known = VISION_TOWERS[name]
+    model, tower = compose(name)
+    side = known.image_size
+    pixel_values = images(side, side)
+    grid = model._patch_grid(pixel_values)
+    torch.testing.assert_close(grid, known.expected_grid(tower, pixel_values), rtol=0, atol=1e-5)
+    torch.nn.init.normal_(model.pool_aggregator.output.weight, std=0.1)
+
+    # Other sizes and shapes, and boxes in them.
+    view = pixel_values
+    if known.any_size:
+        view = images(2 * side, 3 * side)
+        grid = model._patch_grid(view)
+        assert grid.shape[2:] == (2 * side // known.stride, 3 * side // known.stride)
+        torch.testing.assert_close(grid, known.expected_grid(tower, view), rtol=0, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match=f"expected {side} x {side}, the only size that .* takes"):
+            model.get_image_features(images(2 * side, 3 * side))
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 1.0]]).expand(2, -1, -1)
+    tokens = model.get_image_features(view, boxes).last_hidden_state  # (2, 2, n, C)
+    torch.testing.assert_close(tokens[:, 0], model.pool_aggregator(grid), rtol=0, atol=1e-5)
+    half = model.pool_aggregator(roi_align(grid, boxes[:, 1:]))
+    torch.testing.assert_close(tokens[:, 1], half, rtol=0, atol=1e-5)
+
+    # A saved model knows its grid.
+    expected = model.get_image_features(view).pooler_output
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(modeling_mmgem, "find_grid", None)
+    loaded = MMGEMModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.get_image_features(view).pooler_output, expected)
+
+    # A step moves every parameter that is not frozen as unused.
+    freeze_unused(loaded)
+    parameters = {n: p for n, p in loaded.vision_tower.named_parameters() if p.requires_grad}
+    assert parameters
+    input_ids = torch.randint(2, 300, (2, 6), generator=torch.Generator().manual_seed(2))
+    loaded.train()(input_ids, pixel_values, return_loss=True).loss.backward()
+    assert [n for n, p in parameters.items() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("name", ["clip", "deit", "yolos", "dinov2_with_registers"])
+def test_tokens_beside_the_patches_are_left_out(name):
+    """Of a tower whose tokens are marked: the patches by the mean color of their pixels, the others by 100."""
+    known = VISION_TOWERS[name]
+    model, tower = compose(name)
+    forward = model.vision_tower.forward
+
+    def marked(pixel_values, **kwargs):
+        outputs = forward(pixel_values, **kwargs)
+        colors = torch.nn.functional.avg_pool2d(pixel_values.mean(1, keepdim=True), known.stride).flatten(2).mT
+        tokens = torch.full_like(outputs.last_hidden_state, 100.0)
+        tokens[:, known.prefix_tokens : known.prefix_tokens + colors.shape[1]] = colors
+        outputs.last_hidden_state = tokens
+        return outputs
+
+    marked.__signature__ = inspect.signature(forward)
+    model.vision_tower.forward = marked
+    pixel_values = images(32, 32)
+    colors = torch.nn.functional.avg_pool2d(pixel_values.mean(1, keepdim=True), known.stride)
+    torch.testing.assert_close(model._patch_grid(pixel_values), colors.expand(-1, 32, -1, -1))
+
+
+def test_boxes_leave_out_the_pixels_that_fill_no_patch():
+    """SigLIP of 38 pixels has 4 patches of 9: its grid ends at pixel 36."""
+    tower = build_vision_tower(
+        AutoConfig.for_model(**VISION_TOWERS["siglip"].config | {"image_size": 38, "patch_size": 9})
+    )
+    model = MMGEMModel.from_towers(tower, build_towers()[1], projection_dim=16, num_visual_tokens=4)
+    assert model.config.grid.image_size == (38, 38) and model.config.grid.stride == (9, 9)
+    pixel_values = images(38, 38)
+    grid = model._patch_grid(pixel_values)
+    assert grid.shape[2:] == (4, 4)
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 18 / 38, 36 / 38]]]).expand(2, -1, -1)
+    tokens = model.get_image_features(pixel_values, boxes).last_hidden_state
+    torch.testing.assert_close(tokens[:, 0], model.get_image_features(pixel_values).last_hidden_state)
+    half = torch.tensor([[[0.0, 0.0, 0.5, 1.0]]]).expand(2, -1, -1)
+    torch.testing.assert_close(tokens[:, 1], model.pool_aggregator(roi_align(grid, half)))
+
+
+def test_a_model_from_nothing_finds_its_grid_and_an_older_configuration_keeps_its_own(tmp_path):
+    tower = VISION_TOWERS["convnext"]
+    text_config = build_towers()[1].config.to_dict()
+    model = MMGEMModel(MMGEMConfig(vision_config=tower.config, text_config=text_config, num_visual_tokens=4))
+    assert model.config.grid.layout == "channels_first" and model.pool_aggregator.query.in_features == 32
+    for name in ("clip", "siglip", "siglip2", "dinov2_with_registers"):
+        model = build_model(name)
+        expected, found = model.get_image_features(images(32, 32)).pooler_output, model.config.vision_grid
+        model.config.vision_grid = None  # as before there was one
+        model.save_pretrained(tmp_path / name)
+        loaded = MMGEMModel.from_pretrained(tmp_path / name)
+        assert loaded.config.vision_grid == found
+        torch.testing.assert_close(loaded.get_image_features(images(32, 32)).pooler_output, expected)
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        (lambda: ViTMAEModel(ViTMAEConfig(**_transformer())), "`vit_mae`, which answers the same image in two ways"),
+        (
+            lambda: BertModel(BertConfig(hidden_size=32, num_attention_heads=4)),
+            "an encoder of im",
+        ),
+        (
+            lambda: Wav2Vec2Model(Wav2Vec2Config(hidden_size=32, num_attention_heads=4, num_hidden_layers=1)),
+            r"`wav2vec2`, which takes \['input_values'\]; expected an encoder of images",
+        ),
+        (lambda: group_vit(), "`groupvit_vision_model`, whose features do not change where the image does"),
+        (lambda: pooling_tower(), r"features of shape \(2, 32\).*; expected a grid of patches"),
+    ],
+)
+def test_what_has_no_grid_is_refused(tower, message):
+    with pytest.raises(ValueError, match=message):
+        MMGEMModel.from_towers(tower(), build_towers()[1], num_visual_tokens=4)
+
+
+def _transformer() -> dict:
+    return {name: value for name, value in VISION_TOWERS["vit"].config.items() if name != "model_type"}
+
+
+def group_vit():
+    config = _transformer() | {"depths": [1, 1, 1], "num_group_tokens": [4, 4, 0], "num_output_groups": [4, 4, 0]}
+    return build_vision_tower(GroupViTVisionConfig(**config, architectures=["GroupViTVisionModel"]))
+
+
+def pooling_tower():
+    tower = VISION_TOWERS["vit"].build()
+    forward = tower.forward
+
+    def pooled(pixel_values, **kwargs):
+        outputs = forward(pixel_values, **kwargs)
+        outputs.last_hidden_state = outputs.last_hidden_state.mean(1)
+        return outputs
+
+    tower.forward = pooled
+    return tower
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": [16, 16]}, "`vision_grid` is .*answers 2 images of 32 x 32 with features of shape"),
+        ({"prefix_tokens": 0}, "`vision_grid` is .*; expected what `MMGEMModel.from_towers` finds out"),
+        ({"layout": "channels_first"}, "`vision_grid` is "),
+        ({"layout": "rows"}, "`vision_grid` is .*'rows'"),
+        ({"stride": [0, 8]}, "`vision_grid` is .*; expected sizes above 0"),
+        ({"strides": [8, 8]}, "`vision_grid` is .*'strides'"),
+    ],
+)
+def test_a_grid_edited_by_hand_is_refused(change, message):
+    model = build_model("clip")
+    with pytest.raises(ValueError, match=message):
+        config = MMGEMConfig(**model.config.to_dict() | {"vision_grid": model.config.vision_grid | change})
+        MMGEMModel(config).get_image_features(images(32, 32))
