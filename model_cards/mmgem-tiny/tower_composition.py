@@ -52,7 +52,7 @@ def compose_towers(
     vocabulary_size = text.get_input_embeddings().num_embeddings
     image_token_id = vocabulary_size if image_token_id is None else image_token_id
     if image_token_id >= vocabulary_size:
-        text.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+        _make_room(text, image_token_id)
 
     config = model_class.config_class(
         vision_config=_config_of(vision),
@@ -149,6 +149,17 @@ def _check_language_model(config: PreTrainedConfig):
     check_text_config(config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"`text` is a `{config.model_type}` model; expected a causal language model.")
+
+
+def _make_room(text: PreTrainedModel, image_token_id: int):
+    """A row of the vocabulary for `<image>`."""
+    try:
+        text.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+    except Exception as error:  # of a model that has its words in another form than a table
+        raise ValueError(
+            f"`text` is a `{text.config.model_type}`, whose vocabulary of {text.config.vocab_size} has no room for "
+            f"`image_token_id` {image_token_id} ({error}); expected an id that nothing else has."
+        ) from error
 
 
 def _merged(model: PreTrainedModel, argument: str) -> PreTrainedModel:
