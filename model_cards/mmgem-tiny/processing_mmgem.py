@@ -82,13 +82,20 @@ class MMGEMProcessor(ProcessorMixin):
 
     @classmethod
     def from_towers(
-        cls, vision, text, num_visual_tokens: int, num_embedding_tokens: int = 1, image_token: str = "<image>"
+        cls,
+        vision,
+        text,
+        num_visual_tokens: int,
+        num_embedding_tokens: int = 1,
+        image_token: str = "<image>",
+        gguf_file: str | None = None,
     ) -> "MMGEMProcessor":
         """Composes the processor of a vision checkpoint and the tokenizer of a language model.
 
         `image_token` is added to the vocabulary (the model's embeddings must grow with it); a missing padding token
         becomes the end token; padding goes to the left, as generation needs it (embeddings do not depend on it). Texts
-        are truncated so that the model's [EMB] vectors still fit after them.
+        are truncated so that the image tokens before them, and the model's [EMB] vectors or the end token after them,
+        still fit.
 
         Args:
             vision: Name or folder of a checkpoint with an image processor, or the image processor.
@@ -97,16 +104,28 @@ class MMGEMProcessor(ProcessorMixin):
             num_visual_tokens: Image tokens for one image or box.
             num_embedding_tokens: [EMB] vectors of the model.
             image_token: The placeholder.
+            gguf_file: File in the folder `text` to read the tokenizer from.
+
+        Raises:
+            ValueError: If the language model has no room for a text beside the image tokens.
         """
         if isinstance(vision, (str, os.PathLike)):
             vision = AutoImageProcessor.from_pretrained(vision, backend="pil")
         if isinstance(text, (str, os.PathLike)):
-            config, text = AutoConfig.from_pretrained(text).get_text_config(), AutoTokenizer.from_pretrained(text)
+            gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+            config = AutoConfig.from_pretrained(text, **gguf).get_text_config()
+            text = AutoTokenizer.from_pretrained(text, **gguf)
             # Many tokenizers know no limit, or not that of their model.
             limit = getattr(config, "max_position_embeddings", None) or LARGE_INTEGER
             text.model_max_length = min(text.model_max_length, limit)
         if text.model_max_length < LARGE_INTEGER:
-            text.model_max_length -= num_embedding_tokens
+            room = text.model_max_length - num_visual_tokens - max(1, num_embedding_tokens)
+            if room < 1:
+                raise ValueError(
+                    f"`num_visual_tokens` is {num_visual_tokens}; expected fewer, so that a text fits after them into "
+                    f"the {text.model_max_length} tokens that the language model takes."
+                )
+            text.model_max_length = room
         text.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
         if text.pad_token is None:
             text.pad_token = text.eos_token
@@ -152,6 +171,12 @@ class MMGEMProcessor(ProcessorMixin):
         if text is not None:
             given = {**kwargs, **kwargs.get("text_kwargs", {})}
             kwargs |= {name: value for name, value in self.text_defaults.items() if name not in given}
+        limit = self.tokenizer.model_max_length
+        if images is not None and text is not None and limit < LARGE_INTEGER and not _has_max_length(kwargs):
+            # The limit is that of a text after an image, and here the image tokens are part of the text.
+            texts = [text] if isinstance(text, str) else text
+            if any(isinstance(sample, str) and self.image_token in sample for sample in texts):
+                kwargs["max_length"] = limit + self.num_visual_tokens
         return super().__call__(images=images, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -224,6 +249,10 @@ class MMGEMProcessor(ProcessorMixin):
         """Image tokens of images of these sizes, which do not matter here."""
         count = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[self.num_visual_tokens] * count, num_image_patches=[1] * count)
+
+
+def _has_max_length(kwargs: dict) -> bool:
+    return "max_length" in kwargs or "max_length" in kwargs.get("text_kwargs", {})
 
 
 def _flatten(images) -> list:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import build_towers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoProcessor,
@@ -20,6 +21,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 
 N = 4  # visual tokens
@@ -101,7 +103,7 @@ def test_empty_texts(processor):
 
 def test_long_texts_are_cut_where_the_tokenizer_says(image):
     processor = build_processor(model_max_length=8)
-    assert processor(text="a " * 50, return_tensors="pt").input_ids.shape == (1, 7)  # and one [EMB] fits behind
+    assert processor(text="a " * 50, return_tensors="pt").input_ids.shape == (1, 3)  # beside N image tokens and [EMB]
     assert processor(text="a " * 50, max_length=3, return_tensors="pt").input_ids.shape == (1, 3)
     assert build_processor()(text="a " * 50, return_tensors="pt").input_ids.shape == (1, 50)
     inputs = processor(images=image, text="<image>" + "a " * 50, return_tensors="pt")
@@ -347,8 +349,30 @@ def test_from_towers_reads_checkpoints(tmp_path, image):
     assert type(processor.image_processor) is SiglipImageProcessorPil
     assert processor.tokenizer.pad_token == "<eos>"
     assert processor.image_token_id == len(WORDS)
-    assert processor.tokenizer.model_max_length == 17
+    assert processor.tokenizer.model_max_length == 20 - N - 3
     assert processor(images=image, text="<image> a", return_tensors="pt").pixel_values.shape == (1, 3, 96, 96)
+
+
+def test_the_longest_text_fits_after_an_image(image):
+    """Into a language model of 40 tokens, in every way that one is used; one token more does not."""
+    vision, language_model = build_towers()
+    language_model.config.max_position_embeddings = 40
+    tokenizer = build_tokenizer(model_max_length=40)
+    processor = MMGEMProcessor.from_towers(SiglipImageProcessorPil(size=SQUARE), tokenizer, N, num_embedding_tokens=3)
+    image_token_id = processor.image_token_id
+    settings = {"num_visual_tokens": N, "num_embedding_tokens": 3, "image_token_id": image_token_id}
+    model = MMGEMModel.from_towers(vision, language_model, **settings)
+    texts = processor(text="a " * 99, images=image, return_tensors="pt")
+    length = texts["input_ids"].shape[1]
+    assert length == 40 - N - 3
+    model(**texts, return_loss=True, fused_index=torch.tensor([0]))  # behind its image, to be written and to be read
+    longer = torch.cat([texts["input_ids"], texts["input_ids"][:, :1]], dim=1)
+    with pytest.raises(ValueError, match="41 tokens long; the language model takes at most 40"):
+        model(longer, texts["pixel_values"], return_loss=True, fused_index=torch.tensor([0]))
+    prompt = processor(text="<image>" + "a " * 99, images=image, return_tensors="pt")
+    assert prompt["input_ids"].shape[1] == 40 - 3
+    with pytest.raises(ValueError, match="`num_visual_tokens` is 39; expected fewer"):
+        MMGEMProcessor.from_towers(SiglipImageProcessorPil(), build_tokenizer(model_max_length=40), 39)
 
 
 def test_token_types_are_left_out(image):
@@ -387,7 +411,7 @@ def test_round_trip(tmp_path):
     loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(loaded).__name__ == "MMGEMProcessor"  # the folder's code, or what a test before this one registered
     assert loaded.tokenizer.padding_side == "left"
-    assert loaded.tokenizer.model_max_length == 98
+    assert loaded.tokenizer.model_max_length == 98 - N
     assert (loaded.num_visual_tokens, loaded.image_token_id) == (N, processor.image_token_id)
     assert loaded.chat_template == processor.chat_template
     assert {path.name for path in tmp_path.glob("*.py")} == {"boxes.py", "image_loading.py", "processing_mmgem.py"}

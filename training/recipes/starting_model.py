@@ -137,10 +137,11 @@ def _fresh_model(recipe: Recipe, rows: Mixture | None) -> tuple[MMGEMModel, MMGE
 
 
 def _leave_room(tokenizer, config: MMGEMConfig) -> None:
-    """Truncate texts so that the [EMB] vectors fit after them, as `MMGEMProcessor.from_towers` does."""
+    """Truncate texts so that an image and the [EMB] vectors fit beside them, as `MMGEMProcessor.from_towers` does."""
     limit = getattr(config.text_config, "max_position_embeddings", None)
     if limit is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, limit - config.num_embedding_tokens)
+        room = limit - config.num_visual_tokens - config.num_embedding_tokens
+        tokenizer.model_max_length = min(tokenizer.model_max_length, room)
 
 
 def _texts(rows) -> Iterator[str]:
