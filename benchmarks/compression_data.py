@@ -86,7 +86,7 @@ class GridModel(MMGEMModel):
     made of them, (B, C, rows, columns).
     """
 
-    def _patch_grid(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _patch_grid(self, pixel_values: torch.Tensor, spatial_shapes: None = None) -> torch.Tensor:
         return pixel_values.float()
 
 

@@ -25,9 +25,8 @@ class JointStep:
     config: Any
     embedding_tokens: torch.Tensor  # (k, H)
     logit_bias: torch.Tensor | None
-    pool_aggregator: Any
     _patch_grid: Any
-    _box_tokens: Any
+    _pool: Any
     token_projection: Any
     get_input_embeddings: Any
     get_output_embeddings: Any
@@ -47,15 +46,16 @@ class JointStep:
         image_ids: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None,
         return_contrastive_batch: bool,
+        spatial_shapes: torch.Tensor | None = None,
     ):
         num_images, device = 0 if pixel_values is None else len(pixel_values), rows.input_ids.device
         # Vision: the tower once; whole images and boxes through the same aggregator. Without an image a blank one
         # runs, so that in a distributed run every process takes part with every parameter.
         if pixel_values is None:
             pixel_values = blank_image(self.config.grid, device)
-        grid = self._patch_grid(pixel_values)  # (I, C, rows, columns)
-        image_tokens = self.pool_aggregator(grid)  # (I, n, C)
-        box_tokens = None if boxes is None else self._box_tokens(grid, boxes, pixel_values)  # (I, R, n, C)
+        grid = self._patch_grid(pixel_values, spatial_shapes)  # (I, C, rows, columns)
+        image_tokens = self._pool(grid, pixel_values, None, spatial_shapes)  # (I, n, C)
+        box_tokens = None if boxes is None else self._pool(grid, pixel_values, boxes, spatial_shapes)  # (I, R, n, C)
 
         # Language: captions after their visual tokens, and what is embedded before [EMB], packed into the same rows.
         text_config, embedding_tokens = self.config.text_config, self.embedding_tokens  # (k, H)

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from .configuration_mmgem import GridLayout, VisionGrid
@@ -24,20 +25,29 @@ def blank_image(grid: VisionGrid, device: torch.device | None = None) -> torch.T
     return torch.zeros(1, grid.num_channels, *grid.image_size, device=device)
 
 
-def patch_grid(vision_tower: PreTrainedModel, grid: VisionGrid, pixel_values: torch.Tensor) -> torch.Tensor:
+def patch_grid(
+    vision_tower: PreTrainedModel,
+    grid: VisionGrid,
+    pixel_values: torch.Tensor,
+    spatial_shapes: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Features of the vision tower in the place they belong to.
 
     Args:
         vision_tower: Any vision encoder that `find_grid` knows.
         grid: What `find_grid` found out about it.
-        pixel_values: (B, channels, H, W), of the tower's own size or of multiples of its stride.
+        pixel_values: (B, channels, H, W), of the tower's own size or of multiples of its stride; with `spatial_shapes`
+            (B, P, patch * patch * channels).
+        spatial_shapes: (B, 2) rows and columns of the patches of each image, for towers that take patches.
 
     Returns:
-        (B, C, rows, columns), without class and register tokens.
+        (B, C, rows, columns), without class and register tokens; zeros beyond `spatial_shapes`.
 
     Raises:
         ValueError: If the images do not fit, or the tower does not answer as `grid` says.
     """
+    if spatial_shapes is not None:
+        return _padded_grids(vision_tower, pixel_values, spatial_shapes)
     if pixel_values.ndim != 4 or len(pixel_values) == 0 or pixel_values.shape[1] != grid.num_channels:
         raise ValueError(
             f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (B, {grid.num_channels}, H, W) with B at "
@@ -75,6 +85,33 @@ def _placed(features: torch.Tensor, grid: VisionGrid, batch: int, height: int, w
     tokens = tokens[:, grid.prefix_tokens : tokens.shape[1] - grid.suffix_tokens]  # (B, P, C)
     shape = _shape_of(tokens.shape[1], (height, width), grid.stride)
     return None if shape is None else tokens.transpose(1, 2).unflatten(2, shape)
+
+
+def _padded_grids(
+    vision_tower: PreTrainedModel, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor
+) -> torch.Tensor:
+    """(B, P, patch * patch * channels) patches -> (B, C, most rows, most columns)"""
+    if "spatial_shapes" not in inspect.signature(vision_tower.forward).parameters:
+        raise ValueError(
+            f"`spatial_shapes` came with a vision tower `{vision_tower.config.model_type}`, which takes whole images; "
+            "expected none."
+        )
+    shapes, num_patches = spatial_shapes.tolist(), pixel_values.shape[1] if pixel_values.ndim == 3 else 0
+    if len(shapes) != len(pixel_values) or any(not 0 < rows * columns <= num_patches for rows, columns in shapes):
+        raise ValueError(
+            f"`spatial_shapes` is {shapes} for `pixel_values` of shape {tuple(pixel_values.shape)}; expected rows and "
+            "columns of each image, no more than there are patches."
+        )
+    mask = torch.arange(num_patches, device=pixel_values.device) < spatial_shapes.prod(-1, keepdim=True)  # (B, P)
+    outputs = vision_tower(
+        pixel_values.to(vision_tower.dtype), pixel_attention_mask=mask.long(), spatial_shapes=spatial_shapes
+    )
+    grids = [
+        tokens[: rows * columns].T.unflatten(1, (rows, columns))
+        for tokens, (rows, columns) in zip(outputs.last_hidden_state, shapes, strict=True)
+    ]
+    most_rows, most_columns = (max(sides) for sides in zip(*shapes, strict=True))
+    return torch.stack([F.pad(g, (0, most_columns - g.shape[2], 0, most_rows - g.shape[1])) for g in grids])
 
 
 def boxes_on_grid(boxes: torch.Tensor, grid: VisionGrid, pixel_values: torch.Tensor, features: torch.Tensor):

@@ -158,8 +158,9 @@ class MMGEMProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` (B, L) int64; L is 0 if all texts are empty and the tokenizer adds no
-            token. `pixel_values` (N, 3, H, W) float32. `boxes` (N, R, 4) float32, in [0, 1] of the pixel values, all
-            zeros where an image has fewer than R boxes.
+            token. `pixel_values` (N, 3, H, W) float32; of an image processor that keeps the aspect ratio (SigLIP 2
+            NaFlex) patches, (N, P, patch * patch * 3), with `spatial_shapes` (N, 2). `boxes` (N, R, 4) float32, in
+            [0, 1] of the pixel values, all zeros where an image has fewer than R boxes.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: An input that cannot be used, see `load_image` and `check_boxes`;
@@ -207,7 +208,8 @@ class MMGEMProcessor(ProcessorMixin):
     def _process_images(self, images, boxes=None, **kwargs):
         features = self.image_processor(images, **kwargs)
         shapes = [pixels.shape for pixels in features["pixel_values"]]
-        if any(len(shape) != 3 for shape in shapes):
+        is_patches = "spatial_shapes" in features  # (P, patch * patch * 3) of each image
+        if any(len(shape) != (2 if is_patches else 3) for shape in shapes):
             raise ValueError(
                 f"`image_processor` is a {type(self.image_processor).__name__}, which makes pixel values of shape "
                 f"{tuple(shapes[0])} of an image; expected (3, H, W)."
@@ -216,7 +218,7 @@ class MMGEMProcessor(ProcessorMixin):
         if boxes is not None:
             sizes = [image.size for image in images]
             boxes = check_boxes(boxes, sizes)
-            view_sizes = [(width, height) for _, height, width in shapes]
+            view_sizes = [tuple(shape[:0:-1]) for shape in shapes]
             features["boxes"] = boxes_in_view(boxes, model_views(self.image_processor, sizes, view_sizes, **kwargs))
             units = [len(row) for row in boxes]
         return features, [self.replace_image_token() * count for count in units]

@@ -121,6 +121,8 @@ def model_views(image_processor, image_sizes, view_sizes, **kwargs) -> list[np.n
     Raises:
         ValueError: The image processor crops in a way that cannot be followed.
     """
+    if "spatial_shapes" in image_processor.model_input_names:  # the whole image, in its own aspect ratio
+        return [np.array([0, 0, *size], dtype=np.float64) for size in image_sizes]
     if getattr(image_processor, "crop_pct", None):
         raise ValueError(
             f"`boxes` cannot be used with {type(image_processor).__name__}, which crops while resizing (`crop_pct`); "

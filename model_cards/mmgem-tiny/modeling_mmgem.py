@@ -266,19 +266,28 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     # Vision
 
-    def _patch_grid(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) pixels -> (B, C, rows, columns) features of the vision tower."""
-        return patch_grid(self.vision_tower, self.config.grid, pixel_values)
+    def _patch_grid(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None = None) -> torch.Tensor:
+        """Pixels -> (B, C, rows, columns) features of the vision tower, zeros beyond `spatial_shapes`."""
+        return patch_grid(self.vision_tower, self.config.grid, pixel_values, spatial_shapes)
 
-    def _box_tokens(self, grid: torch.Tensor, boxes: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """-> (B, R, n, C)"""
-        return self.pool_aggregator(grid, boxes_on_grid(boxes, self.config.grid, pixel_values, grid))
+    def _pool(
+        self,
+        grid: torch.Tensor,
+        pixel_values: torch.Tensor,
+        boxes: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, C, rows, columns) -> (B, n, C), or (B, R, n, C) with boxes."""
+        if boxes is not None and spatial_shapes is None:  # whose patches fill their images
+            boxes = boxes_on_grid(boxes, self.config.grid, pixel_values, grid)
+        return self.pool_aggregator(grid, boxes, spatial_shapes)
 
-    def _visual_tokens(self, pixel_values: torch.Tensor, boxes: torch.Tensor | None) -> torch.Tensor:
+    def _visual_tokens(
+        self, pixel_values: torch.Tensor, boxes: torch.Tensor | None, spatial_shapes: torch.Tensor | None
+    ) -> torch.Tensor:
         """-> (B, n, C), or (B, R, n, C) with boxes."""
-        grid = self._patch_grid(pixel_values)  # (B, C, rows, columns)
-        check_boxes(boxes, len(grid))
-        return self.pool_aggregator(grid) if boxes is None else self._box_tokens(grid, boxes, pixel_values)
+        check_boxes(boxes, len(pixel_values))
+        return self._pool(self._patch_grid(pixel_values, spatial_shapes), pixel_values, boxes, spatial_shapes)
 
     def _embed_visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., n, C) -> (..., D), or (..., k, D)"""
@@ -295,14 +304,20 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, boxes: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        boxes: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         Embed images, or boxes in them. The language model is not run, unless there are `embedding_prompt_ids`.
 
         Args:
-            pixel_values: (B, 3, H, W) as the processor gives them.
+            pixel_values: (B, 3, H, W) as the processor gives them; with `spatial_shapes` (B, P, patch * patch * 3).
             boxes: (B, R, 4) xyxy in [0, 1] of the model's view; rows of zeros are padding.
+            spatial_shapes: (B, 2) rows and columns of the patches of each image, where images keep their aspect ratio
+                (SigLIP 2 NaFlex); what is beyond them is padding.
 
         Returns:
             `pooler_output` (B, D), or (B, R, D) with boxes, unnormalised, zero for padding boxes; with several vectors
@@ -311,7 +326,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for shapes that do not fit.
         """
-        tokens = self._visual_tokens(pixel_values, boxes)
+        tokens = self._visual_tokens(pixel_values, boxes, spatial_shapes)
         embeds = self._calibrated(self._embed_visual_tokens(tokens), "image")
         if boxes is not None:
             embeds = embeds * is_box(boxes).view(*boxes.shape[:2], *[1] * (embeds.ndim - 2))  # (B, R, ...)
@@ -453,6 +468,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         boxes: torch.Tensor | None = None,
         max_rationale_tokens: int = 0,
         visual_tokens: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
@@ -468,6 +484,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 before the embedding is (RGE, reasoning before embedding, https://arxiv.org/abs/2511.16150).
             visual_tokens: (I, n, C), the `last_hidden_state` of [`get_image_features`] for the images, instead of
                 `pixel_values`: the vision tower is not run again.
+            spatial_shapes: (I, 2), see [`get_image_features`].
 
         Returns:
             `pooler_output` (B, D) or (B, k, D), unnormalised; `last_hidden_state` (B, k, H).
@@ -484,10 +501,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 "`visual_tokens` came with `pixel_values`, `boxes` or `max_rationale_tokens`; expected them alone."
             )
         if max_rationale_tokens:
-            input_ids, attention_mask = self._with_rationale(
-                input_ids, attention_mask, pixel_values, boxes, max_rationale_tokens
-            )
-        inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes, visual_tokens)  # (B, L, H)
+            images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
+            input_ids, attention_mask = self._with_rationale(input_ids, attention_mask, images, max_rationale_tokens)
+        inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes, visual_tokens, spatial_shapes)  # (B, L, H)
         outputs = self._embed_sequences(inputs_embeds, attention_mask)
         modality = "text" if pixel_values is None and visual_tokens is None else "fused"
         outputs.pooler_output = self._calibrated(outputs.pooler_output, modality)
@@ -498,8 +514,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        boxes: torch.Tensor | None,
+        images: dict[str, torch.Tensor | None],
         max_rationale_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L) -> (B, L + m) ids and mask, with what the model writes after the text, up to its end token."""
@@ -513,8 +528,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         answers = self.generate(
             input_ids=input_ids[has_text],
             attention_mask=attention_mask[has_text],
-            pixel_values=pixel_values,
-            boxes=boxes,
+            **images,
             max_new_tokens=max_rationale_tokens,
             do_sample=False,
             suppress_tokens=[self.config.image_token_id],
@@ -546,11 +560,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None,
         boxes: torch.Tensor | None,
         visual_tokens: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, L) -> (B, L, H), visual tokens in the place of their placeholders."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            tokens = self._visual_tokens(pixel_values, boxes)
+            tokens = self._visual_tokens(pixel_values, boxes, spatial_shapes)
             visual_tokens = tokens if boxes is None else tokens[is_box(boxes)]  # (units, n, C)
         if visual_tokens is None:
             return inputs_embeds
@@ -583,6 +598,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         image_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_contrastive_batch: bool = False,
+        spatial_shapes: torch.LongTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> MMGEMOutput | BaseModelOutputWithPooling:
         """Embed, compare, generate or train, by what is given:
@@ -598,7 +615,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, L) prompts or (T, L) texts.
-            pixel_values: (I, 3, H, W).
+            pixel_values: (I, 3, H, W); with `spatial_shapes` (I, P, patch * patch * 3).
             attention_mask: like `input_ids`, 1 for tokens, 0 for padding on either side.
             boxes: (I, R, 4) xyxy in [0, 1] of the model's view; rows of zeros are padding.
             labels: like `input_ids`, token ids to be generated, -100 elsewhere. In meaning 4 the default is every
@@ -609,6 +626,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             num_items_in_batch: tokens to divide the caption loss by, over all processes and accumulation steps.
             return_contrastive_batch: leave the contrastive loss to the caller, who finds its ingredients, of this
                 process and with gradients, in `contrastive_batch`; `loss` is the caption loss then.
+            spatial_shapes: (I, 2), see [`get_image_features`].
+            pixel_attention_mask: says the same as `spatial_shapes`; not read.
             position_ids, past_key_values, inputs_embeds: handed to the language model.
             kwargs: in meaning 2 handed to the language model; in meaning 4 the columns of [`TextRows`], and no other.
             {columns}
@@ -622,7 +641,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         if input_ids is None and inputs_embeds is None:
             if pixel_values is None:
                 raise ValueError("`input_ids` and `pixel_values` are both None; expected at least one of them.")
-            return self.get_image_features(pixel_values, boxes, return_dict=True)
+            return self.get_image_features(pixel_values, boxes, spatial_shapes, return_dict=True)
 
         has_placeholders = input_ids is None or (input_ids == self.config.image_token_id).any()
         if has_placeholders or (pixel_values is None and not return_loss):
@@ -637,7 +656,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 has_length = cache is not None and self._cache_argument != "cache_params"
                 if cache is None or (has_length and cache.get_seq_length() == 0):
                     self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
-                inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes)  # (B, L, H)
+                images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
+                inputs_embeds = self._embed_prompt(input_ids, **images)  # (B, L, H)
             if labels is not None:
                 kwargs["labels"], kwargs["num_items_in_batch"] = labels, num_items_in_batch
             if attention_mask is not None and self._cache_argument == "cache_params":
@@ -675,7 +695,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             if image_ids.shape != (num_images,):
                 raise ValueError(f"`image_ids` has shape {tuple(image_ids.shape)}; expected ({num_images},).")
             return self._joint_forward(
-                rows, pixel_values, boxes, image_ids, num_items_in_batch, return_contrastive_batch
+                rows, pixel_values, boxes, image_ids, num_items_in_batch, return_contrastive_batch, spatial_shapes
             )
         if labels is not None or boxes is not None:
             raise ValueError(
@@ -683,7 +703,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 "expected image placeholders in `input_ids` to generate from, or `return_loss=True` to train. Boxes "
                 "are embedded by `get_image_features`."
             )
-        image_embeds = F.normalize(self.get_image_features(pixel_values).pooler_output, dim=-1)  # (I, D)
+        image_features = self.get_image_features(pixel_values, spatial_shapes=spatial_shapes).pooler_output
+        image_embeds = F.normalize(image_features, dim=-1)  # (I, D)
         text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)  # (T, D)
         return self._pair_output(image_embeds, text_embeds)
 

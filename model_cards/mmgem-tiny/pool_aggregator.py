@@ -84,16 +84,27 @@ class PoolAggregator(nn.Module):
         self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, grid: torch.Tensor, boxes: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, grid: torch.Tensor, boxes: torch.Tensor | None = None, sizes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Pool a patch grid, for whole images or for boxes in them.
 
         Args:
             grid: (B, C, h, w) patch features.
             boxes: (B, R, 4) xyxy in [0, 1] of the image, or None for the whole image.
+            sizes: (B, 2) rows and columns of each grid, where they differ and what is beyond them is padding.
 
         Returns:
             (B, n, C), or (B, R, n, C) with boxes.
         """
+        if sizes is not None:  # images of one size at a time
+            order, tokens = [], []
+            for size in sizes.unique(dim=0):
+                rows = (sizes == size).all(-1).nonzero()[:, 0]  # (S,)
+                height, width = size.tolist()
+                order.append(rows)
+                tokens.append(self(grid[rows, :, :height, :width], None if boxes is None else boxes[rows]))
+            return torch.cat(tokens)[torch.cat(order).argsort()]
         if boxes is not None:
             tokens = self(roi_align(grid, boxes))  # (B * R, n, C)
             return tokens.view(*boxes.shape[:2], *tokens.shape[1:])  # (B, R, n, C)

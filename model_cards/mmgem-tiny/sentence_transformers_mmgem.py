@@ -19,7 +19,7 @@ from sentence_transformers.base.modules import Dense, Transformer
 from .sentence_transformers_inputs import read_input
 
 MIXED = "message"  # what sentence-transformers calls a batch of more than one kind
-MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "boxes")
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "spatial_shapes", "boxes")
 
 
 class MMGEMTransformer(Transformer):

@@ -137,8 +137,8 @@ def _language_model(text: str | PreTrainedModel, **options) -> PreTrainedModel:
         text = _merged(text, "text")
         _check_language_model(text.config)
     else:
-        gguf = {name: value for name, value in options.items() if name == "gguf_file"}
-        _check_language_model(AutoConfig.from_pretrained(text, **gguf))
+        if "gguf_file" not in options:  # which holds nothing else, and takes long to read
+            _check_language_model(AutoConfig.from_pretrained(text))
         model, report = AutoModelForCausalLM.from_pretrained(text, output_loading_info=True, **options)
         _check_weights("text", text, model, report, report["missing_keys"])
         text = _merged(model, "text")

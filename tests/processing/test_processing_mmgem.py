@@ -262,9 +262,20 @@ def test_bad_input_is_named(processor, inputs, error, message):
 
 
 def test_pixel_values_that_are_no_image_are_refused(image):
-    processor = build_processor(Siglip2ImageProcessorPil(max_num_patches=16))
-    with pytest.raises(ValueError, match=r"Siglip2ImageProcessorPil, which makes .*\(16, 768\).*expected \(3, H, W\)"):
-        processor(images=image, return_tensors="pt")
+    image_processor = SiglipImageProcessorPil(size=SQUARE)
+    image_processor.preprocess = lambda images, **kwargs: {"pixel_values": [torch.zeros(16, 768)]}
+    with pytest.raises(ValueError, match=r"SiglipImageProcessorPil, which makes .*\(16, 768\).*expected \(3, H, W\)"):
+        build_processor(image_processor)(images=image, return_tensors="pt")
+
+
+def test_patches_of_images_that_keep_their_aspect_ratio():
+    processor = build_processor(Siglip2ImageProcessorPil(max_num_patches=16, patch_size=8))
+    images = [Image.new("RGB", (80, 20)), Image.new("RGB", (40, 40))]
+    inputs = processor(images=images, boxes=[[[0, 5, 40, 20]], [[10, 10, 20, 40]]], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (2, 16, 192)
+    assert inputs["spatial_shapes"].tolist() == [[2, 8], [4, 4]]
+    expected = torch.tensor([[[0.0, 0.25, 0.5, 1.0]], [[0.25, 0.25, 0.5, 1.0]]])  # of the whole images
+    torch.testing.assert_close(inputs["boxes"], expected)
 
 
 def test_bad_construction_is_named():

@@ -102,6 +102,9 @@ def set_image_size(image_processor, image_size: int) -> None:
         image_processor: The image processor, changed in place.
         image_size: The side of the views in pixels.
     """
+    if "spatial_shapes" in image_processor.model_input_names:  # as many patches, in the aspect ratio of the image
+        image_processor.max_num_patches = (image_size // image_processor.patch_size) ** 2
+        return
     square = SizeDict(height=image_size, width=image_size)
     if image_processor.do_center_crop:
         if image_processor.size.shortest_edge is not None:

@@ -195,7 +195,7 @@ class MMGEMForReconstruction(MMGEMModel):
             )
         grid = self._patch_grid(self._masked(pixel_values, patch_mask))  # (I, C, rows, columns)
         image_tokens = self.pool_aggregator(grid)  # (I, n, C)
-        box_tokens = None if boxes is None else self._box_tokens(grid, boxes, pixel_values)  # (I, R, n, C)
+        box_tokens = None if boxes is None else self._pool(grid, pixel_values, boxes)  # (I, R, n, C)
 
         has_image = rows.image_index >= 0  # (S,)
         prefix = has_image[:, None].expand(-1, self.config.num_visual_tokens)  # (S, n)

@@ -14,7 +14,7 @@ import torch
 from mmgem.contrastive_batch import ContrastiveBatch, default_image_ids, gather_sizes
 from mmgem.text_rows import IGNORED_LABEL, TEXT_COLUMNS, Role, pointers, select_texts
 
-PER_IMAGE = ("pixel_values", "boxes", "image_ids")
+PER_IMAGE = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "boxes", "image_ids")
 
 
 def split_batch(inputs: Mapping[str, Any], chunk_size: int) -> list[dict[str, Any]]:
