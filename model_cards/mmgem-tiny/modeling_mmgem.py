@@ -121,9 +121,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init_value]))
         has_bias = config.logit_bias_init_value is not None
         self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias_init_value])) if has_bias else None
-        # Its name differs between versions of transformers, and for Mamba and its kin.
+        # Its name differs between versions of transformers, and between families.
         names, accepted = ("cache", "cache_params"), signature(self.language_model.forward).parameters
         self._cache_argument = next((name for name in names if name in accepted), "past_key_values")
+        declared = {*type(config.text_config).__dataclass_fields__, *config.text_config.attribute_map}
+        self._is_state_space = "num_attention_heads" not in declared  # Mamba and its kin
         self._checked_reading: tuple | str | None = None  # see `_check_reading`
         # Not to be guessed from the class name: the Trainer counts labels by it, and full-graph compile needs it.
         self.loss_type = "ForCausalLM"
@@ -653,14 +655,14 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             cache = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
             if inputs_embeds is None:
                 # States have no length; they are there from the second step on.
-                has_length = cache is not None and self._cache_argument != "cache_params"
+                has_length = cache is not None and not self._is_state_space
                 if cache is None or (has_length and cache.get_seq_length() == 0):
                     self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
                 images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
                 inputs_embeds = self._embed_prompt(input_ids, **images)  # (B, L, H)
             if labels is not None:
                 kwargs["labels"], kwargs["num_items_in_batch"] = labels, num_items_in_batch
-            if attention_mask is not None and self._cache_argument == "cache_params":
+            if attention_mask is not None and self._is_state_space:
                 attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # a state needs no mask of its past
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -784,11 +786,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def _supports_default_dynamic_cache(self) -> bool:
         # A state-space model makes its states itself; the library's cache asks for a length that they do not have.
-        return self._cache_argument == "past_key_values" and super()._supports_default_dynamic_cache()
+        return not self._is_state_space and super()._supports_default_dynamic_cache()
 
     def create_masks_for_generate(self, *, attention_mask, **kwargs):
         """What `generate` calls to make masks of attention, which state-space models have no use for."""
-        if self._cache_argument == "cache_params":
+        if self._is_state_space:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
