@@ -192,7 +192,8 @@ def embed_and_remember(model, processor, images: Sequence[Any]) -> ImageStates:
     inputs = _to_model(model, processor(images=list(images), text=prompts, padding=True, return_tensors="pt"))
     can_fuse = "fused" in model.config.embedded_kinds
     with inference(model):
-        image = model.get_image_features(inputs.pop("pixel_values"))
+        pictures = {name: inputs.pop(name) for name in ("pixel_values", "spatial_shapes") if name in inputs}
+        image = model.get_image_features(**pictures)
         with nullcontext() if can_fuse else uncalibrated(model):
             fused = model.get_multimodal_features(**inputs, visual_tokens=image.last_hidden_state)
     fused_embeds = _unit(fused.pooler_output) if can_fuse else None

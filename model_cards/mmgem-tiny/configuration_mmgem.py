@@ -168,6 +168,12 @@ class MMGEMConfig(PreTrainedConfig):
         self._check_embedding_prompt()
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; expected a token id, 0 or more.")
+        vocabulary_size = getattr(self.text_config, "vocab_size", None)
+        if isinstance(vocabulary_size, int) and self.image_token_id >= vocabulary_size:
+            raise ValueError(
+                f"`image_token_id` is {self.image_token_id}; expected one of the {vocabulary_size} tokens of the "
+                "language model."
+            )
         if not self.logit_scale_init_value <= math.log(100):
             raise ValueError(
                 f"`logit_scale_init_value` is {self.logit_scale_init_value}; expected at most ln 100 = 4.6052."

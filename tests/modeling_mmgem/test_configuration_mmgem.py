@@ -38,6 +38,7 @@ def test_tied_heads_are_told_to_the_library():
         ({"projection_dim": -3}, "`projection_dim` is -3"),
         ({"image_token_id": -1}, "`image_token_id` is -1"),
         ({"logit_scale_init_value": 5.0}, "`logit_scale_init_value` is 5.0; expected at most ln 100"),
+        ({"image_token_id": 300}, "`image_token_id` is 300; expected one of the 300 tokens"),
         ({"vision_grid": {"layout": "rows"}}, "`vision_grid` is {'layout': 'rows'}"),
         ({"embedding_pooling": "max"}, "embedding_pooling.*max"),
         ({"text_attention": "sideways"}, "text_attention.*sideways"),
