@@ -2,12 +2,14 @@
 
 import json
 
+import dying_rank
 import fsdp_run
 import killed_run
 import pytest
 import torch
 import two_processes
-from torchrun import torchrun, torchrun_command, torchrun_fails
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torchrun import torchrun, torchrun_command
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.trainer.checkpoints import last_complete_checkpoint
@@ -20,7 +22,7 @@ def folder(tiny_processor, tmp_path_factory):
     """What two processes made of every case."""
     folder = tmp_path_factory.mktemp("two_processes")
     tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
-    torchrun("two_processes.py", folder)
+    torchrun(two_processes, folder)
     return folder
 
 
@@ -48,9 +50,10 @@ def test_evaluation_is_that_of_one_process(folder, tiny_processor):
 def test_process_that_dies_or_hangs_ends_the_run(tiny_processor, tmp_path, moment):
     tiny_processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
     if moment == "step":
-        assert torchrun_command("dying_rank.py", tmp_path, moment) != 0
+        assert torchrun_command(dying_rank, tmp_path, moment) != 0
     else:
-        assert torchrun_fails("dying_rank.py", tmp_path, moment)
+        with pytest.raises(ChildFailedError):
+            torchrun(dying_rank, tmp_path, moment)
     assert not (tmp_path / "weights.pt").exists()
     if moment != "saving":
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
@@ -59,7 +62,7 @@ def test_process_that_dies_or_hangs_ends_the_run(tiny_processor, tmp_path, momen
     with pytest.warns(UserWarning, match="not whole: .*checkpoint-4"):
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
-    torchrun("dying_rank.py", tmp_path, "never")
+    torchrun(dying_rank, tmp_path, "never")
     weights = torch.load(tmp_path / "weights.pt")
     uninterrupted = killed_run.train(tiny_processor, tmp_path / "one_process", is_seeded=True).model
     for name, tensor in uninterrupted.state_dict().items():
@@ -70,7 +73,7 @@ def test_process_that_dies_or_hangs_ends_the_run(tiny_processor, tmp_path, momen
 def fsdp(tiny_processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
     tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
-    torchrun("fsdp_run.py", folder)
+    torchrun(fsdp_run, folder)
     return folder
 
 

@@ -1,24 +1,22 @@
-"""Scripts of this folder on two processes of this machine, over gloo."""
+"""Modules of the tests as scripts, on two processes of this machine, over gloo."""
 
 import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import fresh_process
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-FOLDER = Path(__file__).parent
 
-
-def torchrun(script: str | Path, *arguments: str | Path):
-    """Run a script on two fresh processes, which both have to succeed, by what the command `torchrun` runs them by.
+def torchrun(script: ModuleType, *arguments: str | Path):
+    """Run a module as a script on two fresh processes, started and watched by what the command `torchrun` uses.
 
     Raises:
-        ChildFailedError: If one of them fails or is killed; the other has been ended then.
+        ChildFailedError: If one of them fails or is killed; the other has been ended by then.
     """
     config = LaunchConfig(
         min_nodes=1,
@@ -29,23 +27,14 @@ def torchrun(script: str | Path, *arguments: str | Path):
         max_restarts=0,
         start_method="forkserver",
     )
-    elastic_launch(config, fresh_process.run_script)(str(FOLDER / script), *map(str, arguments))
+    elastic_launch(config, fresh_process.run_script)(script.__file__, *map(str, arguments))
 
 
-def torchrun_command(script: str | Path, *arguments: str | Path) -> int:
-    """The exit status of the command itself, whose processes start from nothing."""
+def torchrun_command(script: ModuleType, *arguments: str | Path) -> int:
+    """The exit status of the command itself, whose processes are not forked."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FOLDER.parent), str(FOLDER)])}
-    return subprocess.run([*command, str(FOLDER / script), *map(str, arguments)], env=environment).returncode
-
-
-def torchrun_fails(script: str | Path, *arguments: str | Path) -> bool:
-    """Whether one of the two processes of a script fails."""
-    try:
-        torchrun(script, *arguments)
-    except ChildFailedError:
-        return True
-    return False
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([*command, str(script.__file__), *map(str, arguments)], env=environment).returncode
 
 
 def leave():

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import reconstruction_step
 import torch
 from one_step import rows
 from reconstruction_step import OPTIONS, gradient_of_one_step, parts, seeded_rows
@@ -58,7 +59,7 @@ def folder(tiny_processor, tmp_path_factory):
     """What two processes made of every case."""
     folder = tmp_path_factory.mktemp("two_processes")
     tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
-    torchrun("reconstruction_step.py", folder)
+    torchrun(reconstruction_step, folder)
     return folder
 
 

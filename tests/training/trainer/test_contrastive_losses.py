@@ -2,6 +2,7 @@
 
 import math
 
+import gathered_objective
 import numpy as np
 import pytest
 import torch
@@ -357,7 +358,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         [(options, b, t) for (options, _), b, t in zip(cases, fields["batches"], fields["teachers"], strict=True)],
         tmp_path / "cases.pt",
     )
-    torchrun("gathered_objective.py", tmp_path)
+    torchrun(gathered_objective, tmp_path)
     results = [torch.load(tmp_path / f"results_{rank}.pt") for rank in (0, 1)]
     for case, (options, deal) in enumerate(cases):
         whole = [first + second for first, second in zip(*deal, strict=True)]

@@ -1,4 +1,5 @@
 import pytest
+import sharded_ema
 import torch
 from safetensors.torch import load_file
 from sharded_ema import Line, begun, one_step
@@ -188,7 +189,7 @@ def test_of_lora_the_adapter_is_averaged(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_average_as_one_does(tmp_path):
-    torchrun("sharded_ema.py", tmp_path)
+    torchrun(sharded_ema, tmp_path)
     model = Line()
     ema, arguments = begun(0.9, model, tmp_path)
     for value in (1.0, 2.0, 3.0):
