@@ -1,9 +1,6 @@
 """The metrics of `evaluate` against the plain functions, offline."""
 
-import os
-import subprocess
-import sys
-
+import fresh_process
 import pytest
 import torch
 
@@ -81,9 +78,6 @@ def test_nothing_is_written(tmp_path):
 
 @pytest.mark.slow
 def test_they_load_without_a_network(tmp_path):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", OFFLINE], capture_output=True, text=True, check=True, timeout=300, env=environment
-    )
-    assert result.stdout.split("\n")[:2] == ["{'recall@1': 0.5}", "{'answer_accuracy': 1.0}"]
-    assert "'cider': 10.0" in result.stdout
+    output = fresh_process.run(OFFLINE, cwd=tmp_path, installed=True)
+    assert output.split("\n")[:2] == ["{'recall@1': 0.5}", "{'answer_accuracy': 1.0}"]
+    assert "'cider': 10.0" in output
