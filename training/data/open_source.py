@@ -39,11 +39,12 @@ def check_section(section: object, where: str) -> None:
     assert isinstance(section, Mapping)
     kinds = [kind for kind in KINDS if kind in section]
     keys = [key for kind in kinds or KINDS for key in inspect.signature(_opener(kind)).parameters]
-    check_keys(section, dict.fromkeys([*keys, "weight"]), where)
+    check_keys(section, dict.fromkeys([*keys, "prompt_name", "weight"]), where)
     if len(kinds) != 1:
         raise ValueError(f"{where} is {dict(section)!r:.200}; expected one of {', '.join(KINDS)}.")
     arguments, opener = dict(section), _opener(kinds[0])
     weight, columns = arguments.pop("weight", 1), arguments.pop("columns", {})
+    check_type(arguments.pop("prompt_name", None), str | None, f"`prompt_name` in {where}")
     check_type(weight, float, f"`weight` in {where}")
     if not 0 <= weight < math.inf:
         raise ValueError(f"`weight` in {where} is {weight}; expected 0 or more.")
@@ -59,7 +60,8 @@ def check_section(section: object, where: str) -> None:
 def open_source(section: Mapping[str, Any]) -> Source:
     """Open the data of a section of a recipe.
 
-    A section has one kind of data, and may have `columns`, for a column of ours the name it has there.
+    A section has one kind of data. It may have `columns`, for a column of ours the name it has there, and
+    `prompt_name`, the model's prompt that stands before the texts of its rows where they are embedded.
 
     | kind | data |
     |---|---|
@@ -80,11 +82,13 @@ def open_source(section: Mapping[str, Any]) -> Source:
     """
     check_section(section, "data section")
     kind = next(kind for kind in KINDS if kind in section)
-    arguments = {key: value for key, value in section.items() if key != "weight"}
+    arguments = {key: value for key, value in section.items() if key not in ("prompt_name", "weight")}
     opener = _opener(kind)
     if (made := _class_of(opener, kind)) is not None:
         arguments[kind] = made(**arguments[kind])
-    return opener(**arguments)
+    source = opener(**arguments)
+    source.prompt_name = section.get("prompt_name")
+    return source
 
 
 def load_rows(section: Mapping[str, Any]) -> Dataset:

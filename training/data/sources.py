@@ -35,6 +35,7 @@ class Source(Dataset):
 
     Attributes:
         damaged: Parts of the data that cannot be read at all, each with the reason.
+        prompt_name: Name of the model's prompt that the rows have where they name none themselves, or None.
     """
 
     def __init__(self, name: str, columns: Mapping[str, str | None] | None = None, folder: str | Path = ""):
@@ -42,6 +43,7 @@ class Source(Dataset):
         self.columns = dict(columns or {})
         self.folder = Path(folder)
         self.damaged: list[tuple[str, str]] = []
+        self.prompt_name: str | None = None
 
     def fields(self, index: int) -> dict[str, Any]:
         """A row as it is stored."""
@@ -88,6 +90,8 @@ class Source(Dataset):
             row["image"] = row.get("file_name")
         check_row(row, name)
         row["captions"] = captions_of(row) or None
+        if row.get("prompt_name") is None:
+            row["prompt_name"] = self.prompt_name
         kept = [column for column in COLUMNS if column == "captions" or column not in CAPTION_COLUMNS]
         return {column: row[column] for column in kept if row.get(column) is not None}
 

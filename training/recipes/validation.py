@@ -53,6 +53,7 @@ def check_stages(recipe: Recipe) -> None:
         with torch.device("meta"):
             model = MMGEMModel(config)
         try:
+            _check_prompts(stage, recipe.prompts or config.prompts or {})
             if stage.image_size is not None:
                 check_image_size(config, stage.image_size)
             if stage.embedding is not None:
@@ -68,6 +69,14 @@ def check_stages(recipe: Recipe) -> None:
             parameter_groups(trained, 1.0, stage.training.get("learning_rates"), 0.0, [])
         except (TypeError, ValueError, StrictDataclassError) as error:
             raise ValueError(f"stage `{stage.name}`: {' '.join(str(error).split())}") from error
+
+
+def _check_prompts(stage: Stage, prompts: Mapping[str, str]) -> None:
+    for section in stage.train_data:
+        name = section.get("prompt_name")
+        if name is not None and name not in prompts:
+            known = f"one of {', '.join(prompts)}" if prompts else "None, since the model has no prompts"
+            raise ValueError(f"`prompt_name` of `train_data` is {name!r}; expected {known}.")
 
 
 def _starting_config(section: ModelSection) -> MMGEMConfig:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from mmgem.contrastive_batch import ContrastiveBatch
 from mmgem.text_rows import IGNORED_LABEL
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.trainer.grad_cache import concatenate
+from mmgem.training.trainer.weight_average import move_averages, trained_parameters
 
 TEACHER_WEIGHTS_NAME = "teacher.safetensors"
 
@@ -54,15 +54,11 @@ class Teacher(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.model.to(args.device)
 
-    @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.momentum is None:
             return
-        own = dict(self.model.named_parameters())
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and parameter.is_floating_point():
-                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                own[name].lerp_(whole.to(own[name].dtype), 1 - self.momentum)
+        own, trained = dict(self.model.named_parameters()), trained_parameters(model)
+        move_averages({name: own[name] for name in trained}, trained, self.momentum)
 
     def save(self, folder: str | Path, should_save: bool):
         """Keep a moving average with a checkpoint; a frozen teacher stays where it is."""

@@ -1,6 +1,6 @@
 """An exponential moving average of the weights, with which a run is evaluated and ends."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class EMACallback(TrainerCallback):
                 f"`folder` is {str(folder)!r}, without {EMA_WEIGHTS_NAME}; expected a checkpoint of a run with an "
                 "average of the weights."
             )
-        parameters = _trained_parameters(model)
+        parameters = trained_parameters(model)
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -106,7 +106,7 @@ class EMACallback(TrainerCallback):
         if state.global_step == 0:
             self._averages = {
                 name: parameter.detach().to(torch.float32, copy=True)
-                for name, parameter in _trained_parameters(model).items()
+                for name, parameter in trained_parameters(model).items()
             }
             self._step = 0
         elif state.global_step != self._step:
@@ -115,13 +115,10 @@ class EMACallback(TrainerCallback):
                 f"{self._step}; expected a call of `EMACallback.load` with the folder of the checkpoint."
             )
 
-    @torch.no_grad()
     def on_step_end(self, args, state, control, model, **kwargs):
         self._step = state.global_step
         decay = min(self.decay, (1 + self._step) / (10 + self._step))
-        parameters = dict(model.named_parameters())
-        for name, average in self._averages.items():
-            average.lerp_(parameters[name].to(torch.float32), 1 - decay)
+        move_averages(self._averages, dict(model.named_parameters()), decay)
 
     def on_train_end(self, args, state, control, model, **kwargs):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -129,7 +126,28 @@ class EMACallback(TrainerCallback):
         self.copy_to(model)
 
 
-def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+@torch.no_grad()
+def move_averages(averages: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    """Move each average towards its parameter: average = decay * average + (1 - decay) * parameter.
+
+    Args:
+        averages: By name, changed in place; sharded as its parameter is, or whole.
+        parameters: By name; at least those of the averages.
+        decay: The share of an average that stays, in [0, 1].
+    """
+    for name, average in averages.items():
+        parameter = parameters[name].detach()
+        if isinstance(parameter, DTensor) and not isinstance(average, DTensor):
+            parameter = parameter.full_tensor()
+        average.lerp_(parameter.to(average.dtype), 1 - decay)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name.
+
+    Raises:
+        ValueError: If FSDP1 or DeepSpeed ZeRO-3 keeps them in shards without a shape.
+    """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError("the model is wrapped by FSDP1; expected FSDP2 (`fsdp_version: 2`) to average its weights.")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):

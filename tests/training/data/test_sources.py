@@ -152,6 +152,15 @@ def test_empty_data_is_refused():
         DatasetSource([])
 
 
+def test_the_rows_of_a_source_have_its_prompt_where_they_name_none(tmp_path):
+    row = {"file_name": "a.png", "text": "a star"}
+    write_folder(tmp_path, row, row | {"prompt_name": "document"})
+    source = open_source({"folder": str(tmp_path), "prompt_name": "query"})
+    assert [source[number]["prompt_name"] for number in range(2)] == ["query", "document"]
+    with pytest.raises(ValueError, match="`prompt_name` in data section is 3; expected"):
+        open_source({"folder": str(tmp_path), "prompt_name": 3})
+
+
 def test_a_kind_of_data_is_one_file_and_one_line(tmp_path, monkeypatch):
     tmp_path.joinpath("numbers_source.py").write_text(
         "from mmgem.training.data.sources import DatasetSource\n"

@@ -150,3 +150,12 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["mmgem-tiny", "mmgem-mini", "mmgem-coma"])
 def test_stages_of_the_repository_fit_their_models(name, pytestconfig):
     check_stages(load_recipe(pytestconfig.rootpath / "model_cards" / name / "recipe.yaml"))
+
+
+def test_the_prompt_of_a_source_is_one_of_the_model():
+    sections = recipe_with() | {"prompts": {"query": "find: "}}
+    sections["stages"][1]["train_data"] = SCENES | {"prompt_name": "query"}
+    check(sections)
+    sections["stages"][1]["train_data"] = SCENES | {"prompt_name": "ask"}
+    with pytest.raises(ValueError, match="`prompt_name` of `train_data` is 'ask'; expected one of query"):
+        check(sections)
