@@ -77,6 +77,12 @@ class MMGEMConfig(PreTrainedConfig):
         vision_grid (`dict`, optional): a [`VisionGrid`], the place of the patches in these features. By default the
             model finds it out, by running the encoder.
         text_config (`dict` or `PreTrainedConfig`): any transformers causal language model.
+        vlm_config (`dict` or `PreTrainedConfig`, optional): the vision-language model that both are parts of, whose
+            own code writes; `vision_config` and `text_config` are then taken from it. See `MMGEMModel.from_vlm`.
+        vlm_pixel_dims (4 or 5): dimensions of the pixel values that the VLM takes: 5 for several images a row.
+        vlm_attention (`"causal"`, `"image"`, `"prompt"` or `"unknown"`): which tokens of a prompt with an image see
+            each other both ways in the VLM: none, those of one image, or all. `from_vlm` finds it out; where it is
+            none of these, captions of whole images cannot be trained in packed rows.
         projection_dim (`int`, > 0): width D of the shared embedding space.
         num_visual_tokens (`int`): visual tokens n of an image or a box; a square, n = g * g.
         num_embedding_tokens (`int`, >= 1): learned [EMB] vectors k that the model appends to read a text.
@@ -111,11 +117,15 @@ class MMGEMConfig(PreTrainedConfig):
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava", optional=True),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
     vision_grid: dict[str, Any] | None = None
     text_config: dict | PreTrainedConfig | None = None
+    vlm_config: dict | PreTrainedConfig | None = None
+    vlm_pixel_dims: Literal[4, 5] = 4
+    vlm_attention: Literal["causal", "image", "prompt", "unknown"] = "causal"
     projection_dim: int = 512
     num_visual_tokens: int = 64
     num_embedding_tokens: int = 1
@@ -134,6 +144,12 @@ class MMGEMConfig(PreTrainedConfig):
         # Saved checkpoints carry both maps already; what a user added to them is kept.
         kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
         kwargs["custom_pipelines"] = CUSTOM_PIPELINES | (kwargs.get("custom_pipelines") or {})
+        if isinstance(self.vlm_config, dict):
+            self.vlm_config = AutoConfig.for_model(**self.vlm_config)
+        if self.vlm_config is not None:
+            # The objects themselves: what is set in one place holds for the model that they configure.
+            self.vision_config, self.text_config = self.vlm_config.vision_config, self.vlm_config.get_text_config()
+            self.text_config.tie_word_embeddings = getattr(self.vlm_config, "tie_word_embeddings", False)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(
             getattr(self.text_config, "tie_word_embeddings", False)
@@ -156,6 +172,13 @@ class MMGEMConfig(PreTrainedConfig):
         kinds = list(EMBEDDING_METHODS)
         return kinds if self.calibrated_modalities is None else [k for k in kinds if k in self.calibrated_modalities]
 
+    def to_dict(self) -> dict:
+        """As saved: of a VLM's configuration the parts are not repeated."""
+        content = super().to_dict()
+        for part in ("vision_config", "text_config") if content.get("vlm_config") is not None else ():
+            content.pop(part)
+        return content
+
     def _check_ranges(self):
         if self.num_visual_tokens < 1 or math.isqrt(self.num_visual_tokens) ** 2 != self.num_visual_tokens:
             raise ValueError(
@@ -169,7 +192,9 @@ class MMGEMConfig(PreTrainedConfig):
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; expected a token id, 0 or more.")
         vocabulary_size = getattr(self.text_config, "vocab_size", None)
-        if isinstance(vocabulary_size, int) and self.image_token_id >= vocabulary_size:
+        # Some VLMs have no row in their vocabulary for it, and look it up nowhere.
+        is_beyond = isinstance(vocabulary_size, int) and self.image_token_id >= vocabulary_size
+        if is_beyond and self.vlm_config is None:
             raise ValueError(
                 f"`image_token_id` is {self.image_token_id}; expected one of the {vocabulary_size} tokens of the "
                 "language model."

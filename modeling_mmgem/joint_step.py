@@ -13,7 +13,7 @@ from .input_checks import is_box
 from .packing import PackedLayout
 from .patch_grid import blank_image
 from .text_rows import IGNORED_LABEL, TextRows
-from .text_sequences import caption_sequences, embedded_sequences, recalled_sequences
+from .text_sequences import TextSequences, caption_sequences, embedded_sequences, recalled_sequences
 
 LOGITS_AT_ONCE = 2**24  # vocabulary logits in memory; a caption loss with more goes chunk by chunk
 LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma 2
@@ -28,6 +28,9 @@ class JointStep:
     _patch_grid: Any
     _pool: Any
     token_projection: Any
+    vlm: Any
+    _vlm_image_tokens: Any
+    _check_vlm_attention: Any
     get_input_embeddings: Any
     get_output_embeddings: Any
     _embed_visual_tokens: Any
@@ -58,11 +61,15 @@ class JointStep:
         box_tokens = None if boxes is None else self._pool(grid, pixel_values, boxes, spatial_shapes)  # (I, R, n, C)
 
         # Language: captions after their visual tokens, and what is embedded before [EMB], packed into the same rows.
-        text_config, embedding_tokens = self.config.text_config, self.embedding_tokens  # (k, H)
+        embedding_tokens, n = self.embedding_tokens, self.config.num_visual_tokens  # (k, H)
         k = len(embedding_tokens)
-        captions = caption_sequences(rows, self.config.num_visual_tokens, text_config)
-        texts = embedded_sequences(rows, self.config.num_visual_tokens, k, text_config)
-        recalled = recalled_sequences(rows, k, text_config)
+        vlm_tokens = None if self.vlm is None else self._vlm_image_tokens(pixel_values)  # (I, p, H)
+        if vlm_tokens is not None and self._shows_images(rows):
+            self._check_vlm_attention()
+        image_length = n if vlm_tokens is None else vlm_tokens.shape[1]
+        captions = caption_sequences(rows, image_length, n, self.config)
+        texts = embedded_sequences(rows, image_length, k, self.config)
+        recalled = recalled_sequences(rows, k, self.config)
         # All words in one lookup: the gradient of each is as large as the vocabulary.
         parts = captions, texts, recalled
         caption_embeds, text_embeds, recalled_embeds = self.get_input_embeddings()(
@@ -71,17 +78,24 @@ class JointStep:
         is_described = rows.is_generated & ~rows.is_recalled & (rows.image_index >= 0)  # (T,)
         described = self._described_tokens(rows, is_described, image_tokens, box_tokens)  # (., n, C)
         fused_index = rows.fused_index[rows.is_embedded]  # (S_t, F)
-        fused = image_tokens[fused_index[fused_index >= 0]]  # (., n, C), text after text
-        described_embeds, fused_embeds = self.token_projection(torch.cat([described, fused])).split(
-            [len(described), len(fused)]
-        )
-        caption_embeds = _put(caption_embeds, captions.is_prefix, described_embeds.flatten(0, 1))
+        fused_index = fused_index[fused_index >= 0]  # (.), text after text
+        if vlm_tokens is None:
+            fused = image_tokens[fused_index]  # (., n, C)
+            described_embeds, fused_embeds = self.token_projection(torch.cat([described, fused])).split(
+                [len(described), len(fused)]
+            )
+            caption_embeds = _put(caption_embeds, captions.is_prefix, described_embeds.flatten(0, 1))
+        else:  # images by the connector of the VLM, boxes by our own
+            is_box_row, of_box = rows.box_index[is_described] >= 0, self._of_box(rows, captions)  # (.), (N_c,)
+            shown = vlm_tokens[rows.image_index[is_described][~is_box_row]]  # (., p, H)
+            caption_embeds = _put(caption_embeds, captions.is_prefix & ~of_box, shown.flatten(0, 1))
+            shown = self.token_projection(described[is_box_row])  # (., n, H)
+            caption_embeds = _put(caption_embeds, captions.is_prefix & of_box, shown.flatten(0, 1))
+            fused_embeds = vlm_tokens[fused_index]  # (., p, H)
         text_embeds = _put(text_embeds, texts.is_prefix, fused_embeds.flatten(0, 1))
         text_embeds = _put(text_embeds, texts.is_suffix, embedding_tokens.repeat(len(texts.lengths), 1))
-        # [EMB] vectors are causal among themselves, so that the first of them are what fewer would be.
-        bidirectional = torch.cat([torch.zeros_like(captions.is_prefix), ~texts.is_suffix])  # (N_c + N_t,)
-        lengths = torch.cat([captions.lengths, texts.lengths])
-        hidden_states = self._run_packed(torch.cat([caption_embeds, text_embeds]), lengths, bidirectional)
+        lengths, blocks = torch.cat([captions.lengths, texts.lengths]), self._blocks(rows, captions, texts)
+        hidden_states = self._run_packed(torch.cat([caption_embeds, text_embeds]), lengths, blocks)
         caption_states, text_states = hidden_states.split(
             [len(caption_embeds), len(text_embeds)]
         )  # (N_c, H), (N_t, H)
@@ -93,8 +107,8 @@ class JointStep:
         if rows.reads_memory:
             memory = read_outs[row_of_text[rows.memory_row[rows.is_recalled]]]  # (S_m, k, H)
             recalled_embeds = _put(recalled_embeds, recalled.is_prefix, memory.flatten(0, 1))
-            is_causal = torch.zeros_like(recalled.is_prefix)
-            recalled_states = self._run_packed(recalled_embeds, recalled.lengths, is_causal)  # (N_m, H)
+            blocks = torch.full_like(recalled.token_ids, -1)
+            recalled_states = self._run_packed(recalled_embeds, recalled.lengths, blocks)  # (N_m, H)
             caption_states, labels = torch.cat([caption_states, recalled_states]), torch.cat([labels, recalled.labels])
         caption_loss = self._caption_loss(caption_states, labels, num_items_in_batch) + 0.0 * unused
 
@@ -158,14 +172,44 @@ class JointStep:
             return tokens
         return torch.where((box_index >= 0)[:, None, None], box_tokens[image_index, box_index.clamp(min=0)], tokens)
 
-    def _run_packed(
-        self, inputs_embeds: torch.Tensor, lengths: torch.Tensor, bidirectional: torch.Tensor
-    ) -> torch.Tensor:
+    @staticmethod
+    def _shows_images(rows: TextRows) -> bool:
+        """Whether the language model sees a whole image before any text."""
+        is_shown = rows.is_generated & ~rows.is_recalled & (rows.image_index >= 0) & (rows.box_index < 0)  # (T,)
+        return bool(is_shown.any() | (rows.fused_index[rows.is_embedded] >= 0).any())
+
+    @staticmethod
+    def _of_box(rows: TextRows, captions: TextSequences) -> torch.Tensor:
+        """(N_c,) bool, the tokens of texts that describe a box."""
+        return (rows.box_index[rows.is_generated & ~rows.is_recalled] >= 0)[captions.sequence]
+
+    def _blocks(self, rows: TextRows, captions: TextSequences, texts: TextSequences) -> torch.Tensor:
+        """(N_c + N_t,) long, for `_run_packed`: how texts are read, and how a VLM reads its images.
+
+        [EMB] vectors are causal among themselves, so that the first of them are what fewer would be.
+        """
+        blocks, first_unit = [], len(captions.lengths) + len(texts.lengths)
+        for part, first_sequence in ((captions, 0), (texts, len(captions.lengths))):
+            sequence, block = first_sequence + part.sequence, torch.full_like(part.token_ids, -1)
+            seen = part.is_prefix & ~self._of_box(rows, captions) if part is captions else part.is_prefix  # (N,)
+            if self.config.vlm_attention == "image":
+                block = torch.where(seen, first_unit + part.unit, block)
+            elif self.config.vlm_attention == "prompt":
+                sees = torch.zeros_like(part.lengths).index_add(0, part.sequence, seen.long()) > 0  # (S,)
+                block = torch.where(sees[part.sequence] & part.is_prompt, sequence, block)
+            if self.config.text_attention == "bidirectional" and part is texts:
+                block = sequence.masked_fill(part.is_suffix, -1)
+            blocks.append(block)
+            first_unit = first_unit + len(part.token_ids)  # more than there are units
+        return torch.cat(blocks)
+
+    def _run_packed(self, inputs_embeds: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """
         Args:
             inputs_embeds: (N, H), sequence after sequence.
             lengths: (S,); without any sequence the [EMB] vectors run, so that every process takes part.
-            bidirectional: (N,) bool, which tokens see each other both ways if that is how texts are read.
+            blocks: (N,) long; tokens of a sequence with the same number see each other both ways, those with -1 only
+                what is before them.
 
         Returns:
             (N, H) hidden states.
@@ -175,17 +219,17 @@ class JointStep:
             # Behind the empty rest, which other parameters have a part in.
             inputs_embeds = torch.cat([inputs_embeds, self.embedding_tokens.to(inputs_embeds.dtype)])
             lengths = lengths.new_tensor([len(inputs_embeds)])
-            bidirectional = bidirectional.new_zeros(len(inputs_embeds))
+            blocks = blocks.new_full((len(inputs_embeds),), -1)
         self._check_length(int(lengths.max()))
         self._check_reading()
         is_packed = self.config.sequence_packing != "none"
         layout = PackedLayout(lengths.tolist(), inputs_embeds.device, one_per_row=not is_packed)
-        blocks = None
-        if self.config.text_attention == "bidirectional":
-            blocks = layout.segment_ids.masked_fill(~layout.pack(bidirectional), -1)  # (rows, row_length)
+        packed_blocks = None
+        if self.config.text_attention == "bidirectional" or self.config.vlm_attention in ("image", "prompt"):
+            packed_blocks = layout.pack(blocks + 1) - 1  # (rows, row_length)
         packed = layout.pack(inputs_embeds)  # (rows, row_length, H)
         position_ids = layout.position_ids if is_packed else None
-        hidden_states = layout.unpack(self._run_decoder(packed, position_ids, blocks))  # (N, H)
+        hidden_states = layout.unpack(self._run_decoder(packed, position_ids, packed_blocks))  # (N, H)
         return hidden_states if size else hidden_states[:0] + 0.0 * hidden_states.sum()
 
     def _caption_loss(
@@ -216,7 +260,8 @@ class JointStep:
         """The same, with the logits of `chunk_size` states in memory at a time."""
         head, device = self.get_output_embeddings(), hidden_states.device.type
         changes_logits = any(getattr(self.config.text_config, name, None) is not None for name in LOGIT_CHANGES)
-        is_matrix = type(head) is nn.Linear and head.bias is None and head.weight.ndim == 2 and not changes_logits
+        is_plain = self.vlm is None and not changes_logits
+        is_matrix = is_plain and type(head) is nn.Linear and head.bias is None and head.weight.ndim == 2
         if is_matrix and head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(device):
             # Takes the gradient along with the loss. In half precision it would round the loss and be slower.
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
@@ -227,6 +272,8 @@ class JointStep:
 
     def _vocabulary_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The language model's head on single states, with the scalings that some families put after it."""
+        if self.vlm is not None:
+            return self.vlm.head(self, hidden_states)
         text_config = self.config.text_config
         logits = self.get_output_embeddings()(hidden_states)
         if getattr(text_config, "logits_scaling", None) is not None:  # Granite

@@ -128,7 +128,7 @@ class _Probe:
                     states = decoder(
                         inputs_embeds=self.embeds[None], use_cache=False, **{name: self.other[None]}
                     ).last_hidden_state[0]
-                    if not _agree(states, self._run(self.embeds)):
+                    if not agree(states, self._run(self.embeds)):
                         return False
             except RuntimeError:  # an encoder of another width
                 return False
@@ -145,8 +145,8 @@ class _Probe:
     def scores_linearly(self) -> bool:
         """The logits of the caption loss are those of the language model, which its `generate` reads."""
         embeds = self._split()[0]
-        logits = self.model.language_model(inputs_embeds=embeds[None].clone()).logits[0]  # (L, V)
-        return _agree(self.model._vocabulary_logits(self.model._run_decoder(embeds[None].clone())[0]), logits)
+        logits = self.model(inputs_embeds=embeds[None].clone()).logits[0]  # (L, V)
+        return agree(self.model._vocabulary_logits(self.model._run_decoder(embeds[None].clone())[0]), logits)
 
     @torch.no_grad()
     def generates(self) -> bool:
@@ -163,9 +163,9 @@ class _Probe:
         if prompt.past_key_values is None:
             return False
         logits = self._written(padded[:, -1:], mask, positions[:, -1:], prompt.past_key_values).logits[:, -1]
-        alone = [self.model.language_model(inputs_embeds=row[None].clone()).logits[0, -2:] for row in rows]
+        alone = [self.model(inputs_embeds=row[None].clone()).logits[0, -2:] for row in rows]
         return all(
-            _agree(torch.stack([before, after]), expected)
+            agree(torch.stack([before, after]), expected)
             for before, after, expected in zip(prompt.logits[:, -1], logits, alone, strict=True)
         )
 
@@ -186,14 +186,14 @@ class _Probe:
         try:
             with torch.no_grad():
                 together = self._packed(self.embeds)  # (N, H)
-            if not all(map(_agree, together.split(self.lengths), self._alone())):
+            if not all(map(agree, together.split(self.lengths), self._alone())):
                 return False
             last = self.lengths[-1]
             if not by_gradient:
                 embeds = torch.cat([self.other[:-last], self.embeds[-last:]])  # (N, H)
                 with torch.no_grad():
                     changed = self._packed(embeds)  # (N, H)
-                return _agree(changed[-last:], together[-last:], 8 * torch.finfo(embeds.dtype).eps)
+                return agree(changed[-last:], together[-last:], 8 * torch.finfo(embeds.dtype).eps)
             gradient = self._gradient(self._packed, slice(-last, None))  # (N, H)
             if gradient[:-last].any() or not gradient[-last:].any():
                 return False
@@ -205,7 +205,9 @@ class _Probe:
     def _packed(self, embeds: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, H), as a joint step does it."""
         lengths = torch.tensor(self.lengths, device=embeds.device)
-        return self.model._run_packed(embeds, lengths, torch.ones_like(embeds[:, 0], dtype=torch.bool))
+        blocks = torch.arange(len(lengths), device=embeds.device).repeat_interleave(lengths)  # (N,)
+        is_bidirectional = self.config.text_attention == "bidirectional"
+        return self.model._run_packed(embeds, lengths, blocks if is_bidirectional else torch.full_like(blocks, -1))
 
     def _run(self, embeds: torch.Tensor, bidirectional: torch.Tensor | None = None) -> torch.Tensor:
         """(N, H) -> (N, H), as one text, with (1, N) blocks to read it both ways."""
@@ -227,7 +229,7 @@ class _Probe:
         return torch.autograd.grad((states * self.weights)[chosen].sum(), embeds)[0]
 
 
-def _agree(found: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> bool:
+def agree(found: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> bool:
     """Equal but for the rounding of many layers, which is far less than half the digits. NaN agrees with nothing."""
     tolerance = torch.finfo(expected.dtype).eps ** 0.5 if tolerance is None else tolerance
     found, expected = found.float(), expected.float()

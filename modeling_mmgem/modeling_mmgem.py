@@ -33,6 +33,7 @@ from .patch_grid import boxes_on_grid, find_grid, patch_grid
 from .pool_aggregator import PoolAggregator, attention_heads
 from .text_rows import TEXT_COLUMNS, TextRows, documents_text_columns, first_token_id, is_first_token
 from .tower_composition import DEFAULT_MAX_NEW_TOKENS, build_vision_tower, compose_towers
+from .vision_language_model import VisionLanguageModel, build_vlm, compose_from_vlm, read_prompt, without_layers
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -70,7 +71,7 @@ class MMGEMOutput(CausalLMOutputWithPast):
 class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     """
     One class that embeds and generates; see [`MMGEMConfig`] for its parts and [`MMGEMModel.from_towers`] for composing
-    it from pretrained ones.
+    it from pretrained ones, or [`MMGEMModel.from_vlm`] for starting from a finished vision-language model.
 
     - `get_image_features`: images, or boxes in them, to embeddings. No layer of the language model runs.
     - `get_text_features`, `get_multimodal_features`: texts, or images with texts, to embeddings. No vocabulary head.
@@ -97,11 +98,17 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MMGEMConfig):
         super().__init__(config)
-        self.vision_tower = build_vision_tower(config.vision_config)
+        self.vlm = None
+        if config.vlm_config is None:
+            self.vision_tower = build_vision_tower(config.vision_config)
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        else:
+            self.vlm = VisionLanguageModel(build_vlm(config.vlm_config))
+            for name, part in self.vlm.parts.items():
+                self.add_module(name, part)
         if config.vision_grid is None:
             config.vision_grid = asdict(find_grid(self.vision_tower))
         vision_size, text_size = config.grid.hidden_size, config.text_config.hidden_size
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.pool_aggregator = PoolAggregator(
             vision_size, attention_heads(config.vision_config, vision_size), config.num_visual_tokens
         )
@@ -122,7 +129,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         has_bias = config.logit_bias_init_value is not None
         self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias_init_value])) if has_bias else None
         # Its name differs between versions of transformers, and between families.
-        names, accepted = ("cache", "cache_params"), signature(self.language_model.forward).parameters
+        writer = self.language_model if self.vlm is None else self.vlm.of(self)
+        names, accepted = ("cache", "cache_params"), signature(writer.forward).parameters
         self._cache_argument = next((name for name in names if name in accepted), "past_key_values")
         declared = {*type(config.text_config).__dataclass_fields__, *config.text_config.attribute_map}
         self._is_state_space = "num_attention_heads" not in declared  # Mamba and its kin
@@ -182,6 +190,28 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 weights are missing, quantized or of two types.
         """
         return compose_towers(cls, vision, text, image_token_id, dtype, gguf_file, **config_kwargs)
+
+    @classmethod
+    def from_vlm(cls, vlm: str | PreTrainedModel, processor=None, **config_kwargs) -> "MMGEMModel":
+        """Start from a finished vision-language model: `MMGEMModel.from_vlm("HuggingFaceTB/SmolVLM-256M-Instruct")`.
+
+        Its vision encoder becomes the vision tower, its decoder the language model, and its own code goes on to run on
+        them: for the prompts of its own processor the model writes what the VLM writes.
+
+        Args:
+            vlm: Hub name or folder of a VLM of transformers, or the VLM itself, whose weights are copied.
+            processor: The processor of the VLM, if it is not to be loaded from `vlm`. Some VLMs (PaliGemma, Gemma 3)
+                can be trained to write only with it.
+            config_kwargs: Further fields of [`MMGEMConfig`].
+
+        Returns:
+            The model; projections and aggregator are fresh.
+
+        Raises:
+            ValueError: If the VLM is no vision encoder with a patch grid and a causal language model, joined by image
+                tokens; if weights are missing.
+        """
+        return compose_from_vlm(cls, vlm, processor, **config_kwargs)
 
     def _make_image_vectors(self) -> ImageVectors | None:
         if self.config.embedding_pooling != "multi_vector":
@@ -482,6 +512,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             attention_mask: (B, L).
             pixel_values: (I, 3, H, W), the images in the order of their placeholders.
             boxes: (I, R, 4) xyxy in [0, 1]; then the boxes take the place of the whole images.
+            kwargs: What else the processor of a VLM gives, such as `image_grid_thw`, for a model that began as one.
             max_rationale_tokens: how many tokens the model may write about its input, which are then read with it,
                 before the embedding is (RGE, reasoning before embedding, https://arxiv.org/abs/2511.16150).
             visual_tokens: (I, n, C), the `last_hidden_state` of [`get_image_features`] for the images, instead of
@@ -498,18 +529,57 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         attention_mask = checked_mask(input_ids, attention_mask)
         if visual_tokens is None:
             self._check_placeholders(input_ids, pixel_values, boxes)
-        elif pixel_values is not None or boxes is not None or max_rationale_tokens:
+        elif pixel_values is not None or boxes is not None or max_rationale_tokens or self.vlm is not None:
             raise ValueError(
-                "`visual_tokens` came with `pixel_values`, `boxes` or `max_rationale_tokens`; expected them alone."
+                "`visual_tokens` came with `pixel_values`, `boxes` or `max_rationale_tokens`, or for a model that "
+                "began as a VLM; expected them alone."
             )
         if max_rationale_tokens:
             images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
-            input_ids, attention_mask = self._with_rationale(input_ids, attention_mask, images, max_rationale_tokens)
-        inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes, visual_tokens, spatial_shapes)  # (B, L, H)
-        outputs = self._embed_sequences(inputs_embeds, attention_mask)
+            input_ids, attention_mask = self._with_rationale(
+                input_ids, attention_mask, images, max_rationale_tokens, **kwargs
+            )
+        if self._is_vlm_prompt(pixel_values, boxes):
+            kwargs.pop("return_dict", None)
+            kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+            kwargs |= {} if spatial_shapes is None else {"spatial_shapes": spatial_shapes}
+            outputs = self._read_vlm_prompt(kwargs)
+        else:
+            inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes, visual_tokens, spatial_shapes)
+            outputs = self._embed_sequences(inputs_embeds, attention_mask)
         modality = "text" if pixel_values is None and visual_tokens is None else "fused"
         outputs.pooler_output = self._calibrated(outputs.pooler_output, modality)
         return outputs
+
+    def _vlm_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(I, channels, H, W) whole images -> (I, p, H), what the connector of the VLM makes of them."""
+        return self.vlm.image_tokens(self, pixel_values)
+
+    def _is_vlm_prompt(self, pixel_values: torch.Tensor | None, boxes: torch.Tensor | None) -> bool:
+        """Images that a VLM sees in its own way; boxes it does not know."""
+        return self.vlm is not None and pixel_values is not None and boxes is None
+
+    def _read_vlm_prompt(self, inputs: dict) -> BaseModelOutputWithPooling:
+        """What the processor of a VLM makes of B prompts -> read-out of the [EMB] vectors after each of them."""
+        self._check_length(inputs["input_ids"].shape[1] + len(self._read_out_embeds()))
+        vlm = self.vlm.of(self)
+        if self.config.text_attention == "bidirectional":
+            self._check_vlm_attention()
+            with without_layers(self.get_decoder()):
+                inputs_embeds = vlm.base_model(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
+            return self._embed_sequences(inputs_embeds, inputs["attention_mask"])
+        hidden_states = read_prompt(vlm, vlm.base_model, self.get_decoder(), self._read_out_embeds(), inputs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self._read_out(hidden_states)
+        )  # (B, k, H), (B, D) or (B, k, D)
+
+    def _check_vlm_attention(self):
+        if self.config.vlm_attention == "unknown":
+            raise ValueError(
+                f"`vlm_attention` is 'unknown': a `{self.config.vlm_config.model_type}` reads prompts with images in "
+                "a way of its own, which packed rows do not; expected texts alone, boxes, or, if it tells kinds of "
+                "tokens apart, its `processor` for `from_vlm`."
+            )
 
     @torch.no_grad()
     def _with_rationale(
@@ -518,8 +588,14 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor,
         images: dict[str, torch.Tensor | None],
         max_rationale_tokens: int,
+        **vlm_inputs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L) -> (B, L + m) ids and mask, with what the model writes after the text, up to its end token."""
+        if any(isinstance(value, torch.Tensor) and value.shape == input_ids.shape for value in vlm_inputs.values()):
+            raise ValueError(
+                f"`max_rationale_tokens` is {max_rationale_tokens}, but the VLM tells kinds of tokens apart "
+                f"({', '.join(vlm_inputs)}); expected 0."
+            )
         if type(max_rationale_tokens) is not int or max_rationale_tokens < 0:
             raise ValueError(f"`max_rationale_tokens` is {max_rationale_tokens!r}; expected a whole number from 0 on.")
         has_text = attention_mask.bool().any(-1)  # (B,); of nothing, nothing is written
@@ -533,6 +609,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             **images,
             max_new_tokens=max_rationale_tokens,
             do_sample=False,
+            **vlm_inputs,
             suppress_tokens=[self.config.image_token_id],
         )[:, input_ids.shape[1] :]  # (., m)
         written = answers.new_zeros(len(input_ids), answers.shape[1])  # (B, m)
@@ -565,14 +642,15 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         spatial_shapes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, L) -> (B, L, H), visual tokens in the place of their placeholders."""
-        inputs_embeds = self.get_input_embeddings()(input_ids)
+        placeholders = input_ids == self.config.image_token_id  # (B, L)
+        # Some VLMs have no row in their vocabulary for it.
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
         if pixel_values is not None:
             tokens = self._visual_tokens(pixel_values, boxes, spatial_shapes)
             visual_tokens = tokens if boxes is None else tokens[is_box(boxes)]  # (units, n, C)
         if visual_tokens is None:
             return inputs_embeds
         tokens = visual_tokens.flatten(0, 1)  # (units * n, C)
-        placeholders = input_ids == self.config.image_token_id  # (B, L)
         if placeholders.sum() != len(tokens):
             n = self.config.num_visual_tokens
             raise ValueError(
@@ -629,7 +707,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             return_contrastive_batch: leave the contrastive loss to the caller, who finds its ingredients, of this
                 process and with gradients, in `contrastive_batch`; `loss` is the caption loss then.
             spatial_shapes: (I, 2), see [`get_image_features`].
-            pixel_attention_mask: says the same as `spatial_shapes`; not read.
+            pixel_attention_mask: says the same as `spatial_shapes`; only VLMs read it.
             position_ids, past_key_values, inputs_embeds: handed to the language model.
             kwargs: in meaning 2 handed to the language model; in meaning 4 the columns of [`TextRows`], and no other.
             {columns}
@@ -646,14 +724,13 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             return self.get_image_features(pixel_values, boxes, spatial_shapes, return_dict=True)
 
         has_placeholders = input_ids is None or (input_ids == self.config.image_token_id).any()
-        if has_placeholders or (pixel_values is None and not return_loss):
-            if return_loss:
-                raise ValueError(
-                    "`return_loss` expects `pixel_values` and `input_ids` without image placeholders; for the loss of "
-                    "a prompt give `labels`."
-                )
+        if not return_loss and (has_placeholders or pixel_values is None):
             cache = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
-            if inputs_embeds is None:
+            if inputs_embeds is None and self.vlm is not None and boxes is None:
+                given = {"spatial_shapes": spatial_shapes, "pixel_attention_mask": pixel_attention_mask}
+                kwargs |= {name: value for name, value in given.items() if value is not None}
+                kwargs |= {"input_ids": input_ids, "pixel_values": pixel_values}
+            elif inputs_embeds is None:
                 # States have no length; they are there from the second step on.
                 has_length = cache is not None and not self._is_state_space
                 if cache is None or (has_length and cache.get_seq_length() == 0):
@@ -662,9 +739,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 inputs_embeds = self._embed_prompt(input_ids, **images)  # (B, L, H)
             if labels is not None:
                 kwargs["labels"], kwargs["num_items_in_batch"] = labels, num_items_in_batch
-            if attention_mask is not None and self._is_state_space:
+            if attention_mask is not None and inputs_embeds is not None and self._is_state_space:
                 attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # a state needs no mask of its past
-            outputs = self.language_model(
+            writer = self.language_model if self.vlm is None else self.vlm.of(self)
+            outputs = writer(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -740,7 +818,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             embedding_tokens: (B, j, H), j from 1 to k: the `last_hidden_state` of [`get_multimodal_features`] for
                 images, or the first j states of it. They stand where the image would; neither an image nor the vision
                 tower is needed. `input_ids` then holds the question, padded on the left, and may be left out for a
-                caption, if the tokenizer adds no [BOS].
+                caption, if the tokenizer adds no [BOS]; or a prompt with one image placeholder, in whose place the
+                memory stands.
 
         Returns:
             Token ids; with `embedding_tokens` only the new ones.
@@ -749,7 +828,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             ValueError: if `embedding_tokens` are not those of this model, or come with images.
         """
         if embedding_tokens is None:
-            return super().generate(inputs, *args, **kwargs)
+            # A VLM writes in its own way, but knows no boxes.
+            writes_itself = self.vlm is not None and kwargs.get("boxes") is None
+            generate = self.vlm.of(self).generate if writes_itself else super().generate
+            return generate(inputs, *args, **kwargs)
         input_ids = kwargs.pop("input_ids", inputs)
         if kwargs.get("pixel_values") is not None or kwargs.get("boxes") is not None:
             raise ValueError("`embedding_tokens` and `pixel_values` are both given; expected one of them.")
@@ -770,18 +852,28 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"`embedding_tokens` holds {shape[0]} memories for {len(input_ids)} texts; expected as many."
             )
-        if (input_ids == self.config.image_token_id).any():
-            raise ValueError("`input_ids` holds image placeholders beside `embedding_tokens`; expected none.")
+        (batch, length), j = input_ids.shape, shape[1]
+        is_place = attention_mask.bool() & (input_ids == self.config.image_token_id)  # (B, L)
+        has_place = is_place.sum(-1, keepdim=True) > 0  # (B, 1)
+        if (is_place.sum(-1) > 1).any():
+            raise ValueError("`input_ids` holds several image placeholders beside `embedding_tokens`; expected one.")
         bos_token_id = self.config.text_config.bos_token_id
-        is_bos = is_first_token(input_ids, attention_mask, bos_token_id)  # (B, L)
+        is_bos = is_first_token(input_ids, attention_mask, bos_token_id) & ~has_place  # (B, L)
         has_bos = is_bos.sum(-1, keepdim=True) > 0  # (B, 1)
         bos = torch.full_like(has_bos, max(first_token_id(bos_token_id), 0), dtype=torch.long)
-        words = self.get_input_embeddings()(torch.cat([bos, input_ids], dim=1))  # (B, 1 + L, H)
+        words = self.get_input_embeddings()(torch.cat([bos, input_ids.masked_fill(is_place, 0)], dim=1))
         embeds = torch.cat([words[:, :1], embedding_tokens.to(words.dtype), words[:, 1:]], dim=1)
         is_memory = torch.ones_like(embedding_tokens[..., 0], dtype=torch.bool)  # (B, j)
-        mask = torch.cat([has_bos, is_memory, attention_mask.bool() & ~is_bos], dim=1).long()  # (B, 1 + j + L)
-        # What is masked goes to the left: generation reads the next token at the last place.
-        order = mask.argsort(dim=1, stable=True)
+        is_word = attention_mask.bool() & ~is_bos & ~is_place  # (B, L)
+        mask = torch.cat([has_bos, is_memory, is_word], dim=1).long()  # (B, 1 + j + L)
+        # The memory goes to its place, or else after [BOS]; each word leaves room for it. What is masked goes to the
+        # left: generation reads the next token at the last place.
+        word = torch.arange(length, device=mask.device)  # (L,)
+        place = torch.where(has_place, (is_place * word).sum(-1, keepdim=True), -1)  # (B, 1)
+        memory_key = (place + 1) * (j + 1) + torch.arange(j, device=mask.device)  # (B, j)
+        word_key = ((word + 1) * (j + 1) + j).expand(batch, -1)  # (B, L)
+        key = torch.cat([torch.full_like(place, -1), memory_key, word_key], dim=1)  # (B, 1 + j + L)
+        order = torch.where(mask.bool(), key, key - 2 * (length + 2) * (j + 1)).argsort(dim=1)
         return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
 
     def _supports_default_dynamic_cache(self) -> bool:

@@ -107,13 +107,13 @@ def _class_by_name(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def _vision_encoder(vision: str | PreTrainedModel, **options) -> PreTrainedModel:
     """The encoder, complete and without adapters; that of a dual encoder or of a VLM where one is given."""
     if not isinstance(vision, str):
-        return _encoder_inside(_merged(vision, "vision"))[1]
+        return _encoder_inside(merged(vision, "vision"))[1]
     config = AutoConfig.from_pretrained(vision)
     model_class = AutoModel if type(config) in MODEL_MAPPING else _class_by_name(config)
     whole, report = model_class.from_pretrained(vision, output_loading_info=True, **options)
-    prefix, encoder = _encoder_inside(_merged(whole, "vision"))
+    prefix, encoder = _encoder_inside(merged(whole, "vision"))
     missing = [name.removeprefix(prefix) for name in report["missing_keys"] if name.startswith(prefix)]
-    _check_weights("vision", vision, whole, report, _used_by_grid(encoder, missing) if missing else [])
+    check_weights("vision", vision, whole, report, _used_by_grid(encoder, missing) if missing else [])
     return encoder
 
 
@@ -134,14 +134,14 @@ def _encoder_inside(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
 def _language_model(text: str | PreTrainedModel, **options) -> PreTrainedModel:
     """The causal language model, complete and without adapters."""
     if not isinstance(text, str):
-        text = _merged(text, "text")
+        text = merged(text, "text")
         _check_language_model(text.config)
     else:
         if "gguf_file" not in options:  # which holds nothing else, and takes long to read
             _check_language_model(AutoConfig.from_pretrained(text))
         model, report = AutoModelForCausalLM.from_pretrained(text, output_loading_info=True, **options)
-        _check_weights("text", text, model, report, report["missing_keys"])
-        text = _merged(model, "text")
+        check_weights("text", text, model, report, report["missing_keys"])
+        text = merged(model, "text")
     return text
 
 
@@ -162,7 +162,7 @@ def _make_room(text: PreTrainedModel, image_token_id: int):
         ) from error
 
 
-def _merged(model: PreTrainedModel, argument: str) -> PreTrainedModel:
+def merged(model: PreTrainedModel, argument: str) -> PreTrainedModel:
     """The model with its adapters merged, if it is one of PEFT; refuses weights that cannot be copied."""
     if hasattr(model, "merge_and_unload"):
         return copy.deepcopy(model).merge_and_unload()
@@ -179,7 +179,7 @@ def _merged(model: PreTrainedModel, argument: str) -> PreTrainedModel:
     return model
 
 
-def _check_weights(argument: str, name: str, model: PreTrainedModel, report: dict, missing: list[str]):
+def check_weights(argument: str, name: str, model: PreTrainedModel, report: dict, missing: list[str]):
     """Refuses a checkpoint that lacks weights, has them in another shape, or has those of further layers."""
     # Weights of other parts, such as the text half of CLIP or a classifier, have names like none of the model's.
     known = {_numberless(key) for key in model.state_dict()}

@@ -198,17 +198,16 @@ class MMGEMForReconstruction(MMGEMModel):
         box_tokens = None if boxes is None else self._pool(grid, pixel_values, boxes)  # (I, R, n, C)
 
         has_image = rows.image_index >= 0  # (S,)
-        prefix = has_image[:, None].expand(-1, self.config.num_visual_tokens)  # (S, n)
-        none = prefix[:, :0]
-        sequences = lay_out(
-            rows.input_ids, rows.attention_mask, rows.labels, prefix, none, none.long(), self.config.text_config
-        )
+        n, none = self.config.num_visual_tokens, has_image[:, None][:, :0]  # (S, 0)
+        length = torch.full_like(rows.image_index, n)  # (S,)
+        texts = rows.input_ids, rows.attention_mask, rows.labels
+        sequences = lay_out(*texts, has_image[:, None], length, none, none.long(), self.config)
         shown = self.token_projection(self._described_tokens(rows, has_image, image_tokens, box_tokens))  # (., n, H)
         embeds = self.get_input_embeddings()(sequences.token_ids)  # (N, H)
         mask_embedding = self.reconstruction_head.mask_embedding.to(embeds.dtype)  # (H,)
         embeds = torch.where((sequences.labels == IGNORED_LABEL)[:, None], embeds, mask_embedding)
         embeds = embeds.masked_scatter(sequences.is_prefix[:, None], shown.flatten(0, 1).to(embeds.dtype))
-        states = self._run_packed(embeds, sequences.lengths, torch.ones_like(sequences.is_prefix))  # (N, H)
+        states = self._run_packed(embeds, sequences.lengths, sequences.sequence)  # (N, H)
 
         num_tokens, num_patches = (
             (None, patch_mask.sum().clamp(min=1)) if num_items_in_batch is None else num_items_in_batch
@@ -218,7 +217,7 @@ class MMGEMForReconstruction(MMGEMModel):
         # Every image once, from the first text that it stands before without a box.
         shows = rows.image_index == torch.arange(len(patches), device=has_image.device)[:, None]  # (I, S)
         first_row = (shows & (rows.box_index < 0)).long().argmax(-1)  # (I,)
-        visual_states = states[sequences.is_prefix].unflatten(0, (-1, prefix.shape[1]))  # (., n, H)
+        visual_states = states[sequences.is_prefix].unflatten(0, (-1, n))  # (., n, H)
         visual_states = visual_states[has_image.cumsum(0)[first_row] - 1]  # (I, n, H)
         predicted = self.reconstruction_head(visual_states, patch_mask).float()  # (M, p)
         error = predicted - normalized_patches(patches[patch_mask].flatten(1).float())

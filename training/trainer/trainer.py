@@ -161,7 +161,7 @@ class MMGEMTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Caption tokens of all processes and accumulation steps, with the end tokens that the model appends."""
-        count = sum(count_caption_tokens(batch, self.model.config.text_config) for batch in batch_samples)
+        count = sum(count_caption_tokens(batch, self.model.config) for batch in batch_samples)
         return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -367,15 +367,15 @@ class MMGEMTrainer(Trainer):
         return metrics
 
 
-def count_caption_tokens(batch: Mapping[str, Any], text_config) -> int:
+def count_caption_tokens(batch: Mapping[str, Any], config) -> int:
     """Labels of the joint loss in a batch, with the end tokens that the model appends.
 
     Args:
         batch: As for `MMGEMModel.forward`.
-        text_config: Of the language model.
+        config: Of the model.
     """
     num_images = len(batch["pixel_values"]) if "pixel_values" in batch else 0
-    return count_labels(TextRows.from_columns(batch, num_images, batch.get("boxes")), text_config)
+    return count_labels(TextRows.from_columns(batch, num_images, batch.get("boxes")), config)
 
 
 @contextmanager

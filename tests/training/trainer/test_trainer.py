@@ -250,7 +250,7 @@ def test_counted_tokens_are_those_the_model_divides_by(bos, eos, pixel_values):
         "return_loss": True,
     }
     mean = model(**batch).caption_loss
-    count = count_caption_tokens(batch, model.config.text_config)
+    count = count_caption_tokens(batch, model.config)
     torch.testing.assert_close(model(**batch, num_items_in_batch=count).caption_loss, mean)
 
 
@@ -258,11 +258,11 @@ def test_end_tokens_are_counted_once():
     input_ids = torch.tensor([[5, 6, 7], [5, 6, 0], [5, 6, 7], [5, 6, 7]])
     labels = torch.tensor([[5, 6, 7], [5, 6, 0], [-100, -100, 7], [-100, -100, -100]])
     batch = {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(input_ids)}
-    batch["pixel_values"], text_config = torch.zeros(4, 3, 8, 8), build_model().config.text_config
-    text_config.eos_token_id = 0
+    batch["pixel_values"], config = torch.zeros(4, 3, 8, 8), build_model().config
+    config.text_config.eos_token_id = 0
     for image_index, expected in (([0, 1, 2, 3], 4 + 3 + 2 + 0), ([0, 1, 2, -1], 9), ([-1, 1, 2, 3], 8)):
         columns = {"image_index": torch.tensor(image_index), "contrastive_mask": torch.zeros(4, dtype=torch.bool)}
-        assert count_caption_tokens(batch | columns, text_config) == expected
+        assert count_caption_tokens(batch | columns, config) == expected
 
 
 def test_evaluation_judges_captions_where_a_judge_is_given(tiny_processor, tmp_path):
