@@ -1,11 +1,15 @@
 """The processor: images, texts and boxes in, tensors out."""
 
+import copy
 import os
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER, AddedToken
@@ -28,6 +32,29 @@ CHAT_TEMPLATE = (
     "{%- generation -%}{{- contents(message) -}}{{- eos_token -}}{%- endgeneration -%}"
     "{%- else -%}{{- contents(message) -}}{%- endif -%}"
     "{%- endfor -%}"
+)
+
+
+VLM_FOLDER = "vlm_processor"  # in the folder of the processor, where the model began as a VLM
+# What image processors of VLMs cut an image into several by, and what keeps it in one piece.
+WHOLE_IMAGE = {"do_image_splitting": False, "crop_to_patches": False, "do_pan_and_scan": False}
+NO_THINKING = {"enable_thinking": False}  # for the chat templates that know it
+WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # to load from
+
+
+# Before the chat template of a language model, which may know only texts: images become placeholders in them.
+TEXT_CONTENTS = (
+    "{%- set flat = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set text = namespace(value='') -%}"
+    "{%- if message['content'] is string -%}{%- set text.value = message['content'] -%}"
+    "{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{%- set text.value = text.value + 'IMAGE_TOKEN' -%}"
+    "{%- elif part['type'] == 'text' -%}{%- set text.value = text.value + part['text'] -%}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=text.value)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = flat.messages -%}"
 )
 
 
@@ -55,6 +82,8 @@ class MMGEMProcessor(ProcessorMixin):
         num_visual_tokens: Image tokens for one image or box, as in the model's config.
         image_token: The placeholder.
         chat_template: Jinja; by default the contents of all messages, one after the other.
+        vlm_processor: Of the VLM that the model began as, see `from_vlm`. What texts with placeholders and images,
+            but without boxes, become is its work then, with all that its model asks for.
 
     Raises:
         ValueError: The tokenizer lacks one of the tokens, or `num_visual_tokens` is not positive.
@@ -62,7 +91,15 @@ class MMGEMProcessor(ProcessorMixin):
 
     valid_processor_kwargs = MMGEMProcessorKwargs  # type: ignore[assignment]
 
-    def __init__(self, image_processor, tokenizer, num_visual_tokens, image_token="<image>", chat_template=None):
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        num_visual_tokens,
+        image_token="<image>",
+        chat_template=None,
+        vlm_processor=None,
+    ):
         if not isinstance(num_visual_tokens, int) or num_visual_tokens < 1:
             raise ValueError(f"`num_visual_tokens` is {num_visual_tokens!r}; expected a positive integer.")
         if image_token not in tokenizer.get_vocab():
@@ -77,6 +114,7 @@ class MMGEMProcessor(ProcessorMixin):
         self.num_visual_tokens = num_visual_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.vlm_processor = vlm_processor
         chat_template = chat_template or CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -95,7 +133,7 @@ class MMGEMProcessor(ProcessorMixin):
         `image_token` is added to the vocabulary (the model's embeddings must grow with it); a missing padding token
         becomes the end token; padding goes to the left, as generation needs it (embeddings do not depend on it). Texts
         are truncated so that the image tokens before them, and the model's [EMB] vectors or the end token after them,
-        still fit.
+        still fit. The chat template of an instruct model is kept, see `prompt`.
 
         Args:
             vision: Name or folder of a checkpoint with an image processor, or the image processor.
@@ -118,19 +156,184 @@ class MMGEMProcessor(ProcessorMixin):
             # Many tokenizers know no limit, or not that of their model.
             limit = getattr(config, "max_position_embeddings", None) or LARGE_INTEGER
             text.model_max_length = min(text.model_max_length, limit)
-        if text.model_max_length < LARGE_INTEGER:
-            room = text.model_max_length - num_visual_tokens - max(1, num_embedding_tokens)
-            if room < 1:
-                raise ValueError(
-                    f"`num_visual_tokens` is {num_visual_tokens}; expected fewer, so that a text fits after them into "
-                    f"the {text.model_max_length} tokens that the language model takes."
-                )
-            text.model_max_length = room
         text.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
-        if text.pad_token is None:
-            text.pad_token = text.eos_token
-        text.padding_side = text.init_kwargs["padding_side"] = "left"  # only what is in `init_kwargs` is saved
-        return cls(vision, text, num_visual_tokens=num_visual_tokens, image_token=image_token)
+        _prepare_tokenizer(text, num_visual_tokens, num_embedding_tokens)
+        chat_template = text.chat_template
+        if chat_template is not None:
+            if isinstance(chat_template, dict):
+                chat_template = chat_template["default"]
+            chat_template = TEXT_CONTENTS.replace("IMAGE_TOKEN", image_token) + chat_template
+        return cls(
+            vision, text, num_visual_tokens=num_visual_tokens, image_token=image_token, chat_template=chat_template
+        )
+
+    @classmethod
+    def from_vlm(cls, vlm, num_visual_tokens: int, num_embedding_tokens: int = 1) -> "MMGEMProcessor":
+        """The processor of a model that begins as a VLM, with the VLM's own inside, as it is.
+
+        An image alone, to be embedded, is seen whole: where the VLM cuts images into tiles, it does so for prompts.
+
+        Args:
+            vlm: Name or folder of a VLM, or its processor.
+            num_visual_tokens: Image tokens for one box.
+            num_embedding_tokens: [EMB] vectors of the model.
+
+        Raises:
+            ValueError: If the image processor of the VLM gives no (3, H, W) pixels of a whole image.
+        """
+        limit = LARGE_INTEGER
+        if isinstance(vlm, (str, os.PathLike)):
+            config, vlm = AutoConfig.from_pretrained(vlm).get_text_config(), AutoProcessor.from_pretrained(vlm)
+            limit = getattr(config, "max_position_embeddings", None) or LARGE_INTEGER
+        image_processor, tokenizer = copy.deepcopy(vlm.image_processor), copy.deepcopy(vlm.tokenizer)
+        for name, value in WHOLE_IMAGE.items():
+            if hasattr(image_processor, name):
+                setattr(image_processor, name, value)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        processor = cls(
+            image_processor,
+            tokenizer,
+            num_visual_tokens=num_visual_tokens,
+            image_token=vlm.image_token,
+            chat_template=vlm.chat_template,
+            vlm_processor=vlm,
+        )
+        _prepare_tokenizer(
+            tokenizer, max(num_visual_tokens, len(processor._whole_image_ids("", 1))), num_embedding_tokens
+        )
+        return processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "MMGEMProcessor":
+        """As of every processor, with the VLM's own where there is one."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if isinstance(processor.vlm_processor, str):
+            where = {name: kwargs[name] for name in WHERE if name in kwargs}
+            processor.vlm_processor = AutoProcessor.from_pretrained(
+                pretrained_model_name_or_path, subfolder=processor.vlm_processor, **where
+            )
+        return processor
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As of every processor, with the VLM's own in a folder of its own, where there is one."""
+        if self.vlm_processor is None:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        saved = super().save_pretrained(save_directory)
+        self.vlm_processor.save_pretrained(Path(save_directory, VLM_FOLDER))
+        if push_to_hub:  # only now, when all is there
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return saved
+
+    def to_dict(self) -> dict:
+        """As saved: of the VLM's processor where it is."""
+        vlm_processor, self.vlm_processor = self.vlm_processor, None if self.vlm_processor is None else VLM_FOLDER
+        try:
+            content = super().to_dict()
+        finally:
+            self.vlm_processor = vlm_processor
+        if vlm_processor is None:
+            content.pop("vlm_processor", None)
+        return content
+
+    # Prompts, in one place for training and for whoever generates
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether there is a chat template with turns, and not just one content after the other."""
+        return self.chat_template != CHAT_TEMPLATE.replace("IMAGE_TOKEN", self.image_token)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a prompt is its images and its text, and nothing else."""
+        return not self.has_chat_template and self.vlm_processor is None
+
+    def prompt(self, text: str = "", num_images: int = 1) -> str:
+        """The text that an answer follows: of a base model the images and the text, of an instruct model, through its
+        chat template, the turn of a user with them.
+
+        Args:
+            text: A question or an instruction; an empty one asks for a caption.
+            num_images: Images that stand before it.
+
+        Returns:
+            The prompt with a placeholder for each image. Give it to the processor with `prompt_kwargs`.
+        """
+        if not self.has_chat_template:
+            return self.image_token * num_images + text
+        return self.apply_chat_template([_user_turn(text, num_images)], add_generation_prompt=True, **NO_THINKING)
+
+    @property
+    def prompt_kwargs(self) -> dict:
+        """What the processor has to know of texts that `prompt` made: whether [BOS] and the like are still to come."""
+        if not self.has_chat_template:
+            return {}
+        bos_token = self.tokenizer.bos_token
+        writes_bos = bool(bos_token) and self.prompt().startswith(bos_token)
+        # The chat templates of VLMs leave them to the processor, those of language models write all themselves.
+        return {"add_special_tokens": self.vlm_processor is not None and not writes_bos}
+
+    def prompt_ids(self, text: str = "", num_images: int = 1, is_vlm_view: bool = True) -> list[int]:
+        """The tokens of a prompt, with one image token for each image, whose place the joint step of training fills.
+
+        Args:
+            text, num_images: As for `prompt`.
+            is_vlm_view: Whether a VLM sees whole images in its way, with the tokens that it puts around them, and not
+                boxes or memories.
+        """
+        prompt = self.prompt(text, num_images)
+        if self.vlm_processor is None or not is_vlm_view or not num_images:
+            prompt = prompt.replace(self.image_token, self.visual_token)
+            return self.tokenizer(prompt, **self.prompt_kwargs)["input_ids"]
+        ids, token_id = (
+            self._whole_image_ids(text, num_images),
+            self.tokenizer.convert_tokens_to_ids(self.visual_token),
+        )
+        length, kept = ids.count(token_id) // num_images, []
+        for token, run in groupby(ids):
+            count = len(list(run))
+            kept += [token] * (count // length if token == token_id else count)
+        return kept
+
+    def _whole_image_ids(self, text: str, num_images: int) -> list[int]:
+        """A prompt as the VLM's processor tokenizes it for images that it leaves in one piece."""
+        whole = {name: value for name, value in WHOLE_IMAGE.items() if hasattr(self.image_processor, name)}
+        blank, prompts = [Image.new("RGB", (64, 64))] * num_images, [self.prompt(text, num_images)]
+        inputs = self._vlm_inputs(blank, prompts, **self.prompt_kwargs, images_kwargs=whole)
+        return [int(token) for token in inputs["input_ids"][0]]
+
+    def answer_ids(self, answer: str, text: str = "", num_images: int = 1) -> list[int]:
+        """The tokens of an answer to a prompt, with those that end the turn of a chat template.
+
+        Args:
+            answer: The answer.
+            text, num_images: Of the prompt, see `prompt`.
+
+        Raises:
+            ValueError: If a conversation in the chat template does not begin with the prompt that it asks with.
+        """
+        if not self.has_chat_template:
+            return self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        prompt, turn = self.prompt(text, num_images), {"type": "text", "text": answer.strip()}
+        conversation = [_user_turn(text, num_images), {"role": "assistant", "content": [turn]}]
+        whole = self.apply_chat_template(conversation, **NO_THINKING)
+        if not whole.startswith(prompt):
+            raise ValueError(
+                f"`chat_template` writes {prompt!r:.200} to ask for an answer, but {whole!r:.200} where it is given; "
+                "expected a conversation that begins with its prompt."
+            )
+        whole = whole.rstrip()  # what stands after the end of the turn, nobody writes
+        before, ids = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, whole))
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+        return self.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+
+    @property
+    def visual_token(self) -> str:
+        """The token that the model sees in the place of an image; Gemma 3 has another one in its prompts."""
+        if self.vlm_processor is None:
+            return self.image_token
+        return self.tokenizer.convert_ids_to_tokens(self.vlm_processor.image_token_ids[0])
 
     @property
     def text_defaults(self) -> dict:
@@ -139,8 +342,9 @@ class MMGEMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """`input_ids`, `attention_mask`, `pixel_values`, `boxes`."""
-        return [*super().model_input_names, "boxes"]
+        """`input_ids`, `attention_mask`, `pixel_values`, `boxes`, and what else a VLM takes."""
+        of_vlm = [] if self.vlm_processor is None else self.vlm_processor.model_input_names
+        return list(dict.fromkeys([*super().model_input_names, "boxes", *of_vlm]))
 
     def __call__(self, images=None, text=None, boxes=None, **kwargs) -> BatchFeature:
         """Prepares a batch.
@@ -160,7 +364,8 @@ class MMGEMProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (B, L) int64; L is 0 if all texts are empty and the tokenizer adds no
             token. `pixel_values` (N, 3, H, W) float32; of an image processor that keeps the aspect ratio (SigLIP 2
             NaFlex) patches, (N, P, patch * patch * 3), with `spatial_shapes` (N, 2). `boxes` (N, R, 4) float32, in
-            [0, 1] of the pixel values, all zeros where an image has fewer than R boxes.
+            [0, 1] of the pixel values, all zeros where an image has fewer than R boxes. Of a VLM's prompts what its
+            own processor returns, padded on the left.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: An input that cannot be used, see `load_image` and `check_boxes`;
@@ -169,6 +374,8 @@ class MMGEMProcessor(ProcessorMixin):
         """
         if boxes is not None:
             kwargs["boxes"] = boxes
+        elif self.vlm_processor is not None and images is not None and self._has_placeholders(text):
+            return self._vlm_inputs(images, text, **kwargs)
         if text is not None:
             given = {**kwargs, **kwargs.get("text_kwargs", {})}
             kwargs |= {name: value for name, value in self.text_defaults.items() if name not in given}
@@ -179,6 +386,38 @@ class MMGEMProcessor(ProcessorMixin):
             if any(isinstance(sample, str) and self.image_token in sample for sample in texts):
                 kwargs["max_length"] = limit + self.num_visual_tokens
         return super().__call__(images=images, text=text, **kwargs)
+
+    def _has_placeholders(self, text) -> bool:
+        texts = [text] if isinstance(text, str) else list(text or [])
+        return any(isinstance(sample, str) and self.image_token in sample for sample in texts)
+
+    def _vlm_inputs(self, images, text, **kwargs) -> BatchFeature:
+        """Prompts as the VLM's own processor prepares them."""
+        images, text, _, _ = self.prepare_inputs_layout(images, text)
+        self.validate_inputs(images, text)
+        counts = [sample.count(self.image_token) for sample in text]
+        if sum(counts) != len(images):
+            raise ValueError(
+                f"`text` has {sum(counts)} {self.image_token} placeholders for {len(images)} images; expected one for "
+                "each image, or none to compare texts and images."
+            )
+        rest = iter(images)
+        of_text = [[next(rest) for _ in range(count)] for count in counts]
+        defaults = {"padding": True, "padding_side": "left"}
+        bos_token = self.tokenizer.bos_token
+        if bos_token and all(sample.startswith(bos_token) for sample in text):
+            defaults["add_special_tokens"] = False  # a chat template has written them
+        kwargs["text_kwargs"] = {k: v for k, v in defaults.items() if k not in kwargs} | kwargs.get("text_kwargs", {})
+        inputs = self.vlm_processor(images=of_text, text=text, **kwargs)
+        if "suffix" not in kwargs:
+            inputs.pop("labels", None)  # of PaliGemma, without a label
+        return inputs
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As of every processor; of a model that began as a VLM, as that of the VLM."""
+        if self.vlm_processor is None or self.vlm_processor.chat_template is None:
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        return self.vlm_processor.apply_chat_template(conversation, *args, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Texts as a list, images as a flat list of RGB images. See `__call__`."""
@@ -207,6 +446,8 @@ class MMGEMProcessor(ProcessorMixin):
 
     def _process_images(self, images, boxes=None, **kwargs):
         features = self.image_processor(images, **kwargs)
+        if self.vlm_processor is not None:
+            features = BatchFeature({"pixel_values": _whole_images(features["pixel_values"], len(images))})
         shapes = [pixels.shape for pixels in features["pixel_values"]]
         is_patches = "spatial_shapes" in features  # (P, patch * patch * 3) of each image
         if any(len(shape) != (2 if is_patches else 3) for shape in shapes):
@@ -225,7 +466,7 @@ class MMGEMProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
         """What one placeholder becomes: the image tokens of one image or box."""
-        return self.image_token * self.num_visual_tokens
+        return self.visual_token * self.num_visual_tokens
 
     def get_text_with_replacements(self, text, images_replacements=(), *others):
         """Expands the placeholders, one for each image or, where there are as many, one for each box."""
@@ -251,6 +492,43 @@ class MMGEMProcessor(ProcessorMixin):
         """Image tokens of images of these sizes, which do not matter here."""
         count = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[self.num_visual_tokens] * count, num_image_patches=[1] * count)
+
+
+def _user_turn(text: str, num_images: int) -> dict:
+    images: list[dict] = [{"type": "image"}] * num_images
+    return {"role": "user", "content": [*images, *([{"type": "text", "text": text}] if text else [])]}
+
+
+def _whole_images(pixel_values, num_images: int):
+    """(N, 3, H, W), also of (N, 1, 3, H, W) or (1, N, 3, H, W), as image processors of VLMs nest them."""
+    if isinstance(pixel_values, list):
+        pixel_values = [torch.as_tensor(np.asarray(image)) for image in _flatten(pixel_values)]
+        pixel_values = torch.stack(
+            [image[0] if image.ndim == 4 and len(image) == 1 else image for image in pixel_values]
+        )
+    if pixel_values.ndim == 5 and 1 in pixel_values.shape[:2]:
+        pixel_values = pixel_values.reshape(-1, *pixel_values.shape[2:])
+    if pixel_values.ndim != 4 or len(pixel_values) != num_images:
+        raise ValueError(
+            f"The image processor of the VLM makes pixel values of shape {tuple(pixel_values.shape)} of {num_images} "
+            "images; expected (3, H, W) of each, whole."
+        )
+    return pixel_values
+
+
+def _prepare_tokenizer(tokenizer, num_visual_tokens: int, num_embedding_tokens: int):
+    """Room for an image and for [EMB] or the end token, a padding token, padding on the left."""
+    if tokenizer.model_max_length < LARGE_INTEGER:
+        room = tokenizer.model_max_length - num_visual_tokens - max(1, num_embedding_tokens)
+        if room < 1:
+            raise ValueError(
+                f"`num_visual_tokens` is {num_visual_tokens}; expected fewer, so that a text fits after them into "
+                f"the {tokenizer.model_max_length} tokens that the language model takes."
+            )
+        tokenizer.model_max_length = room
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only what is in `init_kwargs` is saved
 
 
 def _has_max_length(kwargs: dict) -> bool:

@@ -19,7 +19,6 @@ from sentence_transformers.base.modules import Dense, Transformer
 from .sentence_transformers_inputs import read_input
 
 MIXED = "message"  # what sentence-transformers calls a batch of more than one kind
-MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "spatial_shapes", "boxes")
 
 
 class MMGEMTransformer(Transformer):
@@ -91,8 +90,10 @@ class MMGEMTransformer(Transformer):
     def _preprocess_alike(self, group: list[tuple], processing_kwargs, **kwargs) -> dict:
         """Inputs of one kind, as `read_input` returns them."""
         items, boxes = zip(*group)
+        processing_kwargs = dict(processing_kwargs or {})
+        if isinstance(items[0], dict) and "image" in items[0] and "text" in items[0]:
+            processing_kwargs["text"] = self.processor.prompt_kwargs | processing_kwargs.get("text", {})
         if boxes[0] is not None:
-            processing_kwargs = dict(processing_kwargs or {})
             per_image = [row for of_input in boxes for row in of_input]
             processing_kwargs["image"] = {**processing_kwargs.get("image", {}), "boxes": per_image}
         return super().preprocess(list(items), processing_kwargs=processing_kwargs, **kwargs)
@@ -133,7 +134,7 @@ class MMGEMTransformer(Transformer):
 
     def _vectors(self, features: dict, modality, max_rationale_tokens: int) -> torch.Tensor:
         """The embeddings of inputs of one kind, (B, k, D)."""
-        inputs = {name: features[name] for name in MODEL_INPUTS if name in features}
+        inputs = {name: features[name] for name in self.processor.model_input_names if name in features}
         method = getattr(self.model, self.modality_config[modality]["method"])
         if max_rationale_tokens and modality != "image":
             method = self.model.get_multimodal_features

@@ -188,14 +188,23 @@ class ImageStates(NamedTuple):
 
 def embed_and_remember(model, processor, images: Sequence[Any]) -> ImageStates:
     """Embeds and remembers one batch of images, by one pass of the vision tower; arguments as for `embed_images`."""
-    prompts = [processor.image_token] * len(images)
-    inputs = _to_model(model, processor(images=list(images), text=prompts, padding=True, return_tensors="pt"))
     can_fuse = "fused" in model.config.embedded_kinds
-    with inference(model):
-        pictures = {name: inputs.pop(name) for name in ("pixel_values", "spatial_shapes") if name in inputs}
-        image = model.get_image_features(**pictures)
-        with nullcontext() if can_fuse else uncalibrated(model):
-            fused = model.get_multimodal_features(**inputs, visual_tokens=image.last_hidden_state)
+    calibrated = nullcontext() if can_fuse else uncalibrated(model)
+    if model.vlm is not None:  # which sees images in prompts in its own way
+        inputs = _to_model(model, processor(images=list(images), return_tensors="pt"))
+        with inference(model):
+            image = model.get_image_features(**inputs)
+        with calibrated:
+            fused = _fused_features(model, processor, images, [""] * len(images))
+    else:
+        prompts, options = [processor.prompt()] * len(images), {"padding": True, "return_tensors": "pt"}
+        inputs = processor(images=list(images), text=prompts, **options, **processor.prompt_kwargs)
+        inputs = _to_model(model, inputs)
+        with inference(model):
+            pictures = {name: inputs.pop(name) for name in ("pixel_values", "spatial_shapes") if name in inputs}
+            image = model.get_image_features(**pictures)
+            with calibrated:
+                fused = model.get_multimodal_features(**inputs, visual_tokens=image.last_hidden_state)
     fused_embeds = _unit(fused.pooler_output) if can_fuse else None
     return ImageStates(_unit(image.pooler_output), fused_embeds, fused.last_hidden_state.float().cpu())
 
@@ -209,8 +218,10 @@ def generate_region_captions(
     model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
     """Writes the caption of each box of one batch of images, greedily; `boxes` and order as in `embed_regions`."""
-    prompts = [processor.image_token] * sum(map(len, boxes))
-    inputs = processor(images=list(images), boxes=list(boxes), text=prompts, return_tensors="pt")
+    prompts = [processor.prompt()] * sum(map(len, boxes))
+    inputs = processor(
+        images=list(images), boxes=list(boxes), text=prompts, return_tensors="pt", **processor.prompt_kwargs
+    )
     return _generate(model, inputs, processor, max_new_tokens)
 
 
@@ -223,8 +234,8 @@ def generate_answers(
         ValueError: If there are not as many images as questions.
     """
     _check_as_many(images, questions, "questions")
-    prompts = [processor.image_token + question for question in questions]
-    inputs = processor(images=list(images), text=prompts, padding=True, return_tensors="pt")
+    prompts = [processor.prompt(question) for question in questions]
+    inputs = processor(images=list(images), text=prompts, padding=True, return_tensors="pt", **processor.prompt_kwargs)
     return _generate(model, inputs, processor, max_new_tokens)
 
 
@@ -252,7 +263,11 @@ def answer_from_memory(
         raise ValueError(
             f"`memory` holds {len(memory)} memories; expected {len(questions)}, one for each of the questions."
         )
-    inputs = processor(text=questions, padding=True, return_tensors="pt")
+    if processor.is_plain:
+        inputs = processor(text=questions, padding=True, return_tensors="pt")
+    else:  # the memory takes the place of the image
+        prompts = [processor.prompt_ids(question, is_vlm_view=False) for question in questions]
+        inputs = processor.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     return _generate(model, inputs, processor, max_new_tokens, embedding_tokens=memory.to(model.device, model.dtype))
 
 
@@ -265,9 +280,10 @@ def _fused_features(model, processor, images, texts, boxes=None):
     inputs = processor(
         images=[image for own in own_images for image in own],
         boxes=boxes,
-        text=[processor.image_token * len(own) + text for own, text in zip(own_images, texts, strict=True)],
+        text=[processor.prompt(text, len(own)) for own, text in zip(own_images, texts, strict=True)],
         padding=True,
         return_tensors="pt",
+        **processor.prompt_kwargs,
     )
     with inference(model):
         return model.get_multimodal_features(**_to_model(model, inputs))

@@ -74,10 +74,12 @@ class MMGEMImageToTextPipeline(Pipeline):
     def preprocess(self, image, prompt="", boxes=None):
         """One picture and the prompt as model inputs: one row, or one for each box."""
         image_token = self.processor.image_token
-        text = prompt if image_token in prompt else image_token + prompt
+        options = {"return_tensors": "pt"}
+        if image_token not in prompt:
+            prompt, options = self.processor.prompt(prompt), options | self.processor.prompt_kwargs
         if boxes is None:
-            return self.processor(images=[image], text=[text], return_tensors="pt")
-        return self.processor(images=[image], text=[text] * len(boxes), boxes=[boxes], return_tensors="pt")
+            return self.processor(images=[image], text=[prompt], **options)
+        return self.processor(images=[image], text=[prompt] * len(boxes), boxes=[boxes], **options)
 
     def _forward(self, model_inputs, generate_kwargs=None):
         generate_kwargs = self._prepare_generate_kwargs(

@@ -44,6 +44,9 @@ def read_input(item, prompt: str, processor, modalities: list) -> tuple[object, 
         return {"text": prompt + text.replace(image_token, image_token.strip("<>"))}, None
     if modality == ("image", "text"):
         images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if image_token not in text and not processor.is_plain:
+            count = len(images) if boxes is None else sum(map(len, boxes))
+            return {"image": images, "text": processor.prompt(prompt + text, count)}, boxes
         text = _with_placeholders(
             text, image_token, [1] * len(images) if boxes is None else [len(row) for row in boxes]
         )

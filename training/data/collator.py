@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,8 @@ class MMGEMCollator(TextDrawing):
             first += len(row_images)
         if any(len(drawn_boxes) for drawn_boxes in boxes):
             inputs["boxes"] = torch.from_numpy(boxes_in_view(boxes, views))
+        if not self.processor.is_plain:
+            texts, row_index = _apart(texts, row_index)
         if (image_ids := self._image_ids(rows, names)) is not None:
             inputs["image_ids"] = image_ids
         if all(row.get("row_key") is not None for row in rows):
@@ -139,24 +141,60 @@ class MMGEMCollator(TextDrawing):
         tokenizer = self.processor.tokenizer
         if not texts:
             return {name: torch.zeros(0, 0, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
-        truncation = self.processor.text_defaults["truncation"]
-        plain = tokenizer([text.prompt or text.text for text in texts], truncation=truncation)["input_ids"]
         rows, labels = [], []
-        for text, ids in zip(texts, plain, strict=True):
-            prompt_length = 0
-            if text.prompt:
-                prompt_length = len(ids)
-                ids = ids + tokenizer(text.text, add_special_tokens=False)["input_ids"]
-            ids = torch.tensor(ids, dtype=torch.long)
+        for prompt, answer in self._prompts_and_answers(texts):
+            ids = torch.tensor(prompt + answer, dtype=torch.long)
             rows.append(ids)
-            generated = ids.clone()
-            generated[: prompt_length if text.is_generated else len(ids)] = IGNORED_LABEL
-            labels.append(generated)
+            labels.append(ids.masked_fill(torch.arange(len(ids)) < len(prompt), IGNORED_LABEL))
         return {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
         }
+
+    def _prompts_and_answers(self, texts: list[DrawnText]) -> list[tuple[list[int], list[int]]]:
+        """For each text the tokens that nobody learns to write, and those that the model does."""
+        tokenizer, limit = self.processor.tokenizer, self.processor.tokenizer.model_max_length
+        truncation = self.processor.text_defaults["truncation"]
+        plain = tokenizer([text.prompt or text.text for text in texts], truncation=truncation)["input_ids"]
+        parts, prompts = [], {}
+        for text, ids in zip(texts, plain, strict=True):
+            images, is_view = _images_before(text)
+            asked = text.prompt if text.is_generated else text.text
+            if images and not self.processor.is_plain:
+                key = asked, images, is_view
+                if key not in prompts:
+                    prompts[key] = self.processor.prompt_ids(*key)
+                answer = self.processor.answer_ids(text.text, asked, images) if text.is_generated else []
+                parts.append((prompts[key], answer[: max(0, limit - len(prompts[key]))]))
+            elif text.prompt:
+                parts.append((ids, tokenizer(text.text, add_special_tokens=False)["input_ids"]))
+            else:
+                parts.append(([], ids) if text.is_generated else (ids, []))
+        return parts
+
+
+def _images_before(text: DrawnText) -> tuple[int, bool]:
+    """How many images, boxes or memories a text stands after where it is written or read, and whether they are images
+    that are seen whole."""
+    columns = text.columns
+    if not text.is_generated:
+        return len(columns.get("fused_index", [])), True
+    is_memory = columns.get("memory_row", NONE) >= 0
+    return int(is_memory or columns.get("image_index", NONE) >= 0), not is_memory and columns.get(
+        "box_index", NONE
+    ) < 0
+
+
+def _apart(texts: list[DrawnText], row_index: list[int]) -> tuple[list[DrawnText], list[int]]:
+    """Each text that is embedded and written as two: it is embedded alone, but written as the answer to a prompt.
+
+    Those to be written come last, so that what points to a text still does.
+    """
+    both = [i for i, text in enumerate(texts) if text.is_generated and text.columns.get("contrastive_mask")]
+    embedded = [replace(text, is_generated=text.is_generated and i not in both) for i, text in enumerate(texts)]
+    written = [replace(texts[i], columns={**texts[i].columns, "contrastive_mask": False}) for i in both]
+    return embedded + written, row_index + [row_index[i] for i in both]
 
 
 def _column(name: str, texts: list[DrawnText]) -> torch.Tensor:
