@@ -22,10 +22,11 @@ _FOLDER_NAME = re.compile(r"[\w-][\w.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """The model that a recipe starts from: `pretrained`, or two towers, or two configurations of towers.
+    """The model that a recipe starts from: `pretrained`, a VLM, two towers, or two configurations of towers.
 
     Args:
         pretrained: The folder or the name of a checkpoint.
+        vlm: The folder or the name of a finished vision-language model.
         vision: The folder or the name of a vision tower.
         text: The folder or the name of a language model.
         vision_config: The configuration of a fresh vision tower.
@@ -36,6 +37,7 @@ class ModelSection:
     """
 
     pretrained: str | None = None
+    vlm: str | None = None
     vision: str | None = None
     text: str | None = None
     vision_config: Mapping[str, Any] | None = None
@@ -117,7 +119,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
     | section | content |
     |---|---|
-    | `model` | which model, in one of three ways, see below |
+    | `model` | which model, in one of four ways, see below |
     | `tokenizer` | arguments of `train_tokenizer`, which learns from the data of the first stage |
     | `image_processor` | arguments of the image processor that are to be others |
     | `prompts` | instructions by name, which the model keeps and those who embed with it can ask for |
@@ -125,10 +127,10 @@ def load_recipe(path: str | Path) -> Recipe:
     | `seed` | of weights, orders and draws; 0 by default |
     | `stages` | a list, see below |
 
-    The model is `{pretrained: NAME}`, or towers to compose, `{vision: NAME, text: NAME}`, or, from nothing,
-    `{vision_config: {...}, text_config: {...}}`, which takes the sections `tokenizer` and `image_processor`. The last
-    two may have further fields of `MMGEMConfig`, each of the three an `attn_implementation` and a `dtype` to train
-    with.
+    The model is `{pretrained: NAME}`, or begins as a finished VLM, `{vlm: NAME}`, or is composed of towers,
+    `{vision: NAME, text: NAME}`, or, from nothing, `{vision_config: {...}, text_config: {...}}`, which takes the
+    sections `tokenizer` and `image_processor`. The last three may have further fields of `MMGEMConfig`, each of the
+    four an `attn_implementation` and a `dtype` to train with.
 
     | section of a stage | content |
     |---|---|
@@ -228,12 +230,14 @@ def _parse_model(section: Any) -> ModelSection:
     if "pretrained" in section:
         required = ["pretrained"]
         check_keys(section, [*required, *TRAINED_WITH], "`model`")
+    elif "vlm" in section:
+        required = ["vlm"]
     else:
         required = ["vision", "text"] if {"vision", "text"} & set(section) else ["vision_config", "text_config"]
     if missing := [name for name in required if name not in section]:
         raise ValueError(
-            f"`model` has no `{missing[0]}`; expected `pretrained`, or `vision` and `text`, or `vision_config` and "
-            "`text_config`."
+            f"`model` has no `{missing[0]}`; expected `pretrained`, or `vlm`, or `vision` and `text`, or "
+            "`vision_config` and `text_config`."
         )
     for name in required:
         if name in ("vision_config", "text_config"):

@@ -20,8 +20,8 @@ _TEXT_COLUMNS = (*CAPTION_COLUMNS, "long_caption", "region_captions", "label", "
 
 
 def build_model(recipe: Recipe, rows: Mixture | None = None) -> tuple[MMGEMModel, MMGEMProcessor]:
-    """Build the model and processor of a recipe, on the CPU: a checkpoint, composed towers, or fresh weights with a
-    tokenizer that learns from data.
+    """Build the model and processor of a recipe, on the CPU: a checkpoint, a finished VLM, composed towers, or fresh
+    weights with a tokenizer that learns from data.
 
     Args:
         recipe: The recipe.
@@ -32,6 +32,13 @@ def build_model(recipe: Recipe, rows: Mixture | None = None) -> tuple[MMGEMModel
         model, processor = load_checkpoint(section.pretrained, device="cpu")
     elif section.is_fresh:
         model, processor = _fresh_model(recipe, rows)
+    elif section.vlm is not None:
+        model = MMGEMModel.from_vlm(section.vlm, **section.config)
+        processor = MMGEMProcessor.from_vlm(
+            section.vlm,
+            num_visual_tokens=model.config.num_visual_tokens,
+            num_embedding_tokens=model.config.num_embedding_tokens,
+        )
     else:
         model = MMGEMModel.from_towers(section.vision, section.text, dtype=section.dtype, **section.config)
         processor = MMGEMProcessor.from_towers(
@@ -82,6 +89,8 @@ def check_image_size(config: MMGEMConfig, image_size: int) -> None:
     Raises:
         ValueError: If it is not a multiple of the patch size.
     """
+    if config.vlm_config is not None:
+        raise ValueError(f"`image_size` is {image_size}, but a model that began as a VLM has its own; expected none.")
     (own_height, own_width), (height, width) = config.grid.image_size, config.grid.stride
     if (image_size, image_size) == (own_height, own_width):
         return

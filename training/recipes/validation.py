@@ -21,11 +21,22 @@ from mmgem.training.recipes.tokenizer import train_tokenizer
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer.lora import add_lora
 from mmgem.training.trainer.parameter_selection import parameter_groups
+from mmgem.vision_language_model import check_vlm_config
 
 # Arguments of the trainer that the run sets itself, or that have a place of their own in a stage.
 _NOT_IN_TRAINING = ("output_dir", "resume_from_checkpoint", "train_sampling_strategy", "contrastive_objective")
 # Fields of the configuration that have a place of their own in a recipe, or are no choice of its author.
-_NOT_IN_MODEL = ("vision_config", "vision_grid", "text_config", "image_token_id", "prompts", "calibrated_modalities")
+_NOT_IN_MODEL = (
+    "vision_config",
+    "vision_grid",
+    "text_config",
+    "vlm_config",
+    "vlm_pixel_dims",
+    "vlm_attention",
+    "image_token_id",
+    "prompts",
+    "calibrated_modalities",
+)
 
 
 def check_sections(recipe: Recipe) -> None:
@@ -85,6 +96,10 @@ def _starting_config(section: ModelSection) -> MMGEMConfig:
         return load_config(section.pretrained)
     if section.is_fresh:
         return MMGEMConfig(vision_config=section.vision_config, text_config=section.text_config, **section.config)
+    if section.vlm is not None:
+        vlm_config = AutoConfig.from_pretrained(section.vlm)
+        check_vlm_config(vlm_config)
+        return MMGEMConfig(vlm_config=vlm_config, **section.config)
     towers = {}
     for name, tower in (("vision_config", section.vision), ("text_config", section.text)):
         tower_config = AutoConfig.from_pretrained(tower)
@@ -98,7 +113,7 @@ def _check_model(recipe: Recipe) -> None:
         check_arguments(recipe.tokenizer, train_tokenizer, "`tokenizer`", given=["texts"])
     if recipe.image_processor is not None:
         check_keys(recipe.image_processor, SiglipImageProcessorPil.valid_kwargs.__annotations__, "`image_processor`")
-    required = ("vision_config", "text_config") if section.is_fresh else ("vision", "text")
+    required = ("vision_config", "text_config") if section.is_fresh else ("vision", "text", "vlm")
     own_fields = [name for name in MMGEMConfig.__annotations__ if name not in _NOT_IN_MODEL]
     check_keys(section.config, [*required, *own_fields, *TRAINED_WITH], "`model`")
     config: dict[str, Any] = dict(section.config)

@@ -5,9 +5,13 @@ import torch
 from PIL import Image
 from tiny_models import build_model as tiny_model
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from vlms import build_vlm, build_vlm_processor
 
-from mmgem.training.recipes.recipe import ModelSection, Recipe, Stage
+from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.data.open_source import load_rows
+from mmgem.training.recipes.recipe import ModelSection, Recipe, Stage, parse_recipe
 from mmgem.training.recipes.starting_model import build_model, prepare_for_stage, set_image_size
+from mmgem.training.recipes.validation import check_sections, check_stages
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 EMBEDDING = {"num_embedding_tokens": 16, "embedding_pooling": "multi_vector"}
@@ -117,3 +121,30 @@ def test_a_recipe_changes_the_image_processor_of_a_checkpoint(checkpoint):
     model, processor = build_model(recipe)
     assert tuple(processor.image_processor.image_mean) == (0.1, 0.2, 0.3)
     assert processor.image_processor.size.height == 32 and model.device.type == "cpu"
+
+
+def test_a_recipe_starts_from_a_vlm(tmp_path):
+    build_vlm("llava").save_pretrained(tmp_path)
+    build_vlm_processor("llava").save_pretrained(tmp_path)
+    compress = {
+        "name": "compress",
+        "embedding": {"num_embedding_tokens": 4, "embedding_pooling": "mean"},
+        "train_data": {"scenes": {"seed": 5, "count": 4, "columns": ["image", "captions", "qa"]}},
+        "collator": {"captions_per_image": 1, "memory_captions_per_image": 1, "memory_questions_per_image": 1},
+        "training": {"freeze": ["vision_tower"], "learning_rates": {"connector": 1e-5}},
+    }
+    model = {"vlm": str(tmp_path), "projection_dim": 16, "num_visual_tokens": 4}
+    recipe = parse_recipe({"model": model, "stages": [compress]})
+    check_sections(recipe)
+    check_stages(recipe)
+    model, processor = build_model(recipe)
+    (stage,) = recipe.stages
+    prepare_for_stage(model, processor, recipe, stage)
+    rows = [dict(row) for row in load_rows(stage.train_data[0])]
+    batch = MMGEMCollator(processor, **stage.collator)(rows)
+    model(**batch).loss.backward()
+    assert model.embedding_tokens.grad.any() and next(model.connector.parameters()).grad.any()
+    with pytest.raises(ValueError, match="`image_size` is 48, but a model that began as a VLM"):
+        prepare_for_stage(model, processor, recipe, stage_with(image_size=48))
+    with pytest.raises(ValueError, match="`model` has the unknown key `vlm_attention`"):
+        check_sections(parse_recipe({"model": {"vlm": str(tmp_path), "vlm_attention": "image"}, "stages": [compress]}))
