@@ -1,5 +1,4 @@
-"""
-What an index finds by the bytes it spends on an image.
+"""What an index finds by the bytes it spends on an image.
 
     python -m benchmarks.budgets [--model MODEL] [--scenes 1000] [--out runs/budgets]
 
@@ -36,11 +35,10 @@ BATCH_SIZE = 64
 
 
 class Embedded(NamedTuple):
-    """
-    Args:
-        captions: (T, D) or (T, k, D) unit vectors.
-        images: (I, D) or (I, k, D), likewise.
-        right: for each caption its image.
+    """Args:
+    captions: (T, D) or (T, k, D) unit vectors.
+    images: (I, D) or (I, k, D), likewise.
+    right: For each caption its image.
     """
 
     captions: torch.Tensor
@@ -86,9 +84,9 @@ def recall_by_vectors(embedded: Embedded) -> list[BudgetRecall]:
 
 
 def recall_by_code(embedded: Embedded) -> list[CodeRecall]:
-    """
-    One vector, of all dimensions and of a half, a quarter and an eighth, in each precision. Codes choose candidates,
-    which are compared with the exact query, for `TOP` answers; that of int8 is as wide as the largest value.
+    """One vector, of all dimensions and of a half, a quarter and an eighth, in each precision. Codes choose
+    candidates, which are compared with the exact query, for `TOP` answers; that of int8 is as wide as the largest
+    value.
     """
     captions, images, right = embedded.first_vectors()
     found = []

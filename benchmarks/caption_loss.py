@@ -1,5 +1,4 @@
-"""
-The caption loss over a large vocabulary: all logits at once, or chunk by chunk in two ways.
+"""The caption loss over a large vocabulary: all logits at once, or chunk by chunk in two ways.
 
     python -m benchmarks.caption_loss
 

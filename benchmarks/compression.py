@@ -1,5 +1,4 @@
-"""
-What learning to compress brings to contrastive training: the table of CoMa (https://arxiv.org/abs/2511.08480), on
+"""What learning to compress brings to contrastive training: the table of CoMa (https://arxiv.org/abs/2511.08480), on
 generated scenes.
 
     python -m benchmarks.compression --out runs/compression
@@ -45,12 +44,11 @@ LOSSES = {"compress": "caption_loss", "match": "contrastive_loss"}
 
 
 class Run(NamedTuple):
-    """
-    Args:
-        vectors: k.
-        seed: of scenes, order and new vectors.
-        compressed: whether the compress stage comes before.
-        pairs: that the match stage sees; with 0 there is none.
+    """Args:
+    vectors: K.
+    seed: Of scenes, order and new vectors.
+    compressed: Whether the compress stage comes before.
+    pairs: That the match stage sees; with 0 there is none.
     """
 
     vectors: int
@@ -84,10 +82,9 @@ def all_runs(setting: Setting) -> list[Run]:
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """
-    Raises:
-        FileNotFoundError: if it is none.
-        ValueError: if it has several [EMB] vectors, which have learned something already.
+    """Raises:
+    FileNotFoundError: If it is none.
+    ValueError: If it has several [EMB] vectors, which have learned something already.
     """
     count = load_config(checkpoint).num_embedding_tokens
     if count != 1:
@@ -117,8 +114,7 @@ def recall(model: GridModel, processor, held_out: HeldOut) -> float:
 
 
 def execute(run: Run, setting: Setting, out: Path) -> dict:
-    """
-    Trains and measures. The run that has only the compress stage leaves its weights at `_weights_path`, from which
+    """Trains and measures. The run that has only the compress stage leaves its weights at `_weights_path`, from which
     those go on that have pairs, too.
 
     Returns:
@@ -152,11 +148,10 @@ def _weights_path(out: Path, run: Run) -> Path:
 
 
 def finished_runs(out: Path, setting: Setting) -> dict[Run, dict]:
-    """
-    What `OUT/runs.jsonl` holds; an empty one begins with the setting. A line that was cut off is removed.
+    """What `OUT/runs.jsonl` holds; an empty one begins with the setting. A line that was cut off is removed.
 
     Raises:
-        ValueError: if it is that of another setting.
+        ValueError: If it is that of another setting.
     """
     path = out / "runs.jsonl"
     text = path.read_text() if path.is_file() else ""
@@ -173,14 +168,13 @@ def finished_runs(out: Path, setting: Setting) -> dict[Run, dict]:
 
 
 def run_all(setting: Setting, out: Path, workers: int) -> list[dict]:
-    """
-    The runs that are left, `workers` at a time with one thread each.
+    """The runs that are left, `workers` at a time with one thread each.
 
     Returns:
         The lines of all runs.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_checkpoint` and `finished_runs`.
+        FileNotFoundError, ValueError: As `check_checkpoint` and `finished_runs`.
     """
     check_checkpoint(setting.checkpoint)
     finished, runs = finished_runs(out, setting), all_runs(setting)

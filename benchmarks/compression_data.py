@@ -1,5 +1,4 @@
-"""
-Data of the compression experiment: scenes drawn, tokenized and seen by the frozen vision tower once, off the clock.
+"""Data of the compression experiment: scenes drawn, tokenized and seen by the frozen vision tower once, off the clock.
 All runs of a seed read the same batches in the same order; all runs of all seeds are measured on the same held-out
 scenes.
 """
@@ -29,11 +28,10 @@ _NOTHING = {"captions_per_image": 0, "regions_per_image": 0, "questions_per_imag
 
 @dataclass(frozen=True)
 class Stage:
-    """
-    Args:
-        batch_size: images of a step.
-        learning_rate: peak, after a tenth of the steps; from there a cosine to zero.
-        options: of `MMGEMCollator`, what is drawn from each image.
+    """Args:
+    batch_size: Images of a step.
+    learning_rate: Peak, after a tenth of the steps; from there a cosine to zero.
+    options: Of `MMGEMCollator`, what is drawn from each image.
     """
 
     batch_size: int
@@ -43,18 +41,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Setting:
-    """
-    A size of the experiment.
+    """A size of the experiment.
 
     Args:
-        checkpoint: that all runs start from; with a single [EMB] vector, which has not learned to read images.
-        vectors: numbers of [EMB] vectors, k.
-        seeds: how many; each has its own scenes, order and new vectors.
-        pairs: numbers of contrastive pairs that match runs see, beside none, each with a schedule of its own.
-        compress_images: that the compress stage sees, before any pair.
-        held_out: scenes to measure on.
-        max_objects: scenes with more are left out, in training and evaluation.
-        compress, match: the stages.
+        checkpoint: That all runs start from; with a single [EMB] vector, which has not learned to read images.
+        vectors: Numbers of [EMB] vectors, k.
+        seeds: How many; each has its own scenes, order and new vectors.
+        pairs: Numbers of contrastive pairs that match runs see, beside none, each with a schedule of its own.
+        compress_images: That the compress stage sees, before any pair.
+        held_out: Scenes to measure on.
+        max_objects: Scenes with more are left out, in training and evaluation.
+        compress, match: The stages.
     """
 
     checkpoint: str
@@ -73,7 +70,7 @@ class Setting:
         sizes = {"pairs": (self.pairs, self.match), "compress_images": ((self.compress_images,), self.compress)}
         for name, (numbers, stage) in sizes.items():
             if wrong := [number for number in numbers if number < 1 or number % stage.batch_size]:
-                raise ValueError(f"{name} must be a multiple of the batch size {stage.batch_size}, got {wrong[0]}")
+                raise ValueError(f"`{name}` has {wrong[0]}; expected multiples of the batch size {stage.batch_size}.")
 
     def as_dict(self) -> dict:
         """What JSON makes of it."""
@@ -81,9 +78,8 @@ class Setting:
 
 
 class GridModel(MMGEMModel):
-    """
-    The model after its vision tower: wherever it takes `pixel_values`, it takes the patch grid that the frozen tower
-    made of them, (B, C, rows, columns).
+    """The model after its vision tower: wherever it takes `pixel_values`, it takes the patch grid that the frozen
+    tower made of them, (B, C, rows, columns).
     """
 
     def _patch_grid(self, pixel_values: torch.Tensor, spatial_shapes: None = None) -> torch.Tensor:
@@ -92,12 +88,11 @@ class GridModel(MMGEMModel):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """
-    Scenes that no run is trained on, no two of them alike.
+    """Scenes that no run is trained on, no two of them alike.
 
     Args:
         grids: (I, C, rows, columns), half precision.
-        captions: of each scene, all its short ones.
+        captions: Of each scene, all its short ones.
     """
 
     grids: torch.Tensor = field(repr=False)
@@ -118,9 +113,8 @@ def prepare_held_out(setting: Setting, path: Path) -> HeldOut:
 
 
 def prepare_batches(setting: Setting, seed: int, path: Path, position: int = 0) -> dict[str, list[Batch]]:
-    """
-    The training batches of a seed, for `GridModel`, from `path` or drawn and written there; `position` is the line of
-    the progress bar.
+    """The training batches of a seed, for `GridModel`, from `path` or drawn and written there; `position` is the line
+    of the progress bar.
 
     Returns:
         Those of the stages `compress` and `match`, of different scenes.

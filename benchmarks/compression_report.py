@@ -11,12 +11,11 @@ HEADER = ("k", "pairs seen", "R@1 without", "R@1 with", "difference", "seeds", "
 
 
 def report(lines: Sequence[Mapping]) -> str:
-    """
-    Markdown: a row for each number of vectors and pairs. Means over the seeds with half the width of their 95%
+    """Markdown: a row for each number of vectors and pairs. Means over the seeds with half the width of their 95%
     confidence intervals, by Student's t; the difference is paired by seed, which shares scenes and order.
 
     Args:
-        lines: of `benchmarks.compression.run_all`, with and without the compress stage for each seed.
+        lines: Of `benchmarks.compression.run_all`, with and without the compress stage for each seed.
     """
     recalls = {(line["vectors"], line["pairs"], line["compressed"], line["seed"]): line["recall"] for line in lines}
     seeds = sorted({line["seed"] for line in lines})

@@ -1,5 +1,4 @@
-"""
-Whether data keeps up with training: scenes, drawn and collated on the fly, beside the steps of mmgem-tiny.
+"""Whether data keeps up with training: scenes, drawn and collated on the fly, beside the steps of mmgem-tiny.
 
     python -m benchmarks.data_loading
 
@@ -78,13 +77,12 @@ def training_clock(trainer: MMGEMTrainer) -> StepClock:
 
 
 def compare(num_batches: int, num_steps: int, **changes) -> str:
-    """
-    The table of the benchmark, as markdown.
+    """The table of the benchmark, as markdown.
 
     Args:
-        num_batches: read from the loader alone.
-        num_steps: trained, after those that warm up.
-        changes: of the training arguments.
+        num_batches: Read from the loader alone.
+        num_steps: Trained, after those that warm up.
+        changes: Of the training arguments.
     """
     recipe, rows = load_recipe(CHECKPOINT / "recipe.yaml"), []
     with tempfile.TemporaryDirectory() as folder:

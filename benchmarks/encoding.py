@@ -1,5 +1,4 @@
-"""
-How many embeddings a second, by what is embedded and how.
+"""How many embeddings a second, by what is embedded and how.
 
     python -m benchmarks.encoding [--batch-size 12] [--vectors 16] [--visual-tokens 16]
 
@@ -32,8 +31,7 @@ class Mode(NamedTuple):
 
 
 def encoders(setting: Setting, vectors: int) -> dict[Mode, Callable[[], torch.Tensor]]:
-    """
-    For each mode a function that embeds the same batch of `setting.num_images` inputs and returns the embeddings,
+    """For each mode a function that embeds the same batch of `setting.num_images` inputs and returns the embeddings,
     (B, D) or (B, k, D). Texts are padded to the longest, as in a batch that is not sorted by length.
     """
     batch = build_batch(setting)

@@ -1,5 +1,4 @@
-"""
-What joint training costs and brings, measured on generated scenes:
+"""What joint training costs and brings, measured on generated scenes:
 
     python -m benchmarks.experiment --out runs/experiment
 
@@ -37,12 +36,11 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Arm:
-    """
-    One kind of contestant.
+    """One kind of contestant.
 
     Args:
-        title: in the table.
-        build: towers, end token, image token -> contestant.
+        title: In the table.
+        build: Towers, end token, image token -> contestant.
     """
 
     title: str
@@ -123,11 +121,10 @@ def run(name: str, seed: int, setting: Setting, out: Path, device: str) -> dict:
 
 
 def finished_runs(out: Path, setting: Setting) -> dict[tuple[str, int], dict]:
-    """
-    What `OUT` holds, by arm and seed; an empty one is marked as that of this setting.
+    """What `OUT` holds, by arm and seed; an empty one is marked as that of this setting.
 
     Raises:
-        ValueError: if it is that of another setting.
+        ValueError: If it is that of another setting.
     """
     mark = out / "setting.json"
     if not mark.is_file():
@@ -140,8 +137,8 @@ def finished_runs(out: Path, setting: Setting) -> dict[tuple[str, int], dict]:
 
 
 def run_all(setting: Setting, out: Path, workers: int, seeds=SEEDS, device: str = "cpu") -> list[dict]:
-    """
-    The runs that are left, `workers` at a time with one thread each; table and plot grow with each that is finished.
+    """The runs that are left, `workers` at a time with one thread each; table and plot grow with each that is
+    finished.
 
     Returns:
         The results of all runs.
@@ -178,7 +175,7 @@ def main(
 ):
     """Train and measure every contestant with three seeds; print a table, draw a plot."""
     if scale not in SETTINGS:
-        raise typer.BadParameter(f"expected {' or '.join(SETTINGS)}, got {scale!r}", param_hint="--scale")
+        raise typer.BadParameter(f"`scale` is {scale!r}; expected {' or '.join(SETTINGS)}.", param_hint="--scale")
     if scale == "gpu" and not torch.cuda.is_available():
         raise typer.BadParameter("'gpu' expects a GPU that torch can use, and there is none", param_hint="--scale")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,6 +1,5 @@
-"""
-Data of the experiment: scenes drawn and tokenized once, off the clock. All runs of a seed read the same batches in the
-same order; all runs of all seeds are measured on the same held-out scenes.
+"""Data of the experiment: scenes drawn and tokenized once, off the clock. All runs of a seed read the same batches in
+the same order; all runs of all seeds are measured on the same held-out scenes.
 """
 
 import json
@@ -29,17 +28,16 @@ COLUMNS = ("image", "scene_id", "captions", "long_caption")
 
 @dataclass(frozen=True)
 class Setting:
-    """
-    A size of the experiment.
+    """A size of the experiment.
 
     Args:
-        towers: of all contestants.
-        max_objects, shapes, fills: scenes with more objects, or others, are left out, in training and evaluation.
-        steps: optimizer steps of a run; batch_size: images of a step, each with one short caption.
-        long_share: share of the images whose long caption is embedded too.
-        learning_rate: peak, after `warmup` steps; from there a cosine to zero.
-        held_out: scenes to measure on.
-        max_new_tokens: at which a generated caption is cut.
+        towers: Of all contestants.
+        max_objects, shapes, fills: Scenes with more objects, or others, are left out, in training and evaluation.
+        steps: Optimizer steps of a run; batch_size: images of a step, each with one short caption.
+        long_share: Share of the images whose long caption is embedded too.
+        learning_rate: Peak, after `warmup` steps; from there a cosine to zero.
+        held_out: Scenes to measure on.
+        max_new_tokens: At which a generated caption is cut.
     """
 
     towers: TowerSizes
@@ -67,12 +65,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """
-    Scenes that no run is trained on.
+    """Scenes that no run is trained on.
 
     Args:
-        batch: all of them, each with one caption.
-        captions: of each scene, all its short ones; long_captions: of each scene.
+        batch: All of them, each with one caption.
+        captions: Of each scene, all its short ones; long_captions: of each scene.
     """
 
     batch: Batch = field(repr=False)

@@ -88,8 +88,7 @@ def results_table(results: Sequence[Mapping], titles: Mapping[str, str]) -> str:
 
 
 def differences_table(results: Sequence[Mapping]) -> str:
-    """
-    Markdown: the differences that answer the questions, paired by seed, with 95% confidence intervals. Runs of one
+    """Markdown: the differences that answer the questions, paired by seed, with 95% confidence intervals. Runs of one
     seed share their data and their order, so what a lucky seed gives to both cancels.
     """
     lines = [_row(["question", "difference", *METRICS.values()]), _row(["---", "---", *["---:"] * len(METRICS)])]

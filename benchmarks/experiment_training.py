@@ -46,15 +46,14 @@ def train(
     position: int = 0,
     bf16: bool = True,
 ) -> dict:
-    """
-    A plain loop: AdamW, linear warm-up and a cosine to zero, the sum of the losses there are.
+    """A plain loop: AdamW, linear warm-up and a cosine to zero, the sum of the losses there are.
 
     Args:
-        contestant: trained in place.
-        batches: in the order of the steps.
-        schedule: of the learning rate.
-        progress, position: name and line of the progress bar.
-        bf16: whether under autocast to bfloat16.
+        contestant: Trained in place.
+        batches: In the order of the steps.
+        schedule: Of the learning rate.
+        progress, position: Name and line of the progress bar.
+        bf16: Whether under autocast to bfloat16.
 
     Returns:
         `losses`, their means over every `LOG_EVERY` steps, by name.
@@ -87,8 +86,7 @@ def _means(values: list[float]) -> list[float]:
 def evaluate(
     contestant: Contestant, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, setting: Setting
 ) -> dict[str, float]:
-    """
-    Measures on the held-out scenes what a contestant can do, in float32.
+    """Measures on the held-out scenes what a contestant can do, in float32.
 
     Returns:
         | metric | what it is |
@@ -128,8 +126,7 @@ def evaluate(
 
 
 def fact_score(captions: list[str], references: list[str]) -> float:
-    """
-    F1 between the facts of generated captions and those of their references, over all captions together. A fact is
+    """F1 between the facts of generated captions and those of their references, over all captions together. A fact is
     the value of one attribute (shape, color, fill, size) at one place; a caption that cannot be read tells none.
     """
     told, true, right = 0, 0, 0

@@ -1,5 +1,4 @@
-"""
-What a fused embedding costs beside the prefill of the language model that it contains.
+"""What a fused embedding costs beside the prefill of the language model that it contains.
 
     python -m benchmarks.fused_cost [--images 1 --images 4] [--vectors 1 --vectors 16] [--text-tokens 64]
 
@@ -36,11 +35,10 @@ HEADER = (
 
 
 def build_steps(model: MMGEMModel, setting: Setting, num_images: int) -> tuple[dict[str, Callable[[], Any]], int]:
-    """
-    Args:
-        model: in evaluation mode.
-        setting: of its size; `num_images` is the number of inputs here.
-        num_images: in each input, before its text of `caption_lengths[1]` tokens.
+    """Args:
+        model: In evaluation mode.
+        setting: Of its size; `num_images` is the number of inputs here.
+        num_images: In each input, before its text of `caption_lengths[1]` tokens.
 
     Returns:
         The four steps, each returning what it computes, and the tokens of an input, without [EMB].

@@ -1,5 +1,4 @@
-"""
-GradCache: what a contrastive batch costs in memory as it grows, and in time beside the plain step.
+"""GradCache: what a contrastive batch costs in memory as it grows, and in time beside the plain step.
 
     python -m benchmarks.grad_cache
 
@@ -58,14 +57,13 @@ def build_inputs(setting: Setting, num_chunks: int) -> dict:
 
 
 def compare(setting: Setting, numbers_of_chunks: Sequence[int], plain_up_to: int, rounds: int) -> str:
-    """
-    The tables of the benchmark, as markdown.
+    """The tables of the benchmark, as markdown.
 
     Args:
         setting: `num_images` are a chunk.
-        numbers_of_chunks: in a batch.
-        plain_up_to: chunks of the largest batch that the plain step is measured on, and of the batch for the time.
-        rounds: of the time.
+        numbers_of_chunks: In a batch.
+        plain_up_to: Chunks of the largest batch that the plain step is measured on, and of the batch for the time.
+        rounds: Of the time.
     """
     model, chunk_size = build_model(setting), setting.num_images
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,4 @@
-"""
-The joint step against the two-model stack it replaces, and against itself written plainly in two passes.
+"""The joint step against the two-model stack it replaces, and against itself written plainly in two passes.
 
     python -m benchmarks.joint_step [--bf16] [--visual-tokens 64]
 

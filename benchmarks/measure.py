@@ -42,8 +42,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def time_alternately(steps: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
-    """
-    Seconds of each step in each round. All steps of a round follow one another, so that what slows the machine down
+    """Seconds of each step in each round. All steps of a round follow one another, so that what slows the machine down
     for a while slows down all of them.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in steps}
@@ -61,8 +60,7 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def count_flops(step: Callable[[], Any]) -> int:
-    """
-    Floating point operations of the matrix products of a step, a multiplication and an addition counted as two;
+    """Floating point operations of the matrix products of a step, a multiplication and an addition counted as two;
     attention as if every query saw every key of its row.
     """
     with FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS) as counter:
@@ -92,8 +90,7 @@ _MORE_FLOPS = {
 
 
 def peak_memory(step: Callable[[], Any]) -> int:
-    """
-    Bytes that a step on the CPU allocates at its highest point, over what was allocated before it: every allocation
+    """Bytes that a step on the CPU allocates at its highest point, over what was allocated before it: every allocation
     and release of torch's allocator, in order of time.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -121,13 +118,12 @@ class _GemmShapes(TorchDispatchMode):
 
 
 def gemm_rates(step: Callable[[], Any], repetitions: int = 10, coverage: float = 0.9) -> tuple[float, float]:
-    """
-    How fast this machine multiplies the matrices of a step, each product alone, its best time of several.
+    """How fast this machine multiplies the matrices of a step, each product alone, its best time of several.
 
     Args:
-        step: the shapes, layouts and data types are taken from a run of it.
-        repetitions: of each product.
-        coverage: share of the FLOPs of all products; the small rest is left out.
+        step: The shapes, layouts and data types are taken from a run of it.
+        repetitions: Of each product.
+        coverage: Share of the FLOPs of all products; the small rest is left out.
 
     Returns:
         FLOP/s of the fastest shape, and FLOP/s over all shapes, each weighing as much as it does in the step.

@@ -92,7 +92,7 @@ def embed_mixed_corpus(model, processor, rows: Iterable[Mapping[str, Any]], batc
         false += [text for _, row in batch for text in row.get("hard_negatives") or []]
         meanings |= {_meaning(caption) for caption in asked}
     if not queries:
-        raise ValueError(f"rows must be {CUTOFF} or more, got none")
+        raise ValueError(f"`rows` is empty; expected {CUTOFF} or more.")
     false = [text for text in false if _meaning(text) not in meanings]
     return MixedCorpus(
         torch.cat(queries),
@@ -112,9 +112,9 @@ def mixed_corpus_figures(corpus: MixedCorpus) -> dict[str, float]:
     queries, documents, distractors = corpus
     count = len(queries)
     if count < CUTOFF:
-        raise ValueError(f"queries must be {CUTOFF} or more, got {count}")
+        raise ValueError(f"`queries` has {count} rows; expected {CUTOFF} or more.")
     if uneven := {modality: len(embeds) for modality, embeds in documents.items() if len(embeds) != count}:
-        raise ValueError(f"documents must be {count} of each modality, as many as queries, got {uneven}")
+        raise ValueError(f"`documents` has {uneven} rows by modality; expected {count} of each, as many as queries.")
     gallery = torch.cat([*documents.values(), *([] if distractors is None else [distractors])])
     is_right = torch.zeros(count, len(gallery))
     figures: dict[str, float] = {}

@@ -1,5 +1,4 @@
-"""
-What closing the gap between modalities brings to text search in a corpus of images, captions and both.
+"""What closing the gap between modalities brings to text search in a corpus of images, captions and both.
 
     python -m benchmarks.modality_gap [--model MODEL]
 
@@ -40,13 +39,12 @@ def build_corpora(count: int, scenes: int) -> Corpora:
 
 
 def compare(model, processor, sample_sizes: Sequence[int], corpora: Corpora) -> str:
-    """
-    The table of the benchmark, as markdown. The model keeps the last calibrator.
+    """The table of the benchmark, as markdown. The model keeps the last calibrator.
 
     Args:
-        model, processor: an `MMGEMModel` and its processor.
-        sample_sizes: scenes to fit a calibrator on, in the order of the rows.
-        corpora: at least two, for an interval.
+        model, processor: An `MMGEMModel` and its processor.
+        sample_sizes: Scenes to fit a calibrator on, in the order of the rows.
+        corpora: At least two, for an interval.
     """
     with uncalibrated(model):
         embedded = [embed_mixed_corpus(model, processor, corpus) for corpus in corpora]

@@ -1,5 +1,4 @@
-"""
-The contestants of the experiment, behind one interface: an `MMGEMModel`, a dual encoder (transformers' `CLIPModel`)
+"""The contestants of the experiment, behind one interface: an `MMGEMModel`, a dual encoder (transformers' `CLIPModel`)
 and a captioner (transformers' `LlavaForConditionalGeneration`), all around the same vision tower.
 
 Every one of them reads the batches of `MMGEMCollator`, and is asked for what it can do: a dual encoder cannot write, a
@@ -25,15 +24,14 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TowerSizes:
-    """
-    What the towers of all contestants have in common.
+    """What the towers of all contestants have in common.
 
     Args:
-        image_size, patch_size: pixels.
-        vision_layers, text_layers: transformer layers.
-        width: of both towers and of the shared embedding space; heads: attention heads of both towers.
-        vocabulary: rows of the token embeddings.
-        max_text_length: positions of the language model, visual tokens included.
+        image_size, patch_size: Pixels.
+        vision_layers, text_layers: Transformer layers.
+        width: Of both towers and of the shared embedding space; heads: attention heads of both towers.
+        vocabulary: Rows of the token embeddings.
+        max_text_length: Positions of the language model, visual tokens included.
         attention: `attn_implementation` of transformers.
     """
 
@@ -84,15 +82,14 @@ class TowerSizes:
 
 
 class MMGEMContestant:
-    """
-    MM-GEM, with parts of it switched off.
+    """MM-GEM, with parts of it switched off.
 
     Args:
-        sizes: of the towers.
-        eos_token_id, image_token_id: of the tokenizer.
-        num_visual_tokens: per image.
+        sizes: Of the towers.
+        eos_token_id, image_token_id: Of the tokenizer.
+        num_visual_tokens: Per image.
         attends: False freezes the PoolAggregator at its start, where it is average pooling.
-        embeds, writes: which of the two objectives is trained.
+        embeds, writes: Which of the two objectives is trained.
     """
 
     def __init__(
@@ -147,14 +144,13 @@ class MMGEMContestant:
 
 
 class CLIPContestant:
-    """
-    A dual encoder of the same size that reads `max_length` tokens of a text and no more, trained on the same
+    """A dual encoder of the same size that reads `max_length` tokens of a text and no more, trained on the same
     contrastive loss: captions of one image, long ones too, are never each other's negatives.
 
     Args:
-        sizes: of the towers; the text tower has about as many weights as the language model.
-        eos_token_id: of the tokenizer; ends every text, cut ones too, and is where the text is read out.
-        max_length: positions of the text tower; 77 in CLIP (https://arxiv.org/abs/2103.00020).
+        sizes: Of the towers; the text tower has about as many weights as the language model.
+        eos_token_id: Of the tokenizer; ends every text, cut ones too, and is where the text is read out.
+        max_length: Positions of the text tower; 77 in CLIP (https://arxiv.org/abs/2103.00020).
     """
 
     embeds, writes = True, False
@@ -216,13 +212,12 @@ class CLIPContestant:
 
 
 class LlavaContestant:
-    """
-    A captioner of the same size: all patches of the same vision tower, through an MLP, before the same language model
-    (LLaVA, https://arxiv.org/abs/2304.08485); everything is trained.
+    """A captioner of the same size: all patches of the same vision tower, through an MLP, before the same language
+    model (LLaVA, https://arxiv.org/abs/2304.08485); everything is trained.
 
     Args:
-        sizes: of the towers.
-        eos_token_id, image_token_id: of the tokenizer.
+        sizes: Of the towers.
+        eos_token_id, image_token_id: Of the tokenizer.
     """
 
     embeds, writes = False, True

@@ -1,5 +1,4 @@
-"""
-Two ways to read an embedding that take no training of their own: by a prompt, and after a rationale.
+"""Two ways to read an embedding that take no training of their own: by a prompt, and after a rationale.
 
     python -m benchmarks.reading_modes [--model MODEL]
 

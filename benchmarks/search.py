@@ -1,5 +1,4 @@
-"""
-What a search among many images takes, in time and bytes, by what an index keeps of each.
+"""What a search among many images takes, in time and bytes, by what an index keeps of each.
 
     python -m benchmarks.search [--images 100000] [--dimensions 256] [--queries 10]
 
@@ -37,9 +36,8 @@ class Mode(NamedTuple):
 
 
 def modes(dimensions: int, vectors: int) -> list[Mode]:
-    """
-    One vector, of all dimensions and of a half, a quarter and an eighth, in each precision; then `vectors` and halves
-    of that of all dimensions, the fewest first, as float32 and int8.
+    """One vector, of all dimensions and of a half, a quarter and an eighth, in each precision; then `vectors` and
+    halves of that of all dimensions, the fewest first, as float32 and int8.
     """
     single = [Mode(1, width, precision) for width in halves(dimensions, 4) for precision in PRECISIONS]
     counts = sorted(halves(vectors, vectors.bit_length()))
@@ -55,10 +53,9 @@ def halves(number: int, count: int) -> list[int]:
 def build_search(
     mode: Mode, images: int, queries: int, generator: np.random.Generator
 ) -> tuple[int, Callable[[], object]]:
-    """
-    Returns:
-        Bytes of all codes, and a step that searches for the next of the queries. One that makes the index ready has
-        been searched for.
+    """Returns:
+    Bytes of all codes, and a step that searches for the next of the queries. One that makes the index ready has
+    been searched for.
     """
     codec = VectorCodec(mode.precision, mode.dimensions, bound=4 / mode.dimensions**0.5)  # of four deviations
     codes = np.empty((images, mode.vectors, codec.width), codec.dtype)

@@ -13,15 +13,14 @@ FIRST_WORD_ID = 4
 
 @dataclass
 class Setting:
-    """
-    By default the towers of the paper's recipe, CLIP ViT-L/14 and TinyLlama, at three eighths of their width and half
-    of their depth: 256 patches, 32,000 words, a language model three times as large as the vision tower.
+    """By default the towers of the paper's recipe, CLIP ViT-L/14 and TinyLlama, at three eighths of their width and
+    half of their depth: 256 patches, 32,000 words, a language model three times as large as the vision tower.
 
     Args:
-        num_images: images of a batch, one caption each.
-        num_visual_tokens: of an image, for MM-GEM.
-        caption_lengths: tokens of the shortest and the longest caption; the others lie evenly between them.
-        vision, text: fields of `CLIPVisionConfig` and `LlamaConfig`.
+        num_images: Images of a batch, one caption each.
+        num_visual_tokens: Of an image, for MM-GEM.
+        caption_lengths: Tokens of the shortest and the longest caption; the others lie evenly between them.
+        vision, text: Fields of `CLIPVisionConfig` and `LlamaConfig`.
     """
 
     num_images: int = 12

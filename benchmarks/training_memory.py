@@ -1,5 +1,4 @@
-"""
-The joint step with fewer weights to train or fewer activations to keep, and its towers alone.
+"""The joint step with fewer weights to train or fewer activations to keep, and its towers alone.
 
     python -m benchmarks.training_memory [--bf16]
 

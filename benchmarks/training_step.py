@@ -9,13 +9,12 @@ from benchmarks.measure import peak_memory
 
 
 class TrainingStep:
-    """
-    Forward, backward, AdamW (fused, as `Trainer` has it), gradients set to none.
+    """Forward, backward, AdamW (fused, as `Trainer` has it), gradients set to none.
 
     Args:
-        model: whose trainable parameters are updated.
-        loss: the forward pass.
-        bf16: run it under autocast to bfloat16, as `Trainer` does with `bf16=True`.
+        model: Whose trainable parameters are updated.
+        loss: The forward pass.
+        bf16: Run it under autocast to bfloat16, as `Trainer` does with `bf16=True`.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[], torch.Tensor], bf16: bool = False):

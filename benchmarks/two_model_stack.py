@@ -20,8 +20,7 @@ CLIP_BOS, CLIP_EOS = 49406, 49407
 
 
 def build_clip(setting: Setting) -> CLIPModel:
-    """
-    Random weights. The text tower is the one that CLIP ships with such a vision tower, not one of the size of our
+    """Random weights. The text tower is the one that CLIP ships with such a vision tower, not one of the size of our
     language model: half the layers, three quarters of the width, as in CLIP ViT-L/14. It is what a user has, and it
     is the cheaper choice.
     """

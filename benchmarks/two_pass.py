@@ -10,12 +10,11 @@ from mmgem.text_rows import IGNORED_LABEL
 def two_pass_losses(
     model: MMGEMModel, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    What the packed joint step computes, through the methods that everyone calls: the reference that it is tested and
-    measured against.
+    """What the packed joint step computes, through the methods that everyone calls: the reference that it is tested
+    and measured against.
 
     Args:
-        model: with a causal language model that has an end token and puts no token in front.
+        model: With a causal language model that has an end token and puts no token in front.
         pixel_values: (B, 3, H, W).
         input_ids, attention_mask: (B, L), one caption for each image, padded on the right; no two equal.
 

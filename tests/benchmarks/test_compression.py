@@ -178,7 +178,7 @@ def test_a_checkpoint_with_several_emb_vectors_is_refused(setting, tmp_path):
 
 
 def test_numbers_of_images_are_whole_batches(setting):
-    with pytest.raises(ValueError, match="pairs must be a multiple of the batch size 4, got 6"):
+    with pytest.raises(ValueError, match="`pairs` has 6; expected multiples of the batch size 4"):
         replace(setting, pairs=(4, 6))
     with pytest.raises(ValueError, match="compress_images"):
         replace(setting, compress_images=0)

@@ -125,12 +125,12 @@ def test_rows_that_cannot_be_used_are_refused(tiny_model, tiny_processor, rows, 
 
 
 def test_too_few_rows_are_refused(tiny_model, tiny_processor, rows):
-    with pytest.raises(ValueError, match="queries must be 10 or more, got 9"):
+    with pytest.raises(ValueError, match="`queries` has 9 rows; expected 10 or more"):
         evaluate_mixed_corpus(tiny_model, tiny_processor, rows[:9])
-    with pytest.raises(ValueError, match="rows must be 10 or more, got none"):
+    with pytest.raises(ValueError, match="`rows` is empty; expected 10 or more"):
         evaluate_mixed_corpus(tiny_model, tiny_processor, [])
     queries, documents, _ = random_corpus()
-    with pytest.raises(ValueError, match=r"as many as queries, got \{'text': 11\}"):
+    with pytest.raises(ValueError, match=r"`documents` has \{'text': 11\} rows by modality; expected 12 of each"):
         mixed_corpus_figures(MixedCorpus(queries, {**documents, "text": documents["text"][1:]}))
 
 
