@@ -67,49 +67,48 @@ EMBEDDING_METHODS = {"text": "get_text_features", "image": "get_image_features",
 
 @strict
 class MMGEMConfig(PreTrainedConfig):
-    r"""
-    Configuration of an [`MMGEMModel`] (MM-GEM, https://arxiv.org/abs/2405.19333).
+    r"""Configuration of an [`MMGEMModel`] (MM-GEM, https://arxiv.org/abs/2405.19333).
 
     Args:
-        vision_config (`dict` or `PreTrainedConfig`): any transformers vision encoder whose features are a grid, of
+        vision_config (`dict` or `PreTrainedConfig`): Any transformers vision encoder whose features are a grid, of
             patches (`clip_vision_model`, `siglip2_vision_model`, `dinov3_vit`, ...) or of a feature map (`convnextv2`,
             `swin`, `efficientnet`, `timm_wrapper`, ...).
-        vision_grid (`dict`, optional): a [`VisionGrid`], the place of the patches in these features. By default the
+        vision_grid (`dict`, optional): A [`VisionGrid`], the place of the patches in these features. By default the
             model finds it out, by running the encoder.
-        text_config (`dict` or `PreTrainedConfig`): any transformers causal language model.
-        vlm_config (`dict` or `PreTrainedConfig`, optional): the vision-language model that both are parts of, whose
+        text_config (`dict` or `PreTrainedConfig`): Any transformers causal language model.
+        vlm_config (`dict` or `PreTrainedConfig`, optional): The vision-language model that both are parts of, whose
             own code writes; `vision_config` and `text_config` are then taken from it. See `MMGEMModel.from_vlm`.
-        vlm_pixel_dims (4 or 5): dimensions of the pixel values that the VLM takes: 5 for several images a row.
-        vlm_attention (`"causal"`, `"image"`, `"prompt"` or `"unknown"`): which tokens of a prompt with an image see
+        vlm_pixel_dims (4 or 5): Dimensions of the pixel values that the VLM takes: 5 for several images a row.
+        vlm_attention (`"causal"`, `"image"`, `"prompt"` or `"unknown"`): Which tokens of a prompt with an image see
             each other both ways in the VLM: none, those of one image, or all. `from_vlm` finds it out; where it is
             none of these, captions of whole images cannot be trained in packed rows.
-        projection_dim (`int`, > 0): width D of the shared embedding space.
-        num_visual_tokens (`int`): visual tokens n of an image or a box; a square, n = g * g.
-        num_embedding_tokens (`int`, >= 1): learned [EMB] vectors k that the model appends to read a text.
+        projection_dim (`int`, > 0): Width D of the shared embedding space.
+        num_visual_tokens (`int`): Visual tokens n of an image or a box; a square, n = g * g.
+        num_embedding_tokens (`int`, >= 1): Learned [EMB] vectors k that the model appends to read a text.
             k = 1 is MM-GEM; k > 1 with `embedding_pooling="mean"` is CoMa (https://arxiv.org/abs/2511.08480).
-        embedding_pooling (`"last"`, `"mean"` or `"multi_vector"`): how k read-outs become an embedding; kept apart,
+        embedding_pooling (`"last"`, `"mean"` or `"multi_vector"`): How k read-outs become an embedding; kept apart,
             they are k vectors of it (MetaEmbed, https://arxiv.org/abs/2509.18095).
-        text_attention (`"causal"` or `"bidirectional"`): attention among the tokens of a text, or of an image with
+        text_attention (`"causal"` or `"bidirectional"`): Attention among the tokens of a text, or of an image with
             text, while it is embedded (MoCa, https://arxiv.org/abs/2506.23115); generation is always causal.
-        sequence_packing (`"position_ids"`, `"block_mask"` or `"none"`): how the language model keeps the sequences of
+        sequence_packing (`"position_ids"`, `"block_mask"` or `"none"`): How the language model keeps the sequences of
             a packed row apart: by positions that restart, by ready attention masks, or not at all, so that every
             sequence has a row of its own. `from_towers` finds it out; an answer that does not hold is refused by the
             first step of training.
-        prompts (`dict[str, str]`, optional): instructions by name, put before what is embedded by those who ask for
+        prompts (`dict[str, str]`, optional): Instructions by name, put before what is embedded by those who ask for
             them; sentence-transformers' prompts.
-        embedding_prompt_ids (`list[int]`, optional): tokens, such as those of "Summary of the above in one word:",
+        embedding_prompt_ids (`list[int]`, optional): Tokens, such as those of "Summary of the above in one word:",
             that stand in the place of the [EMB] vectors. The embedding is then the state of the last of them, as it
             is, (H,) wide, for images as well, so that an untrained composition embeds (E5-V,
             https://arxiv.org/abs/2407.12580).
-        calibrated_modalities (`list[str]`, optional): of `"image"`, `"text"` and `"fused"` those whose embeddings a
+        calibrated_modalities (`list[str]`, optional): Of `"image"`, `"text"` and `"fused"` those whose embeddings a
             `ModalityCalibrator` was fitted for.
-        image_token_id (`int`, >= 0): id of the `<image>` placeholder.
-        logit_scale_init_value (`float`): logarithm of the initial inverse temperature, as in CLIP; at most ln 100.
-        logit_bias_init_value (`float`, optional): initial bias of the logits, such as SigLIP's -10 for its sigmoid
+        image_token_id (`int`, >= 0): Id of the `<image>` placeholder.
+        logit_scale_init_value (`float`): Logarithm of the initial inverse temperature, as in CLIP; at most ln 100.
+        logit_bias_init_value (`float`, optional): Initial bias of the logits, such as SigLIP's -10 for its sigmoid
             objective (https://arxiv.org/abs/2303.15343); by default there is no bias.
 
     Raises:
-        ValueError: for a value outside its range. `StrictDataclassFieldValidationError` for one of a wrong type.
+        ValueError: For a value outside its range. `StrictDataclassFieldValidationError` for one of a wrong type.
     """
 
     model_type = "mmgem"

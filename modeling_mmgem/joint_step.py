@@ -204,8 +204,7 @@ class JointStep:
         return torch.cat(blocks)
 
     def _run_packed(self, inputs_embeds: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
+        """Args:
             inputs_embeds: (N, H), sequence after sequence.
             lengths: (S,); without any sequence the [EMB] vectors run, so that every process takes part.
             blocks: (N,) long; tokens of a sequence with the same number see each other both ways, those with -1 only
@@ -294,8 +293,8 @@ def _put(embeds: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> to
 def _targets(
     rows: TextRows, num_images: int, num_regions: int, row_of_box: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Where the target of each query stands among images, regions and documents, in this order, and which it is of them.
+    """Where the target of each query stands among images, regions and documents, in this order, and which it is of
+    them.
 
     Returns:
         (Q,) long, -1 for hard negatives, and (Q,) long, a modality.

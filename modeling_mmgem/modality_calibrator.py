@@ -24,7 +24,7 @@ class ModalityCalibrator(nn.Module):
     Args:
         dim: Width D of the embeddings.
         modalities: At least two of `"image"`, `"text"` and `"fused"`, each once.
-        num_vectors: K, for embeddings (k, D); by default an embedding is one vector, (D,).
+        num_vectors: Number k of the vectors, for embeddings (k, D); by default an embedding is one vector, (D,).
 
     Raises:
         ValueError: For other modalities, or a width or a number of vectors below 1.

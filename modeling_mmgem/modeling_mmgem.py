@@ -1,5 +1,4 @@
-"""
-MM-GEM: one model that embeds images, regions and texts, and writes about them.
+"""MM-GEM: one model that embeds images, regions and texts, and writes about them.
 
     image -> vision tower -> patch grid -> PoolAggregator -> n visual tokens -+- mean -> image_projection -> embedding
                                                                               +- token_projection -> prefix of the LLM
@@ -43,14 +42,14 @@ class MMGEMOutput(CausalLMOutputWithPast):
     """The output of `forward` for a prompt (`logits`, ...), or for images and texts (`logits_per_image`, ...).
 
     Args:
-        loss: scalar. Language modelling loss of a prompt with `labels`; caption + contrastive loss with `return_loss`.
+        loss: Scalar. Language modelling loss of a prompt with `labels`; caption + contrastive loss with `return_loss`.
         logits: (B, L, vocabulary) next-token scores.
-        past_key_values, hidden_states, attentions: of the language model, as in `CausalLMOutputWithPast`, whose
+        past_key_values, hidden_states, attentions: Of the language model, as in `CausalLMOutputWithPast`, whose
             fields differ between versions of transformers.
-        caption_loss: scalar, mean (or sum / `num_items_in_batch`) over the caption tokens.
-        contrastive_loss: scalar, InfoNCE of images and texts, plus that of boxes and texts.
-        contrastive_batch: what a contrastive loss is computed from, of this process; with `return_loss`.
-        image_norm, text_norm: scalars, mean length of the embeddings before they are normalised; with `return_loss`.
+        caption_loss: Scalar, mean (or sum / `num_items_in_batch`) over the caption tokens.
+        contrastive_loss: Scalar, InfoNCE of images and texts, plus that of boxes and texts.
+        contrastive_batch: What a contrastive loss is computed from, of this process; with `return_loss`.
+        image_norm, text_norm: Scalars, mean length of the embeddings before they are normalised; with `return_loss`.
         logits_per_image: (B, T) scaled similarity of every image with every text: the cosine, or MaxSim.
         logits_per_text: (T, B), its transpose.
         image_embeds: (B, D) unit vectors, or (B, k, D).
@@ -69,9 +68,8 @@ class MMGEMOutput(CausalLMOutputWithPast):
 
 
 class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
-    """
-    One class that embeds and generates; see [`MMGEMConfig`] for its parts and [`MMGEMModel.from_towers`] for composing
-    it from pretrained ones, or [`MMGEMModel.from_vlm`] for starting from a finished vision-language model.
+    """One class that embeds and generates; see [`MMGEMConfig`] for its parts and [`MMGEMModel.from_towers`] for
+    composing it from pretrained ones, or [`MMGEMModel.from_vlm`] for starting from a finished vision-language model.
 
     - `get_image_features`: images, or boxes in them, to embeddings. No layer of the language model runs.
     - `get_text_features`, `get_multimodal_features`: texts, or images with texts, to embeddings. No vocabulary head.
@@ -226,17 +224,17 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def set_embedding_tokens(self, num_embedding_tokens: int, embedding_pooling: str):
-        """
-        Read embeddings with another number of [EMB] vectors, or pool them otherwise, from now on. They are no longer
-        calibrated. Texts must leave room for the vectors: `model_max_length` of the tokenizer does not change.
+        """Read embeddings with another number of [EMB] vectors, or pool them otherwise, from now on. They are no
+        longer calibrated. Texts must leave room for the vectors: `model_max_length` of the tokenizer does not change.
 
         Args:
-            num_embedding_tokens: k. The first vectors stay. Further ones begin near the last of them, so that a text
-                is at first embedded about as before; kept apart, they begin at random, and as different.
-            embedding_pooling: see [`MMGEMConfig`]. Where an image had one vector, it stays the first.
+            num_embedding_tokens: Number k of the vectors. The first ones stay. Further ones begin near the last of
+                them, so that a text is at first embedded about as before; kept apart, they begin at random, and as
+                different.
+            embedding_pooling: See [`MMGEMConfig`]. Where an image had one vector, it stays the first.
 
         Raises:
-            ValueError: as [`MMGEMConfig`]; the model is then as it was.
+            ValueError: As [`MMGEMConfig`]; the model is then as it was.
         """
         self._change_read_out(num_embedding_tokens=num_embedding_tokens, embedding_pooling=embedding_pooling)
         before, kept_apart = self.embedding_tokens, embedding_pooling == "multi_vector"
@@ -254,16 +252,15 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 self.image_vectors = trained
 
     def set_embedding_prompt(self, prompt_ids: list[int] | None):
-        """
-        Read embeddings, of images too, as the last state of a prompt, from now on, without any training (E5-V,
+        """Read embeddings, of images too, as the last state of a prompt, from now on, without any training (E5-V,
         https://arxiv.org/abs/2407.12580). They are no longer calibrated.
 
         Args:
-            prompt_ids: of the prompt, without special tokens, such as "Summary of the above in one word:"; None to
+            prompt_ids: Of the prompt, without special tokens, such as "Summary of the above in one word:"; None to
                 read the [EMB] vector again.
 
         Raises:
-            ValueError: for what is no token of the language model, and if there are several [EMB] vectors.
+            ValueError: For what is no token of the language model, and if there are several [EMB] vectors.
         """
         self._change_read_out(embedding_prompt_ids=prompt_ids)
 
@@ -342,8 +339,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         spatial_shapes: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """
-        Embed images, or boxes in them. The language model is not run, unless there are `embedding_prompt_ids`.
+        """Embed images, or boxes in them. The language model is not run, unless there are `embedding_prompt_ids`.
 
         Args:
             pixel_values: (B, 3, H, W) as the processor gives them; with `spatial_shapes` (B, P, patch * patch * 3).
@@ -356,7 +352,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             (B, k, D) or (B, R, k, D). `last_hidden_state` (B, n, C) or (B, R, n, C), the visual tokens it comes from.
 
         Raises:
-            ValueError: for shapes that do not fit.
+            ValueError: For shapes that do not fit.
         """
         tokens = self._visual_tokens(pixel_values, boxes, spatial_shapes)
         embeds = self._calibrated(self._embed_visual_tokens(tokens), "image")
@@ -372,8 +368,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         bidirectional: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
-        The language model without its vocabulary head. Padding is on the right, where no causal model looks.
+        """The language model without its vocabulary head. Padding is on the right, where no causal model looks.
 
         Args:
             inputs_embeds: (B, L, H).
@@ -470,8 +465,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """
-        Embed texts. The vocabulary head is not run.
+        """Embed texts. The vocabulary head is not run.
 
         Args:
             input_ids: (B, L), padded on either side. L may be 0: the embedding of an empty text is the read-out of
@@ -483,7 +477,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             vectors.
 
         Raises:
-            ValueError: for an empty batch, shapes that do not fit, or more tokens than the model takes.
+            ValueError: For an empty batch, shapes that do not fit, or more tokens than the model takes.
         """
         attention_mask = checked_mask(input_ids, attention_mask)
         self._check_placeholders(input_ids, None, None)
@@ -503,9 +497,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         spatial_shapes: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """
-        Embed texts that contain images. Of an image, `last_hidden_state` is the memory from which [`generate`] writes
-        about it.
+        """Embed texts that contain images. Of an image, `last_hidden_state` is the memory from which [`generate`]
+        writes about it.
 
         Args:
             input_ids: (B, L) with n placeholders for each image, or for each box if there are boxes.
@@ -513,7 +506,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             pixel_values: (I, 3, H, W), the images in the order of their placeholders.
             boxes: (I, R, 4) xyxy in [0, 1]; then the boxes take the place of the whole images.
             kwargs: What else the processor of a VLM gives, such as `image_grid_thw`, for a model that began as one.
-            max_rationale_tokens: how many tokens the model may write about its input, which are then read with it,
+            max_rationale_tokens: How many tokens the model may write about its input, which are then read with it,
                 before the embedding is (RGE, reasoning before embedding, https://arxiv.org/abs/2511.16150).
             visual_tokens: (I, n, C), the `last_hidden_state` of [`get_image_features`] for the images, instead of
                 `pixel_values`: the vision tower is not run again.
@@ -523,7 +516,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             `pooler_output` (B, D) or (B, k, D), unnormalised; `last_hidden_state` (B, k, H).
 
         Raises:
-            ValueError: if images and placeholders do not match, if a rationale is to follow texts that are padded on
+            ValueError: If images and placeholders do not match, if a rationale is to follow texts that are padded on
                 the right or `visual_tokens`, if these come with `pixel_values`, and as [`get_text_features`].
         """
         attention_mask = checked_mask(input_ids, attention_mask)
@@ -696,24 +689,24 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, L) prompts or (T, L) texts.
             pixel_values: (I, 3, H, W); with `spatial_shapes` (I, P, patch * patch * 3).
-            attention_mask: like `input_ids`, 1 for tokens, 0 for padding on either side.
+            attention_mask: Like `input_ids`, 1 for tokens, 0 for padding on either side.
             boxes: (I, R, 4) xyxy in [0, 1] of the model's view; rows of zeros are padding.
-            labels: like `input_ids`, token ids to be generated, -100 elsewhere. In meaning 4 the default is every
+            labels: Like `input_ids`, token ids to be generated, -100 elsewhere. In meaning 4 the default is every
                 token; a row of -100 is only embedded. An end-of-sequence token is appended to each generated text.
-            return_loss: compute the joint loss.
+            return_loss: Compute the joint loss.
             image_ids: (I,) identity of each image, so that copies of one image are never each other's negatives; by
                 default every image is different.
-            num_items_in_batch: tokens to divide the caption loss by, over all processes and accumulation steps.
-            return_contrastive_batch: leave the contrastive loss to the caller, who finds its ingredients, of this
+            num_items_in_batch: Tokens to divide the caption loss by, over all processes and accumulation steps.
+            return_contrastive_batch: Leave the contrastive loss to the caller, who finds its ingredients, of this
                 process and with gradients, in `contrastive_batch`; `loss` is the caption loss then.
             spatial_shapes: (I, 2), see [`get_image_features`].
-            pixel_attention_mask: says the same as `spatial_shapes`; only VLMs read it.
-            position_ids, past_key_values, inputs_embeds: handed to the language model.
-            kwargs: in meaning 2 handed to the language model; in meaning 4 the columns of [`TextRows`], and no other.
+            pixel_attention_mask: Says the same as `spatial_shapes`; only VLMs read it.
+            position_ids, past_key_values, inputs_embeds: Handed to the language model.
+            kwargs: In meaning 2 handed to the language model; in meaning 4 the columns of [`TextRows`], and no other.
             {columns}
 
         Raises:
-            ValueError: if numbers or shapes do not fit together, or a column is unknown.
+            ValueError: If numbers or shapes do not fit together, or a column is unknown.
         """
         text_columns = {name: kwargs.pop(name) for name in TEXT_COLUMNS if name in kwargs}
         if not return_loss:
@@ -810,8 +803,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def generate(
         self, inputs: torch.Tensor | None = None, *args, embedding_tokens: torch.Tensor | None = None, **kwargs
     ):
-        """
-        Write captions and answers; `GenerationMixin.generate`, which see, and beside it from memory:
+        """Write captions and answers; `GenerationMixin.generate`, which see, and beside it from memory:
 
         Args:
             inputs: (B, L) token ids, also called `input_ids`.
@@ -825,7 +817,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             Token ids; with `embedding_tokens` only the new ones.
 
         Raises:
-            ValueError: if `embedding_tokens` are not those of this model, or come with images.
+            ValueError: If `embedding_tokens` are not those of this model, or come with images.
         """
         if embedding_tokens is None:
             # A VLM writes in its own way, but knows no boxes.

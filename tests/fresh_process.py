@@ -1,5 +1,4 @@
-"""
-Fresh processes that start in milliseconds.
+"""Fresh processes that start in milliseconds.
 
 Each is forked from a server that has imported the libraries and nothing of ours, so that it holds no module of mmgem,
 no class that mmgem registers with transformers, and no state of the tests. Python's own start and the import of the

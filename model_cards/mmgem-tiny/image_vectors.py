@@ -16,7 +16,7 @@ class ImageVectors(nn.Module):
 
     Args:
         hidden_size: C of the visual tokens.
-        num_vectors: K.
+        num_vectors: Number k of the vectors.
     """
 
     def __init__(self, hidden_size: int, num_vectors: int):

@@ -15,11 +15,10 @@ LONGEST_WINDOW = 32  # that the sequences of the probe are longer than
 
 
 def check_text_config(config: Any):
-    """
-    What a configuration says by itself.
+    """What a configuration says by itself.
 
     Raises:
-        ValueError: for an encoder-decoder, and for a model of several modalities.
+        ValueError: For an encoder-decoder, and for a model of several modalities.
     """
     if config.is_encoder_decoder:
         raise ValueError(f"`text` is a `{config.model_type}` model, an encoder-decoder; expected a decoder alone.")
@@ -30,17 +29,17 @@ def check_text_config(config: Any):
 
 
 def probe_language_model(model: Any) -> str:
-    """
-    Make sure that the language model of a model can embed and write, and find out how it keeps packed sequences apart.
+    """Make sure that the language model of a model can embed and write, and find out how it keeps packed sequences
+    apart.
 
     Args:
-        model: an `MMGEMModel`, with weights; afterwards it is as it was.
+        model: An `MMGEMModel`, with weights; afterwards it is as it was.
 
     Returns:
         The `sequence_packing` of its configuration.
 
     Raises:
-        ValueError: if the language model does not read vectors in the place of tokens, has cross-attention, is not
+        ValueError: If the language model does not read vectors in the place of tokens, has cross-attention, is not
             causal, has further layers in its head, cannot go on from its cache after a padded prompt, or reads a text
             in a batch otherwise than alone.
     """
@@ -65,16 +64,15 @@ def probe_language_model(model: Any) -> str:
 
 @torch.compiler.disable
 def check_reading(model: Any):
-    """
-    Make sure that a model reads texts as its configuration says. Where parameters may be sharded over processes,
+    """Make sure that a model reads texts as its configuration says. Where parameters may be sharded over processes,
     nothing is differentiated, since that would set off their hooks in the middle of a step.
 
     Args:
-        model: an `MMGEMModel`, wrapped or not; afterwards it is as it was. Without weights, on the meta device,
+        model: An `MMGEMModel`, wrapped or not; afterwards it is as it was. Without weights, on the meta device,
             nothing is checked.
 
     Raises:
-        ValueError: if `sequence_packing` or `text_attention` is not what the language model does.
+        ValueError: If `sequence_packing` or `text_attention` is not what the language model does.
     """
     if model.embedding_tokens.is_meta:
         return

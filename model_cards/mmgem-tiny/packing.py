@@ -4,17 +4,16 @@ import torch
 
 
 class PackedLayout:
-    """
-    Where each token of a list of sequences stands in packed rows (first-fit decreasing bin packing; a row is as
+    """Where each token of a list of sequences stands in packed rows (first-fit decreasing bin packing; a row is as
     long as the longest sequence). Positions restart at 0 with each sequence, which is how transformers recognises
     packed rows and keeps their attention block-diagonal. Both sides are rounded up to a multiple of 8, the number of
     rows, where they are few, by at most an eighth: shapes recur from batch to batch, and with them the kernels that
     were compiled for them.
 
     Args:
-        lengths: tokens of each sequence, each at least 1.
-        device: of the index tensors.
-        one_per_row: give each sequence a row of its own, padded on the right to the longest and rounded up to nothing,
+        lengths: Tokens of each sequence, each at least 1.
+        device: Of the index tensors.
+        one_per_row: Give each sequence a row of its own, padded on the right to the longest and rounded up to nothing,
             for language models that cannot keep the sequences of a row apart.
 
     Attributes:

@@ -72,7 +72,7 @@ class PoolAggregator(nn.Module):
     Args:
         hidden_size: Channels C of the patch features.
         num_heads: Attention heads; divides `hidden_size`.
-        num_visual_tokens: N = g * g tokens per image or box.
+        num_visual_tokens: Number n = g * g of tokens per image or box.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_visual_tokens: int):

@@ -38,8 +38,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Column:
-    """
-    What the batch, its chunks and its preview need to know of a column.
+    """What the batch, its chunks and its preview need to know of a column.
 
     Args:
         role: What its values are.

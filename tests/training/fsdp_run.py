@@ -1,5 +1,4 @@
-"""
-Two steps of training on two processes with FSDP2, and the second one again from the checkpoint after the first.
+"""Two steps of training on two processes with FSDP2, and the second one again from the checkpoint after the first.
 
 accelerate takes FSDP to be for accelerators only and, on a CPU, quietly trains with DDP; PyTorch's FSDP2 does run over
 gloo. So accelerate is told here.

@@ -1,5 +1,4 @@
-"""
-A short run, to be killed and resumed; see test_kill.py and test_distribution.py.
+"""A short run, to be killed and resumed; see test_kill.py and test_distribution.py.
 
 As a script it runs in a process of its own for each of many moments, kills it there, and resumes. They are forked from
 one that has imported everything and computed nothing.
@@ -106,9 +105,8 @@ def die_at(name: str) -> Callable[[Path], None]:
 
 
 def in_own_process(task: Callable[[], None], seconds: float = 0.0) -> tuple[bool, float]:
-    """
-    Runs a task, killed once it has computed for some seconds, if any are given. Returns whether it was killed, so or
-    by itself, and for how many seconds it has computed: unlike those of a clock, the same on a busy machine.
+    """Runs a task, killed after some seconds of computing, if any are given. Returns whether it was killed, so or by
+    itself, and for how many seconds it has computed: unlike those of a clock, the same on a busy machine.
     """
     child = os.fork()
     if child == 0:

@@ -38,9 +38,10 @@ def torchrun_command(script: ModuleType, *arguments: str | Path) -> int:
 
 
 def leave():
-    """
-    End a script, none of whose names may refer to a trainer any more. Gloo's threads abort a process that exits before
-    they are joined; and that waits for whatever holds the group, such as DDP.
+    """End a script, none of whose names may refer to a trainer any more.
+
+    Gloo's threads abort a process that exits before they are joined; and that waits for whatever holds the group, such
+    as DDP.
     """
     if dist.is_initialized():
         gc.collect()
