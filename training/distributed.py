@@ -39,7 +39,9 @@ def adapt_to_fsdp(model: nn.Module) -> None:
     Args:
         model: An `MMGEMModel`, or one with LoRA, after `fully_shard`.
     """
-    for method in EMBEDDING_METHODS.values():
+    # A VLM generates in its own way, and not by our `forward`.
+    writes_itself = ["generate"] if getattr(model, "vlm", None) is not None else []
+    for method in (*EMBEDDING_METHODS.values(), *writes_itself):
         dist.fsdp.register_fsdp_forward_method(model, method)
     wrapped, own = type(model), type(model).__mro__[2]  # FSDPMMGEMModel, FSDPModule, MMGEMModel
     wrapped.__module__, wrapped.__name__, wrapped.__qualname__ = own.__module__, own.__name__, own.__qualname__

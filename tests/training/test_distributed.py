@@ -1,9 +1,11 @@
 """Work divided among processes comes back whole and in order."""
 
 import pytest
+import sharded_vlm
 import torch
 import torch.distributed as dist
 from tiny_models import build_model
+from torchrun import torchrun
 
 from mmgem.training.distributed import Share, is_sharded, whole
 
@@ -69,3 +71,8 @@ def test_work_is_divided_unless_the_model_is(monkeypatch, tmp_path):
 def test_whole_of_a_plain_tensor_is_itself():
     parameter = torch.nn.Parameter(torch.ones(3))
     assert torch.equal(whole(parameter), torch.ones(3)) and not whole(parameter).requires_grad
+
+
+@pytest.mark.slow
+def test_a_model_that_began_as_a_vlm_can_be_sharded():
+    torchrun(sharded_vlm)
