@@ -38,7 +38,6 @@ CHAT_TEMPLATE = (
 VLM_FOLDER = "vlm_processor"  # in the folder of the processor, where the model began as a VLM
 # What image processors of VLMs cut an image into several by, and what keeps it in one piece.
 WHOLE_IMAGE = {"do_image_splitting": False, "crop_to_patches": False, "do_pan_and_scan": False}
-NO_THINKING = {"enable_thinking": False}  # for the chat templates that know it
 WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # to load from
 
 
@@ -261,7 +260,13 @@ class MMGEMProcessor(ProcessorMixin):
         """
         if not self.has_chat_template:
             return self.image_token * num_images + text
-        return self.apply_chat_template([_user_turn(text, num_images)], add_generation_prompt=True, **NO_THINKING)
+        return self._conversation([_user_turn(text, num_images)], add_generation_prompt=True)
+
+    def _conversation(self, messages: list[dict], **kwargs) -> str:
+        """In the chat template; of models that think before they answer, without."""
+        if "enable_thinking" in str(self.chat_template):
+            kwargs["enable_thinking"] = False
+        return self.apply_chat_template(messages, **kwargs)
 
     @property
     def prompt_kwargs(self) -> dict:
@@ -316,7 +321,7 @@ class MMGEMProcessor(ProcessorMixin):
             return self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         prompt, turn = self.prompt(text, num_images), {"type": "text", "text": answer.strip()}
         conversation = [_user_turn(text, num_images), {"role": "assistant", "content": [turn]}]
-        whole = self.apply_chat_template(conversation, **NO_THINKING)
+        whole = self._conversation(conversation)
         if not whole.startswith(prompt):
             raise ValueError(
                 f"`chat_template` writes {prompt!r:.200} to ask for an answer, but {whole!r:.200} where it is given; "

@@ -17,6 +17,7 @@ from transformers import (
     Idefics3Processor,
     InternVLConfig,
     InternVLProcessor,
+    InternVLVideoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
@@ -31,6 +32,9 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SmolVLMConfig,
+    SmolVLMImageProcessorPil,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 IMAGE, START, END = 290, 291, 292  # image token, and what stands around it where a family has that
@@ -221,8 +225,16 @@ def build_vlm_processor(family: str) -> ProcessorMixin:
         return Gemma3Processor(
             Gemma3ImageProcessorPil(size=size), tokenizer, chat_template=template, image_seq_length=4
         )
+    if family == "smolvlm":
+        names = {"fake_image_token": tokens[1], "global_image_token": tokens[2], "end_of_utterance_token": "<turn>"}
+        tokenizer = build_tokenizer(*tokens, extra_special_tokens={**names, "image_token": tokens[0]})
+        sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+        template = _TEMPLATES["idefics3"].replace("<end_of_utterance>", "<turn>")
+        parts = SmolVLMImageProcessorPil(**sizes), tokenizer, SmolVLMVideoProcessor(**sizes)
+        return SmolVLMProcessor(*parts, image_seq_len=4, chat_template=template)
     assert family == "internvl"
     names = dict(zip(("context_image_token", "start_image_token", "end_image_token"), tokens, strict=True))
     tokenizer = build_tokenizer(*tokens, extra_special_tokens={**names, "video_token": "<unused0>"})
     image_processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
-    return InternVLProcessor(image_processor, tokenizer, image_seq_length=4, chat_template=template)
+    parts = image_processor, tokenizer, InternVLVideoProcessor(size=size)
+    return InternVLProcessor(*parts, image_seq_length=4, chat_template=template)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 
-without_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="its processor takes torchvision")
-FAMILIES = ["llava", "idefics3", "paligemma", "gemma3", pytest.param("internvl", marks=without_torchvision)]
+# Their processors take videos, and with them torchvision; that of SmolVLM also num2words.
+of_videos = pytest.mark.skipif(
+    not (is_torchvision_available() and find_spec("num2words")), reason="takes torchvision and num2words"
+)
+FAMILIES = ["llava", "idefics3", "paligemma", "gemma3"]
+FAMILIES += [pytest.param(family, marks=of_videos) for family in ("internvl", "smolvlm")]
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
