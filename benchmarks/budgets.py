@@ -35,10 +35,12 @@ BATCH_SIZE = 64
 
 
 class Embedded(NamedTuple):
-    """Args:
-    captions: (T, D) or (T, k, D) unit vectors.
-    images: (I, D) or (I, k, D), likewise.
-    right: For each caption its image.
+    """The embeddings of captions and images.
+
+    Args:
+        captions: (T, D) or (T, k, D) unit vectors.
+        images: (I, D) or (I, k, D), likewise.
+        right: For each caption its image.
     """
 
     captions: torch.Tensor

@@ -44,11 +44,13 @@ LOSSES = {"compress": "caption_loss", "match": "contrastive_loss"}
 
 
 class Run(NamedTuple):
-    """Args:
-    vectors: K.
-    seed: Of scenes, order and new vectors.
-    compressed: Whether the compress stage comes before.
-    pairs: That the match stage sees; with 0 there is none.
+    """One run of the comparison.
+
+    Args:
+        vectors: The number k of [EMB] vectors.
+        seed: The seed of scenes, order and new vectors.
+        compressed: Whether the compress stage comes before.
+        pairs: The pairs that the match stage sees; with 0 there is none.
     """
 
     vectors: int
@@ -82,9 +84,11 @@ def all_runs(setting: Setting) -> list[Run]:
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """Raises:
-    FileNotFoundError: If it is none.
-    ValueError: If it has several [EMB] vectors, which have learned something already.
+    """Refuse a folder that the comparison cannot start from.
+
+    Raises:
+        FileNotFoundError: If it is no checkpoint.
+        ValueError: If it has several [EMB] vectors, which have learned something already.
     """
     count = load_config(checkpoint).num_embedding_tokens
     if count != 1:

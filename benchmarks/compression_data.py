@@ -28,10 +28,12 @@ _NOTHING = {"captions_per_image": 0, "regions_per_image": 0, "questions_per_imag
 
 @dataclass(frozen=True)
 class Stage:
-    """Args:
-    batch_size: Images of a step.
-    learning_rate: Peak, after a tenth of the steps; from there a cosine to zero.
-    options: Of `MMGEMCollator`, what is drawn from each image.
+    """One of the two stages.
+
+    Args:
+        batch_size: Images of a step.
+        learning_rate: The peak, after a tenth of the steps; from there a cosine to zero.
+        options: The options of `MMGEMCollator`, which say what is drawn from each image.
     """
 
     batch_size: int

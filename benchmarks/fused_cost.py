@@ -35,7 +35,9 @@ HEADER = (
 
 
 def build_steps(model: MMGEMModel, setting: Setting, num_images: int) -> tuple[dict[str, Callable[[], Any]], int]:
-    """Args:
+    """Build the steps that are compared.
+
+    Args:
         model: In evaluation mode.
         setting: Of its size; `num_images` is the number of inputs here.
         num_images: In each input, before its text of `caption_lengths[1]` tokens.

@@ -53,12 +53,13 @@ def halves(number: int, count: int) -> list[int]:
 def build_search(
     mode: Mode, images: int, queries: int, generator: np.random.Generator
 ) -> tuple[int, Callable[[], object]]:
-    """Returns:
-    Bytes of all codes, and a step that searches for the next of the queries. One that makes the index ready has
-    been searched for.
+    """Make an index of random vectors, and search it once, which makes it ready.
+
+    Returns:
+        Bytes of all codes, and a step that searches for the next of the queries.
     """
     codec = VectorCodec(mode.precision, mode.dimensions, bound=4 / mode.dimensions**0.5)  # of four deviations
-    codes = np.empty((images, mode.vectors, codec.width), codec.dtype)
+    codes = np.empty((images, mode.vectors, codec.width), np.float32 if mode.precision == "float32" else np.uint8)
     filled = 0
     for part in _random_vectors(images, mode, generator):
         codes[filled : filled + len(part)] = codec.encode(part)

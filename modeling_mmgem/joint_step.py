@@ -204,7 +204,9 @@ class JointStep:
         return torch.cat(blocks)
 
     def _run_packed(self, inputs_embeds: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Args:
+        """Run the language model over sequences of many lengths, without padding where it can.
+
+        Args:
             inputs_embeds: (N, H), sequence after sequence.
             lengths: (S,); without any sequence the [EMB] vectors run, so that every process takes part.
             blocks: (N,) long; tokens of a sequence with the same number see each other both ways, those with -1 only

@@ -33,7 +33,11 @@ class KnowingProcessor:
 
     image_token = "<image>"
     image_processor = None  # nothing is cropped
+    is_plain, prompt_kwargs = True, {}
     pad = 0
+
+    def prompt(self, text="", num_images=1):
+        return self.image_token * num_images + text
 
     @property
     def tokenizer(self):
@@ -71,7 +75,7 @@ class KnowingModel(torch.nn.Module):
         calls: for each call the name of the method and how many images, texts or memories it was given.
     """
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, vlm = torch.device("cpu"), torch.float32, None
 
     def __init__(self, rows):
         super().__init__()
