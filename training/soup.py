@@ -47,7 +47,7 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
     shares = _shares(weights, len(paths))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or empty folder.")
-    configs = [_read_json(path / "config.json") for path in paths]
+    configs = [_read_config(path) for path in paths]
     for path, config in zip(paths[1:], configs[1:], strict=True):
         _check_equal(configs[0], config, "config.json", paths[0], path)
         if _tokenizer(path) != _tokenizer(paths[0]):
@@ -128,6 +128,13 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _read_config(folder: Path) -> dict:
+    """A folder's configuration, with what the version that wrote it did not know: a model completes it."""
+    _read_json(folder / "config.json")
+    with torch.device("meta"):
+        return MMGEMModel(MMGEMConfig.from_pretrained(folder)).config.to_dict()
+
+
 def _tokenizer(folder: Path) -> dict | None:
     """A folder's tokenizer, without how it was last called."""
     path = folder / "tokenizer.json"
@@ -137,7 +144,7 @@ def _tokenizer(folder: Path) -> dict | None:
 def _check_equal(first, other, key: str, first_path: Path, path: Path):
     """Refuses configs that differ, naming the key at which they do."""
     if isinstance(first, dict) and isinstance(other, dict):
-        for name in first.keys() | other.keys():
+        for name in [*first, *other]:
             if name not in _WRITTEN_BY:
                 _check_equal(first.get(name), other.get(name), f"{key}: {name}", first_path, path)
     elif first != other:

@@ -128,6 +128,14 @@ def test_models_of_another_shape_are_refused(two, tiny_processor, tmp_path):
         soup([two[0], other], tmp_path / "soup")
 
 
+def test_fields_that_an_older_version_did_not_write_are_those_it_meant(two, tmp_path):
+    older = json.loads((two[0] / "config.json").read_text())
+    for name in ("vision_grid", "sequence_packing"):
+        assert older.pop(name) is not None
+    (two[0] / "config.json").write_text(json.dumps(older))
+    assert soup(two, tmp_path / "soup") and soup(two[::-1], tmp_path / "other soup")
+
+
 def test_a_checkpoint_and_a_hub_folder_mix(two, tiny_processor, tmp_path):
     variant(3).save_pretrained(tmp_path / "checkpoint-3")
     tiny_processor.save_pretrained(tmp_path / "checkpoint-3")
