@@ -132,7 +132,8 @@ def _read_config(folder: Path) -> dict:
     """A folder's configuration, with what the version that wrote it did not know: a model completes it."""
     _read_json(folder / "config.json")
     with torch.device("meta"):
-        return MMGEMModel(MMGEMConfig.from_pretrained(folder)).config.to_dict()
+        config = MMGEMModel(MMGEMConfig.from_pretrained(folder)).config
+    return json.loads(config.to_json_string(use_diff=False))
 
 
 def _tokenizer(folder: Path) -> dict | None:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,10 +130,10 @@ def test_models_of_another_shape_are_refused(two, tiny_processor, tmp_path):
 
 
 def test_fields_that_an_older_version_did_not_write_are_those_it_meant(two, tmp_path):
-    older = json.loads((two[0] / "config.json").read_text())
+    older = json.loads((Path(two[0]) / "config.json").read_text())
     for name in ("vision_grid", "sequence_packing"):
         assert older.pop(name) is not None
-    (two[0] / "config.json").write_text(json.dumps(older))
+    (Path(two[0]) / "config.json").write_text(json.dumps(older))
     assert soup(two, tmp_path / "soup") and soup(two[::-1], tmp_path / "other soup")
 
 
