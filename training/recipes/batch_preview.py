@@ -92,7 +92,7 @@ def contact_sheet(preview: Preview, processor) -> Image.Image | None:
     count = len(preview.batch["pixel_values"])
     tiles = [_tile(preview, number, processor.image_processor) for number in range(count)]
     columns = math.ceil(math.sqrt(len(tiles)))
-    width, height = tiles[0].size
+    width, height = (max(sides) for sides in zip(*(tile.size for tile in tiles), strict=True))
     sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(tiles) / columns) * (height + 4)), "white")
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % columns * (width + 4), number // columns * (height + 4)))
@@ -123,9 +123,20 @@ def _uses(batch: Mapping[str, Any], row: int) -> list[str]:
     return [*uses, f"embedded with image{'s' * (len(fused) > 1)} {', '.join(map(str, fused))}"]
 
 
+def image_pixels(batch: Mapping[str, Any], number: int) -> torch.Tensor:
+    """(3, H, W) pixel values of an image of a batch, which may hold them as patches (SigLIP 2 NaFlex)."""
+    pixels = batch["pixel_values"][number].float()
+    if "spatial_shapes" not in batch:
+        return pixels
+    rows, columns = batch["spatial_shapes"][number].tolist()
+    side = math.isqrt(pixels.shape[-1] // 3)
+    patches = pixels[: rows * columns].unflatten(0, (rows, columns)).unflatten(-1, (side, side, 3))
+    return patches.permute(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
+
+
 def _tile(preview: Preview, number: int, image_processor) -> Image.Image:
     batch, hidden = preview.batch, preview.hidden_patches
-    pixels = batch["pixel_values"][number].float()  # (3, H, W)
+    pixels = image_pixels(batch, number)  # (3, H, W)
     if image_processor.do_normalize:
         mean, std = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
         pixels = pixels * std[:, None, None] + mean[:, None, None]

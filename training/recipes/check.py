@@ -13,7 +13,7 @@ from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source
-from mmgem.training.recipes.batch_preview import contact_sheet, describe_row, describe_texts
+from mmgem.training.recipes.batch_preview import contact_sheet, describe_row, describe_texts, image_pixels
 from mmgem.training.recipes.check_report import StageCheck, describe_check, describe_model
 from mmgem.training.recipes.recipe import Stage, load_recipe
 from mmgem.training.recipes.run import SKIPPED_NAME
@@ -130,7 +130,7 @@ def _show_rows(
     if images is None:
         return None
     images.save(sheet)
-    height, width = preview.batch["pixel_values"].shape[2:]
+    height, width = image_pixels(preview.batch, 0).shape[1:]
     tokens = trainer.processing_class.num_visual_tokens
     say(f"  images of {width} x {height} pixels, {tokens} visual tokens for each of them and for each box: {sheet}")
     return sheet

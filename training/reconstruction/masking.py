@@ -77,6 +77,11 @@ class MaskingCollator:
             columns), bool.
         """
         batch, row_of_text = self.collator.collate(rows)
+        if "spatial_shapes" in batch:
+            raise ValueError(
+                "`processor` makes patches of images of many shapes (NaFlex); expected one that makes images of one "
+                "shape, whose patches reconstruction can hide."
+            )
         inputs = {name: batch[name] for name in (*_MODEL_INPUTS, "row_keys") if name in batch}
         # Of several images before a text, the first one stays there; the others are put back by themselves.
         no_image = torch.full_like(batch["image_index"], -1)  # (T,)

@@ -1,10 +1,13 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_models import build_model
+from transformers import Siglip2ImageProcessorPil
 
+from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.collator import MMGEMCollator
-from mmgem.training.recipes.batch_preview import contact_sheet, describe_row, describe_texts
+from mmgem.training.recipes.batch_preview import contact_sheet, describe_row, describe_texts, image_pixels
 from mmgem.training.recipes.recipe import Stage
 from mmgem.training.recipes.stage_kinds import stage_kind
 from mmgem.training.reconstruction.masking import MaskingCollator, Reconstruction
@@ -126,3 +129,17 @@ def test_texts_alone_have_no_sheet(tiny_processor):
     assert contact_sheet(preview, tiny_processor) is None
     assert "pixel_values" not in batch and len(describe_texts(preview, tiny_processor)) == 1
     assert torch.equal(batch["image_index"], torch.tensor([-1]))
+
+
+def test_patches_are_shown_as_the_images_they_are_of(tiny_processor):
+    images = [Image.effect_noise(size, 80).convert("RGB") for size in ((48, 24), (24, 48))]
+    image_processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=18)
+    processor = MMGEMProcessor(image_processor, tiny_processor.tokenizer, num_visual_tokens=4)
+    batch = MMGEMCollator(processor)([{"image": image, "caption": "noise"} for image in images])
+    assert [tuple(image_pixels(batch, number).shape) for number in range(2)] == [(3, 24, 48), (3, 48, 24)]
+    for number, image in enumerate(images):
+        pixels = image_pixels(batch, number)[:, :8, 8:16]  # the second patch of the first row
+        torch.testing.assert_close(pixels.permute(1, 2, 0).flatten(), batch["pixel_values"][number, 1])
+        shown = (image_pixels(batch, number) * 0.5 + 0.5).permute(1, 2, 0) * 255
+        torch.testing.assert_close(shown.round().byte().numpy(), np.array(image), check_dtype=False)
+    assert contact_sheet(preview_of(batch), processor).width > 2 * 224

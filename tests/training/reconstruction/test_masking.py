@@ -2,7 +2,9 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import build_model
+from transformers import Siglip2ImageProcessorPil
 
+from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.reconstruction.masking import MaskingCollator, Reconstruction, maskable_tokens
 
@@ -144,3 +146,10 @@ def test_a_token_can_be_put_back_only_from_one_before_it(bos):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Reconstruction(**options)
+
+
+def test_images_of_many_shapes_are_refused(tiny_processor, config, image):
+    image_processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    processor = MMGEMProcessor(image_processor, tiny_processor.tokenizer, num_visual_tokens=4)
+    with pytest.raises(ValueError, match="`processor` makes patches of images of many shapes"):
+        masking(processor, config)([row(image, 1)])
