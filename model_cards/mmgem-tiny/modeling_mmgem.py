@@ -8,7 +8,7 @@ Multimodal Generative Embedding Model, https://arxiv.org/abs/2405.19333.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from inspect import signature
 
 import torch
@@ -742,7 +742,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 **({} if cache is None else {self._cache_argument: cache}),
                 **kwargs,
             )
-            known = {field.name for field in fields(MMGEMOutput)}
+            known = MMGEMOutput.__dataclass_fields__
             output = MMGEMOutput(**{name: value for name, value in outputs.items() if name in known})
             output["cache" if "cache" in known else "past_key_values"] = outputs.get(self._cache_argument)
             return output
