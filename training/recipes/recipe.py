@@ -29,6 +29,7 @@ class ModelSection:
         vlm: The folder or the name of a finished vision-language model.
         vision: The folder or the name of a vision tower.
         text: The folder or the name of a language model.
+        gguf_file: The file in the folder `text` to read the language model from.
         vision_config: The configuration of a fresh vision tower.
         text_config: The configuration of a fresh language model.
         config: Further fields of `MMGEMConfig`.
@@ -40,6 +41,7 @@ class ModelSection:
     vlm: str | None = None
     vision: str | None = None
     text: str | None = None
+    gguf_file: str | None = None
     vision_config: Mapping[str, Any] | None = None
     text_config: Mapping[str, Any] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -128,9 +130,10 @@ def load_recipe(path: str | Path) -> Recipe:
     | `stages` | a list, see below |
 
     The model is `{pretrained: NAME}`, or begins as a finished VLM, `{vlm: NAME}`, or is composed of towers,
-    `{vision: NAME, text: NAME}`, or, from nothing, `{vision_config: {...}, text_config: {...}}`, which takes the
-    sections `tokenizer` and `image_processor`. The last three may have further fields of `MMGEMConfig`, each of the
-    four an `attn_implementation` and a `dtype` to train with.
+    `{vision: NAME, text: NAME}`, with a `gguf_file` where the language model is in one, or, from nothing,
+    `{vision_config: {...}, text_config: {...}}`, which takes the sections `tokenizer` and `image_processor`. The last
+    three may have further fields of `MMGEMConfig`, each of the four an `attn_implementation` and a `dtype` to train
+    with.
 
     | section of a stage | content |
     |---|---|
@@ -246,7 +249,10 @@ def _parse_model(section: Any) -> ModelSection:
             check_type(section[name], str, f"`{name}` in `model`")
     check_type(section.get("attn_implementation", ""), str, "`attn_implementation` in `model`")
     check_type(section.get("dtype", "float32"), Literal["float32", "bfloat16", "float16"], "`dtype` in `model`")
-    taken = {name: section[name] for name in (*required, *TRAINED_WITH) if name in section}
+    optional = ["gguf_file"] if "text" in required else []
+    for name in set(optional) & set(section):
+        check_type(section[name], str, f"`{name}` in `model`")
+    taken = {name: section[name] for name in (*required, *optional, *TRAINED_WITH) if name in section}
     return ModelSection(**taken, config={name: value for name, value in section.items() if name not in taken})
 
 

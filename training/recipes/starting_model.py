@@ -40,10 +40,10 @@ def build_model(recipe: Recipe, rows: Mixture | None = None) -> tuple[MMGEMModel
             num_embedding_tokens=model.config.num_embedding_tokens,
         )
     else:
-        model = MMGEMModel.from_towers(section.vision, section.text, dtype=section.dtype, **section.config)
+        towers = {"vision": section.vision, "text": section.text, "gguf_file": section.gguf_file}
+        model = MMGEMModel.from_towers(**towers, dtype=section.dtype, **section.config)
         processor = MMGEMProcessor.from_towers(
-            section.vision,
-            section.text,
+            **towers,
             num_visual_tokens=model.config.num_visual_tokens,
             num_embedding_tokens=model.config.num_embedding_tokens,
         )

@@ -101,8 +101,9 @@ def _starting_config(section: ModelSection) -> MMGEMConfig:
         check_vlm_config(vlm_config)
         return MMGEMConfig(vlm_config=vlm_config, **section.config)
     towers = {}
-    for name, tower in (("vision_config", section.vision), ("text_config", section.text)):
-        tower_config = AutoConfig.from_pretrained(tower)
+    gguf = {} if section.gguf_file is None else {"gguf_file": section.gguf_file}
+    for name, tower, options in (("vision_config", section.vision, {}), ("text_config", section.text, gguf)):
+        tower_config = AutoConfig.from_pretrained(tower, **options)
         towers[name] = getattr(tower_config, name, tower_config).to_dict()
     return MMGEMConfig(**towers, **section.config)
 
@@ -113,7 +114,8 @@ def _check_model(recipe: Recipe) -> None:
         check_arguments(recipe.tokenizer, train_tokenizer, "`tokenizer`", given=["texts"])
     if recipe.image_processor is not None:
         check_keys(recipe.image_processor, SiglipImageProcessorPil.valid_kwargs.__annotations__, "`image_processor`")
-    required = ("vision_config", "text_config") if section.is_fresh else ("vision", "text", "vlm")
+    composed = ("vlm",) if section.vlm is not None else ("vision", "text", "gguf_file")
+    required = ("vision_config", "text_config") if section.is_fresh else composed
     own_fields = [name for name in MMGEMConfig.__annotations__ if name not in _NOT_IN_MODEL]
     check_keys(section.config, [*required, *own_fields, *TRAINED_WITH], "`model`")
     config: dict[str, Any] = dict(section.config)

@@ -2,9 +2,11 @@ import copy
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from PIL import Image
 from tiny_models import build_model as tiny_model
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from tiny_models import build_towers
+from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, SiglipImageProcessorPil
 from vlms import build_vlm, build_vlm_processor
 
 from mmgem.training.data.collator import MMGEMCollator
@@ -148,3 +150,32 @@ def test_a_recipe_starts_from_a_vlm(tmp_path):
         prepare_for_stage(model, processor, recipe, stage_with(image_size=48))
     with pytest.raises(ValueError, match="`model` has the unknown key `vlm_attention`"):
         check_sections(parse_recipe({"model": {"vlm": str(tmp_path), "vlm_attention": "image"}, "stages": [compress]}))
+
+
+def test_a_recipe_starts_from_a_language_model_in_gguf(tmp_path):
+    vision, _ = build_towers()
+    vision.save_pretrained(tmp_path / "vision")
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vision")
+    write_gguf(tmp_path / "tiny.gguf")
+    model = {"vision": str(tmp_path / "vision"), "text": str(tmp_path), "gguf_file": "tiny.gguf"}
+    model |= {"projection_dim": 16, "num_visual_tokens": 4}
+    stage = {"name": "align", "train_data": {"scenes": {"seed": 5, "count": 2}}, "training": {}}
+    recipe = parse_recipe({"model": model, "stages": [stage]})
+    check_sections(recipe)
+    check_stages(recipe)
+    model, processor = build_model(recipe)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    inputs = processor(text="a star", return_tensors="pt")
+    expected = stock.eval()(**inputs).logits
+    torch.testing.assert_close(model(**inputs).logits[..., : expected.shape[-1]], expected)
+    batch = processor(images=[Image.new("RGB", (32, 32))], text=["a star"], return_tensors="pt")
+    assert model(**batch, return_loss=True).loss.isfinite()
+    tower = {"vision": "vision", "text": "text"}
+    for section, message in (
+        (tower | {"gguf_file": 3}, "`gguf_file` in `model` is 3; expected str"),
+        (tower | {"gguf_fiel": "a"}, "`model` has the unknown key `gguf_fiel`.*Did you mean `gguf_file`"),
+        ({"vlm": "vlm", "gguf_file": "a"}, "`model` has the unknown key `gguf_file`"),
+        ({"vlm": "vlm", "vision": "a"}, "`model` has the unknown key `vision`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_sections(parse_recipe({"model": section, "stages": [stage]}))
