@@ -40,7 +40,7 @@ def build_model(recipe: Recipe, rows: Mixture | None = None) -> tuple[MMGEMModel
             num_embedding_tokens=model.config.num_embedding_tokens,
         )
     else:
-        towers = {"vision": section.vision, "text": section.text, "gguf_file": section.gguf_file}
+        towers: dict = {"vision": section.vision, "text": section.text, "gguf_file": section.gguf_file}
         model = MMGEMModel.from_towers(**towers, dtype=section.dtype, **section.config)
         processor = MMGEMProcessor.from_towers(
             **towers,
