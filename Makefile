@@ -16,10 +16,10 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-newest clients fast lint types format retrain picture hub-code clean
+.PHONY: help install demo test test-families test-oldest test-newest clients fast lint types format retrain picture hub-code clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
 
 install: $(STAMP) ## create .venv and install mmgem into it with all extras, in the tested versions
 
@@ -35,8 +35,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tiny; the page is demo/index.html
 	$(BIN)/mmgem demo --out demo
 
-test: lint types ## ruff, mypy and every test (what CI runs)
-	$(PYTEST) --durations=10
+test: lint types ## ruff, mypy and the tests; of models one family for each mechanism
+	$(PYTEST) -m 'not families' --durations=10
+
+test-families: $(STAMP) ## the same tests on every other family of vision towers, language models and VLMs
+	$(PYTEST) -m families --durations=10
 
 test-oldest: ## what meets other libraries, with the oldest versions that pyproject.toml allows
 	$(MAKE) clients VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -49,7 +52,7 @@ clients: $(STAMP) ## the tests of what meets other libraries
 	$(PYTEST) tests/test_hub_folder.py
 
 fast: $(STAMP) ## the tests that take milliseconds
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not families'
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

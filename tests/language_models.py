@@ -166,6 +166,27 @@ REFUSED = {
     "mbart": (_BART, "cross-attention"),
     "trocr": (_BART | {"cross_attention_hidden_size": 48}, "cross-attention"),
 }
+# One for each mechanism, which `make test` runs.
+MECHANISMS = {
+    "llama": "rotary positions",
+    "gpt2": "learned positions",
+    "mistral": "a sliding window",
+    "gemma3_text": "windows in some layers, scaled words",
+    "llama4_text": "chunks, experts",
+    "qwen3_moe": "experts",
+    "gpt_oss": "windows, sinks, experts",
+    "opt": "positions counted from the mask",
+    "bloom": "biases in the place of positions",
+    "mamba": "states",
+    "jamba": "states and attention",
+    "lfm2": "convolutions and attention",
+    "qwen3_next": "linear attention",
+    "bert": "not causal",
+    "bart": "cross-attention",
+    "rwkv": "a cache of its own",
+    "modernbert-decoder": "a head of several layers",
+    "moshi": "no room in its vocabulary",
+}
 CONFIGS = BY_POSITION_IDS | BY_BLOCK_MASK | UNPACKED | {name: fields for name, (fields, _) in REFUSED.items()}
 
 

@@ -74,6 +74,21 @@ def _map(model_type: str, config: dict, **known) -> VisionTower:
     return VisionTower({"model_type": model_type} | config, **known)
 
 
+# One for each mechanism, which `make test` runs.
+MECHANISMS = {
+    "clip": "a class token",
+    "siglip": "patches alone",
+    "dinov3_vit": "registers, rotary positions",
+    "yolos": "tokens after the patches",
+    "pixtral": "the patches of all images in one row",
+    "blip": "no AutoModel",
+    "aimv2": "tokens, one size",
+    "sam": "a feature map, one size, inside another model",
+    "swin": "tokens of merged windows",
+    "dinov3_convnext": "tokens of a feature map",
+    "convnext": "a feature map",
+    "efficientnet": "a feature map, batch norm, depthwise convolutions",
+}
 VISION_TOWERS: dict[str, VisionTower] = {
     "clip": _tokens("clip_vision_model", 1),
     "siglip": _tokens("siglip_vision_model"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from language_models import PACKING, REFUSED, build_language_model
+from families import every
+from language_models import MECHANISMS, PACKING, REFUSED, build_language_model
 from tiny_models import IMAGE_SIZE, build_towers
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -17,6 +18,8 @@ from mmgem.text_rows import IGNORED_LABEL
 
 TEXTS = [list(range(10, 23)), [31, 32, 33, 34, 35, 36, 37], [41, 42, 43, 44, 45], [51]]
 PADDING = 12  # longer than any window of `language_models`
+
+every_family = pytest.mark.parametrize("name", every(PACKING, MECHANISMS))
 
 
 @cache
@@ -52,7 +55,7 @@ def close(found, expected):
     return torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", PACKING)
+@every_family
 @torch.no_grad()
 def test_a_text_is_the_same_in_every_company(name):
     model = compose(name)
@@ -69,7 +72,7 @@ def test_a_text_is_the_same_in_every_company(name):
     assert close(joint_embeds(model, images=pixel_values() + 1), F.normalize(alone, dim=-1))
 
 
-@pytest.mark.parametrize("name", PACKING)
+@every_family
 def test_a_text_has_no_gradient_by_the_words_of_another(name):
     model = compose(name)
     words = model.get_input_embeddings().weight
@@ -79,7 +82,7 @@ def test_a_text_has_no_gradient_by_the_words_of_another(name):
     assert not gradient[others].any() and gradient[TEXTS[2][-1]].any()
 
 
-@pytest.mark.parametrize("name", PACKING)
+@every_family
 @torch.no_grad()
 def test_captions_cost_and_read_what_they_do_alone(name):
     model = compose(name)
@@ -102,7 +105,7 @@ def test_captions_cost_and_read_what_they_do_alone(name):
             text = [*text, token]
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", every(REFUSED, MECHANISMS))
 def test_what_cannot_be_part_of_a_model_is_refused(name):
     with pytest.raises(ValueError, match=f"`text` is a `{name}` model.*expected a language model that .*") as error:
         compose(name)
@@ -116,7 +119,9 @@ def test_an_encoder_decoder_is_refused():
         MMGEMModel.from_towers(vision, text)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2", "gpt_oss", "opt", "xglm", "jamba"])
+@pytest.mark.parametrize(
+    "name", every(["llama", "mistral", "gemma3_text", "gpt2", "gpt_oss", "opt", "xglm", "jamba"], MECHANISMS)
+)
 @torch.no_grad()
 def test_read_both_ways_a_text_is_the_same_in_every_company(name):
     model = compose(name, "bidirectional")

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from families import every
 from tiny_models import build_model, build_towers
 from transformers import (
     AutoConfig,
@@ -15,7 +16,7 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2Model,
 )
-from vision_towers import VISION_TOWERS
+from vision_towers import MECHANISMS, VISION_TOWERS
 
 from mmgem import modeling_mmgem
 from mmgem.configuration_mmgem import MMGEMConfig
@@ -25,7 +26,7 @@ from mmgem.pool_aggregator import roi_align
 from mmgem.tower_composition import build_vision_tower
 from mmgem.training.trainer.parameter_selection import freeze_unused
 
-every_tower = pytest.mark.parametrize("name", VISION_TOWERS)
+every_tower = pytest.mark.parametrize("name", every(VISION_TOWERS, MECHANISMS))
 
 
 def images(height: int, width: int, count: int = 2) -> torch.Tensor:

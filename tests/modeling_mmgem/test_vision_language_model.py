@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from families import every
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, BlipConfig, Florence2Config, FuyuConfig, MllamaConfig
 from vlms import IMAGE, SIDE, VLM_CONFIGS, build_vlm, build_vlm_processor, vlm_inputs
@@ -12,6 +13,9 @@ from mmgem.modeling_mmgem import MMGEMModel
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 FAMILIES = sorted(family for family in VLM_CONFIGS if not family.startswith("qwen"))
+# For `make test`: images in four and in five dimensions; causal, seeing their own tokens, and seeing the prompt.
+QUICK = "llava", "idefics3", "gemma3", "paligemma"
+every_family = pytest.mark.parametrize("family", every(FAMILIES, QUICK))
 
 
 def compose(family: str, **config_kwargs) -> tuple:
@@ -28,7 +32,7 @@ def assert_writes_like(model, vlm, inputs):
         torch.testing.assert_close(model(**inputs).logits[is_token], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 @torch.no_grad()
 def test_writes_exactly_what_the_vlm_writes(family):
     vlm, model = compose(family)
@@ -42,7 +46,7 @@ def test_writes_exactly_what_the_vlm_writes(family):
         assert torch.equal(model.generate(**inputs, **GREEDY, **options), expected), options
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_loss_of_a_prompt_is_that_of_the_vlm(family):
     vlm, model = compose(family)
     inputs = vlm_inputs(family)
@@ -55,7 +59,7 @@ def test_loss_of_a_prompt_is_that_of_the_vlm(family):
     torch.testing.assert_close(model.get_input_embeddings().weight.grad, vlm.get_input_embeddings().weight.grad)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 @torch.no_grad()
 def test_embedding_token_is_read_like_a_token_that_the_vlm_wrote(family):
     vlm, model = compose(family)
@@ -68,7 +72,7 @@ def test_embedding_token_is_read_like_a_token_that_the_vlm_wrote(family):
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 @torch.no_grad()
 def test_fused_embedding_does_not_depend_on_padding_and_batch(family):
     _, model = compose(family, num_embedding_tokens=3, embedding_pooling="multi_vector")
@@ -114,7 +118,7 @@ def test_boxes_in_a_prompt_are_read_from_visual_tokens():
     assert written[0, 7] == expected[0, -1].argmax()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_state_dict_names_every_weight_once(family):
     vlm, model = compose(family)
     own = {id(parameter) for parameter in model.parameters()}
@@ -173,7 +177,7 @@ def test_vocabulary_can_grow():
     torch.testing.assert_close(logits[..., :300], expected[..., :300])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_saved_and_loaded(family, tmp_path):
     vlm, model = compose(family)
     inputs = vlm_inputs(family)
@@ -223,6 +227,7 @@ def test_refuses_an_encoder_of_patches_in_one_row(family):
 
 
 TRAINED = {"llava": "causal", "idefics3": "causal", "internvl": "causal", "gemma3": "image", "paligemma": "prompt"}
+every_trained_family = pytest.mark.parametrize("family", every(TRAINED, QUICK))
 
 
 def compose_to_train(family: str, **config_kwargs):
@@ -262,7 +267,7 @@ def joint_batch(family: str) -> tuple[dict, dict]:
     return batch, of_vlm
 
 
-@pytest.mark.parametrize("family", TRAINED)
+@every_trained_family
 def test_caption_loss_and_gradients_are_those_of_the_vlm(family):
     vlm, model = compose_to_train(family)
     assert model.config.vlm_attention == TRAINED[family]
@@ -282,7 +287,7 @@ def test_caption_loss_and_gradients_are_those_of_the_vlm(family):
             torch.testing.assert_close(of[name].grad / scale, parameter.grad / scale, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", TRAINED)
+@every_trained_family
 def test_joint_step_embeds_as_the_features_do(family):
     _, model = compose_to_train(family)
     batch, _ = joint_batch(family)
@@ -300,7 +305,7 @@ def test_joint_step_embeds_as_the_features_do(family):
     torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", TRAINED)
+@every_trained_family
 def test_a_training_step_reaches_every_part(family):
     _, model = compose_to_train(family)
     batch, _ = joint_batch(family)
