@@ -1,6 +1,5 @@
 """Options and answers that the commands of `mmgem` share. Nothing heavy is imported before a command runs."""
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from mmgem.training.json_text import to_json
 
 TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
 
@@ -51,4 +52,4 @@ def table(figures: dict[str, float]) -> list[str]:
 
 def answer(result: Any, as_json: bool, lines: Iterable[str]) -> None:
     """Prints what a command found: `result` as JSON, or `lines` for a person."""
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+    typer.echo(to_json(result, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))

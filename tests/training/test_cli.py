@@ -174,6 +174,13 @@ def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
     assert [line.split() for line in table] == [["images", "6.0000"], ["batch_size", "2.0000"]]
 
 
+def test_json_has_no_nan(checkpoint, gallery, monkeypatch):
+    monkeypatch.setattr(
+        "mmgem.training.evaluation.evaluate.evaluate_model", lambda *arguments, **options: {"recall": float("nan")}
+    )
+    assert json.loads(run("evaluate", checkpoint, gallery, "--json").stdout) == {"recall": None}
+
+
 def test_train_hands_the_recipe_on_and_keeps_stdout_for_its_answer(monkeypatch, tmp_path):
     calls = []
 

@@ -23,6 +23,7 @@ from mmgem.training.inference import embed_regions, embed_texts, inference
 from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 from mmgem.training.captioning import caption_folder
+from mmgem.training.json_text import to_json
 from mmgem.training.demo.gallery import HITS, SEED, Gallery, show_hits
 from mmgem.training.demo.page import render_page
 from mmgem.training.demo.embedding_modes import ask_index, follow_instructions, search_edits, search_nested
@@ -88,7 +89,7 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
         "regions": _judge_regions(gallery, captions),
         "region_searches": _search_regions(gallery, model, processor),
     }
-    (out / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    (out / RESULTS_FILE).write_text(to_json(results, indent=1), encoding="utf-8")
     (out / PAGE_FILE).write_text(render_page(results, folder), encoding="utf-8")
     return out / PAGE_FILE, figures
 

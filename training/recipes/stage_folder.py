@@ -1,6 +1,5 @@
 """Where a stage leaves its model, and where the next one takes it from."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import set_seed
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.mixture import Mixture
+from mmgem.training.json_text import to_json
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.recipes.recipe import Recipe, Stage
 from mmgem.training.recipes.stage_kinds import stage_kind
@@ -85,4 +85,4 @@ def save_stage(trainer: MMGEMTrainer, recipe: Recipe, number: int, out: Path) ->
 
 def write_json(path: Path, content: dict | list) -> None:
     """Write a file of JSON that people can read."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")

@@ -210,7 +210,7 @@ def _embed_files(folder, file_names, versions, model, processor, partial, batch_
         else:
             embeds, _, memory = embed_and_remember(model, processor, images)
             columns["memory"] = _to_half(memory[:, : settings.memory])
-        columns["embedding"] = settings.shorten(embeds).numpy()
+        columns["embedding"] = _check_unit(settings.shorten(embeds)).numpy()
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     with tqdm(total=len(versions), initial=len(versions) - len(file_names), desc="images", unit="image") as progress:
@@ -224,6 +224,15 @@ def _embed_files(folder, file_names, versions, model, processor, partial, batch_
     if rows:
         write_part()
     return skipped
+
+
+def _check_unit(embeddings: torch.Tensor) -> torch.Tensor:
+    """Raises a ValueError for vectors that no query has a cosine with."""
+    if not embeddings.isfinite().all():
+        raise ValueError("`embedding` holds values that are NaN or infinite; expected finite ones.")
+    if (embeddings.norm(dim=-1) < 0.5).any():
+        raise ValueError("`embedding` is a vector of zeros; expected one with a direction.")
+    return embeddings
 
 
 def _to_half(memory: torch.Tensor) -> np.ndarray:

@@ -55,10 +55,19 @@ class Fingerprint:
             model: An `MMGEMModel`.
             processor: Its `MMGEMProcessor`.
             kinds: The kinds of probes, of `KINDS`.
+
+        Raises:
+            ValueError: If a probe comes out as NaN or infinite, as everything else then would.
         """
         settings = {name: getattr(model.config, name) for name in _CONFIG_FIELDS}
         settings |= {"prompts": settings["prompts"] or None, "model_max_length": processor.tokenizer.model_max_length}
-        return cls(settings, {kind: _probe(model, processor, kind) for kind in kinds})
+        probes = {kind: _probe(model, processor, kind) for kind in kinds}
+        if broken := [kind for kind, probe in probes.items() if not probe.isfinite().all()]:
+            raise ValueError(
+                f"`model` is {model.name_or_path!r}, whose {' and '.join(broken)} of a fixed input are NaN or "
+                "infinite; expected finite values."
+            )
+        return cls(settings, probes)
 
     def difference(self, other: "Fingerprint") -> str | None:
         """In which way a model with the fingerprint `other` is another one, as a clause; None if it is the same.

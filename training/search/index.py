@@ -139,6 +139,8 @@ class SearchIndex:
         if prompt is not None:
             text = self._prompt(prompt, text)
         query = self.facts.settings.shorten(self._embed_query(text, image, boxes), query_vectors)
+        if not query.isfinite().all():
+            raise ValueError("the query is embedded as NaN or infinite values; expected finite ones.")
         scores, rows = self.vectors.search(query[0].numpy(), top, vectors)
         names = self.rows.select_columns(["file_name"])[rows]["file_name"]
         return [

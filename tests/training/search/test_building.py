@@ -288,6 +288,33 @@ def test_memory_that_float16_cannot_hold_leaves_the_image_out(folder, out, tiny_
         build_index(folder, tiny_model, tiny_processor, out, memory=True)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_an_image_without_a_direction_is_left_out_by_name(
+    folder, out, tiny_model, tiny_processor, monkeypatch, value
+):
+    bad = np.asarray(Image.open(folder / NAMES[2]).convert("RGB"))
+
+    def embed(model, processor, images):
+        embeds = embed_images(model, processor, images).clone()
+        for row, image in enumerate(images):
+            if np.array_equal(np.asarray(image), bad):
+                embeds[row] = torch.full_like(embeds[row], value)
+        return embeds
+
+    monkeypatch.setattr(building, "embed_images", embed)
+    report = build_index(folder, tiny_model, tiny_processor, out, batch_size=3)
+    assert (report.images, [file_name for file_name, _ in report.skipped]) == (6, [NAMES[2]])
+    assert "zeros" in report.skipped[0].reason if value == 0 else "NaN or infinite" in report.skipped[0].reason
+    assert np.isfinite(vectors_of(out)).all()
+
+
+def test_a_model_that_gives_nan_is_refused_before_any_image_is_read(folder, out, tiny_model, tiny_processor):
+    torch.nn.init.constant_(tiny_model.text_projection.weight, float("nan"))
+    with pytest.raises(ValueError, match="`model` is .*whose weights and text and fused of a fixed input are NaN"):
+        build_index(folder, tiny_model, tiny_processor, out)
+    assert not out.exists()
+
+
 def test_nothing_but_an_index_of_the_same_folder_is_replaced(folder, out, tiny_model, tiny_processor):
     out.mkdir()
     (out / "thesis.txt").write_text("precious")

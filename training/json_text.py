@@ -1,0 +1,20 @@
+"""JSON that every reader takes: a figure that is not a number is null, which Python alone would write as `NaN`."""
+
+import json
+import math
+from typing import Any
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Returns a value as JSON text; options as for `json.dumps`."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
