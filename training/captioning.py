@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from mmgem.training.data.image_files import ImageFile, Skipped, apply_to_batch, find_images, read_batches
 from mmgem.training.data.image_folder import find_metadata, read_metadata
 from mmgem.training.inference import generate_captions, generate_region_captions
+from mmgem.training.output_lock import one_writer
 
 
 class CaptionReport(NamedTuple):
@@ -26,6 +27,7 @@ class CaptionReport(NamedTuple):
     skipped: list[Skipped]
 
 
+@one_writer
 def caption_folder(
     folder: str | Path, model, processor, out: str | Path, with_boxes: bool = False, batch_size: int = 32
 ) -> CaptionReport:
@@ -47,6 +49,7 @@ def caption_folder(
         How many images there are, and were captioned, and what was left out.
 
     Raises:
+        BlockingIOError: If another job writes `out`.
         FileNotFoundError: If `folder` is not there, or, with boxes, its metadata.
         ValueError: If there are no images, or the metadata or `out` does not hold what is expected.
     """

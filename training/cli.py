@@ -17,6 +17,7 @@ from mmgem.training.cli_common import (
     ImageFolder,
     ModelArgument,
     ModelOption,
+    Wait,
     answer,
     load_model,
     report_skipped,
@@ -55,10 +56,11 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the page and all it was made from.")] = Path("demo"),
     count: Annotated[int, typer.Option(min=12, help="Scenes in the gallery.")] = 500,
     model: ModelOption = str(TINY),
+    wait: Wait = False,
     as_json: AsJson = False,
 ):
     """Draw a gallery; index, search, classify, caption and measure it; leave one HTML page."""
-    with work():
+    with work(wait):
         from mmgem.training.demo.run import run_demo
 
         page, figures = run_demo(out, *load_model(model), count)
@@ -72,10 +74,11 @@ def scenes(
     seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 96,
+    wait: Wait = False,
     as_json: AsJson = False,
 ):
     """Write drawn scenes with ground truth as an image folder."""
-    with work():
+    with work(wait):
         from mmgem.training.scenes.dataset import write_scene_folder
 
         write_scene_folder(out, seed, count, image_size)
@@ -93,6 +96,7 @@ def train(
     check: Annotated[
         bool, typer.Option("--check", help="Only show what the model would see, and take one step of each stage.")
     ] = False,
+    wait: Wait = False,
     as_json: AsJson = False,
 ):
     """Train a model as a recipe says."""
@@ -100,9 +104,9 @@ def train(
         raise typer.BadParameter("give --check or --resume, not both")
     out = out or Path("runs") / (recipe.resolve().parent.name if recipe.stem == "recipe" else recipe.stem)
     if check:
-        _check(recipe, out, stage, as_json)
+        _check(recipe, out, stage, wait, as_json)
         return
-    with work():
+    with work(wait):
         import torch.distributed as dist
 
         from mmgem.training.recipes.run import train as train_recipe
@@ -119,10 +123,10 @@ def train(
         answer(result, as_json, [*table(report.metrics), "", *skipped, f"The model is in {report.model}"])
 
 
-def _check(recipe: Path, out: Path, stage: str | None, as_json: bool) -> None:
+def _check(recipe: Path, out: Path, stage: str | None, wait: bool, as_json: bool) -> None:
     """The dry run, whose lines are said as soon as they are known."""
     stdout = sys.stdout
-    with work():
+    with work(wait):
         from mmgem.training.recipes.check import check_recipe
 
         checks = check_recipe(recipe, out, stage, lambda line: typer.echo(line, sys.stderr if as_json else stdout))
@@ -135,10 +139,11 @@ def soup(
     out: Annotated[Path, typer.Argument(help="New folder for the averaged model.")],
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Models to average.")],
     weights: Annotated[list[float] | None, typer.Option("--weight", help="Of each folder, in their order.")] = None,
+    wait: Wait = False,
     as_json: AsJson = False,
 ):
     """Average the weights of checkpoints of one run, or of models fine-tuned from one, into a Hub folder."""
-    with work():
+    with work(wait):
         from mmgem.training.soup import soup as average
 
         shares = average(folders, out, weights)
@@ -170,20 +175,14 @@ def calibrate(
     data: Annotated[Path, typer.Argument(help="Image folder with metadata.jsonl: a sample of what is searched.")],
     out: Annotated[Path, typer.Option(help="New folder for the calibrated model.")],
     batch_size: BatchSize = 64,
+    wait: Wait = False,
     as_json: AsJson = False,
 ):
     """Close the gap between image, text and fused embeddings, without training, for mixed corpora."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or empty folder.")
-    with work():
-        from mmgem.processing.sentence_transformers_export import save_sentence_transformer
-        from mmgem.training.data.image_folder import read_image_folder
-        from mmgem.training.evaluation.calibration import calibrate as fit
+    with work(wait):
+        from mmgem.training.evaluation.calibration import write_calibrated
 
-        dataset = read_image_folder(data)
-        loaded, processor = load_model(model)
-        report = fit(loaded, processor, dataset, batch_size)
-        save_sentence_transformer(loaded, processor, out)
+        report = write_calibrated(*load_model(model), data, out, batch_size)
     lines = [f"{modality:6} mean of {count}" for modality, count in report.counts.items()]
     gap = f"gap {report.gap_before:.4f} before, {report.gap_after:.4f} after"
     answer({"folder": str(out), **report._asdict()}, as_json, [*lines, gap, "", f"The model is in {out}"])
@@ -201,10 +200,11 @@ def caption(
     out: Annotated[Path, typer.Option(help="File of JSON lines; captions it has are kept.")],
     boxes: Annotated[bool, typer.Option("--boxes", help="Caption the boxes of FOLDER's metadata.jsonl too.")] = False,
     batch_size: BatchSize = 32,
+    wait: Wait = False,
     as_json: AsJson = False,
 ):
     """Caption every image below a folder."""
-    with work():
+    with work(wait):
         from mmgem.training.captioning import caption_folder
 
         report = caption_folder(folder, *load_model(model), out, with_boxes=boxes, batch_size=batch_size)

@@ -17,15 +17,22 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a
 ModelOption = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a name on the Hub.")]
 ImageFolder = Annotated[Path, typer.Argument(help="Folder of images, at any depth.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait for a job that writes OUT, instead of giving up.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
-def work() -> Iterator[None]:
-    """While a command works, stdout is kept for its answer, and libraries say only what a user needs."""
+def work(wait: bool = False) -> Iterator[None]:
+    """While a command works, stdout is kept for its answer, and libraries say only what a user needs.
+
+    Args:
+        wait: Whether to wait for a job that writes the same output.
+    """
+    from mmgem.training.output_lock import waiting
+
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), waiting(wait):
         yield
 
 

@@ -11,6 +11,7 @@ from mmgem.training.cli_common import (
     BatchSize,
     ImageFolder,
     ModelOption,
+    Wait,
     answer,
     load_model,
     report_skipped,
@@ -54,11 +55,12 @@ def index(
             metavar="[J]", help="Keep what `mmgem ask` needs: all states of each image's memory, or the first J."
         ),
     ] = None,
+    wait: Wait = False,
     as_json: AsJson = False,
 ):
     """Embed every image below a folder into a search index; again, to bring it up to date."""
     memory = _memory(with_memory)
-    with work():
+    with work(wait):
         from mmgem.training.search.building import build_index
 
         report = build_index(folder, *load_model(model), out, batch_size, vectors, dimensions, precision, memory)

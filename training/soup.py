@@ -14,11 +14,13 @@ from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
+from mmgem.training.output_lock import one_writer
 
 # The keys that say how a folder was written, not which model it is.
 _WRITTEN_BY = ("_name_or_path", "transformers_version", "use_cache", "dtype")
 
 
+@one_writer
 def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None) -> dict[str, float]:
     """Averages the weights of models into a complete Hub folder, with `soup.json` saying what it is made of.
 
@@ -36,6 +38,7 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
         The share of each folder in the mean.
 
     Raises:
+        BlockingIOError: If another job writes `out`.
         FileExistsError: If `out` holds something.
         FileNotFoundError: If there is a folder without config or weights, such as one that holds a LoRA adapter.
         ValueError: If there are fewer than two folders, a folder is given twice, weights do not fit or are not finite,

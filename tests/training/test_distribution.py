@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torchrun import torchrun, torchrun_command
 
 from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.training.output_lock import only_writer
 from mmgem.training.trainer.checkpoints import last_complete_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -22,7 +23,8 @@ def folder(tiny_processor, tmp_path_factory):
     """What two processes made of every case."""
     folder = tmp_path_factory.mktemp("two_processes")
     tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
-    torchrun(two_processes, folder)
+    with only_writer(folder / "held"):
+        torchrun(two_processes, folder)
     return folder
 
 
@@ -44,6 +46,11 @@ def test_evaluation_is_that_of_one_process(folder, tiny_processor):
     assert expected["metrics"]["text_to_image_recall@5"] == 1 and len(expected["samples"]) == 5
     for rank in (0, 1):
         assert json.loads((folder / f"evaluation-{rank}.json").read_text()) == expected
+
+
+def test_all_processes_of_a_job_are_refused_or_write_together(folder):
+    for rank in (0, 1):
+        assert json.loads((folder / f"locks-{rank}.json").read_text()) == {"held": "refused", "free": "may write"}
 
 
 @pytest.mark.parametrize("moment", ["step", "saving", "hanging"])

@@ -14,6 +14,7 @@ from torchrun import leave
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
+from mmgem.training.recipes.run import only_job
 
 TEXTS = [{"text": "a sentence about nothing in particular"}, {"text": "another"}]
 WRONG = {"hard_negatives": ["a blue star", "no star at all"]}
@@ -91,6 +92,16 @@ def evaluation(processor) -> dict:
     return {"metrics": metrics, "samples": samples}
 
 
+def lock(out: Path) -> str:
+    """Whether this process, as one of a job, may write there."""
+    try:
+        with only_job(out):
+            dist.barrier()
+            return "may write"
+    except BlockingIOError:
+        return "refused"
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     processor = read_processor(str(folder / "tokenizer"))
@@ -98,4 +109,5 @@ if __name__ == "__main__":
     rank = dist.get_rank()
     torch.save(gradients, folder / f"gradients-{rank}.pt")
     (folder / f"evaluation-{rank}.json").write_text(json.dumps(evaluation(processor)))
+    (folder / f"locks-{rank}.json").write_text(json.dumps({name: lock(folder / name) for name in ("held", "free")}))
     leave()

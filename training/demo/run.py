@@ -24,6 +24,7 @@ from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 from mmgem.training.captioning import caption_folder
 from mmgem.training.json_text import to_json
+from mmgem.training.output_lock import one_writer
 from mmgem.training.demo.gallery import HITS, SEED, Gallery, show_hits
 from mmgem.training.demo.page import render_page
 from mmgem.training.demo.embedding_modes import ask_index, follow_instructions, search_edits, search_nested
@@ -34,6 +35,7 @@ PAGE_FILE, RESULTS_FILE = "index.html", "demo.json"
 BATCH_SIZE = 64
 
 
+@one_writer
 def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path, dict[str, float]]:
     """Writes a gallery, runs everything on it, and leaves a page about it.
 
@@ -48,6 +50,7 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
         The page, and the figures of `evaluate_model`.
 
     Raises:
+        BlockingIOError: If another job writes `out`.
         FileExistsError: If `out` holds something else.
     """
     out = Path(out)

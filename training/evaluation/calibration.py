@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,11 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from mmgem.modality_calibrator import ModalityCalibrator
+from mmgem.processing.sentence_transformers_export import save_sentence_transformer
+from mmgem.training.data.image_folder import read_image_folder
 from mmgem.training.data.rows import captions_of, check_row, images_of, row_name
 from mmgem.training.inference import EMBEDDING_MODES, uncalibrated
+from mmgem.training.output_lock import one_writer
 
 
 class CalibrationReport(NamedTuple):
@@ -58,6 +62,29 @@ def calibrate(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: i
     calibrated = {modality: calibrator(part.to(model.device), modality).cpu() for modality, part in embeds.items()}
     counts = {modality: len(part) for modality, part in embeds.items()}
     return CalibrationReport(counts, modality_gap(embeds), modality_gap(calibrated))
+
+
+@one_writer
+def write_calibrated(model, processor, data: str | Path, out: str | Path, batch_size: int = 64) -> CalibrationReport:
+    """Calibrates a model, see `calibrate`, and leaves it in a new folder.
+
+    Args:
+        model, processor: As for `calibrate`.
+        data: An image folder, see `read_image_folder`.
+        out: A new or empty folder.
+        batch_size: Rows at a time.
+
+    Raises:
+        BlockingIOError: If another job writes `out`.
+        FileExistsError: If `out` holds something.
+        ValueError: As `calibrate` and `read_image_folder`.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or empty folder.")
+    report = calibrate(model, processor, read_image_folder(data), batch_size)
+    save_sentence_transformer(model, processor, out)
+    return report
 
 
 def embed_modalities(

@@ -13,6 +13,7 @@ from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source
+from mmgem.training.output_lock import one_writer
 from mmgem.training.recipes.batch_preview import contact_sheet, describe_row, describe_texts, image_pixels
 from mmgem.training.recipes.check_report import StageCheck, describe_check, describe_model
 from mmgem.training.recipes.recipe import Stage, load_recipe
@@ -43,6 +44,7 @@ _DRY_RUN = {
 }
 
 
+@one_writer
 def check_recipe(
     recipe_path: str | Path,
     out: str | Path,

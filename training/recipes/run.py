@@ -2,16 +2,20 @@
 
 import gc
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.loading import load_checkpoint
+from mmgem.training.output_lock import only_writer
 from mmgem.training.recipes.model_card import write_model_card
 from mmgem.training.recipes.recipe import Recipe, first_difference, load_recipe, read_yaml
 from mmgem.training.recipes.stage import open_sources, stage_arguments, stage_rows, stage_trainer
@@ -57,13 +61,35 @@ def train(
         resume: Whether to go on from the last whole checkpoint in `out`. Rows that were trained on are not read again.
 
     Raises:
+        BlockingIOError: If another job writes `out`.
         FileNotFoundError: If the recipe, its data or its model is not there, or the stage before `stage` has not
             ended.
         TypeError: If rows of the data have values of a wrong type.
         ValueError: If the recipe or its data cannot be used, or `out` belongs to another recipe.
         FileExistsError: If there is something to resume in `out`, but that is not asked for.
     """
-    recipe, out = load_recipe(recipe_path), Path(out)
+    with only_job(Path(out)):
+        return _train(recipe_path, Path(out), stage, resume)
+
+
+@contextmanager
+def only_job(out: Path) -> Iterator[None]:
+    """Holds the lock of `out` for all processes of this job, by the first of them."""
+    refusal: BlockingIOError | None = None
+    with ExitStack() as stack:
+        if PartialState().is_main_process:
+            try:
+                stack.enter_context(only_writer(out))
+            except BlockingIOError as error:
+                refusal = error
+        [refusal] = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise refusal
+        yield
+
+
+def _train(recipe_path: str | Path, out: Path, stage: str | int | None, resume: bool) -> TrainingReport:
+    recipe = load_recipe(recipe_path)
     numbers = list(range(len(recipe.stages))) if stage is None else [recipe.stage_number(stage)]
     check_sections(recipe)
     check_stages(recipe)

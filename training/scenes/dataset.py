@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from mmgem.training.data.image_folder import METADATA_NAME
 from mmgem.training.data.sources import DatasetSource
+from mmgem.training.output_lock import one_writer
 from mmgem.training.scenes.captions import (
     write_captions,
     write_edit,
@@ -151,6 +152,7 @@ def _unique_indices(seed: int, count: int) -> list[int]:
     return indices
 
 
+@one_writer
 def write_scene_folder(out: str | Path, seed: int, count: int, image_size: int = 96) -> Path:
     """Writes scenes as an ordinary image folder: PNG files, their edited twins, and `metadata.jsonl`.
 
@@ -169,6 +171,7 @@ def write_scene_folder(out: str | Path, seed: int, count: int, image_size: int =
         The path of the folder.
 
     Raises:
+        BlockingIOError: If another job writes `out`.
         FileExistsError: If `out` is a file or a folder with something in it.
         ValueError: If `count` or `image_size` are out of range.
     """

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from mmgem.training.data.image_files import ImageFile, Skipped, apply_to_batch, find_images, read_batches
 from mmgem.training.inference import embed_and_remember, embed_images
+from mmgem.training.output_lock import one_writer
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.merging import EarlierRun, Place, common_bound, current_rows, merge, read_earlier_runs
 from mmgem.training.search.settings import IndexSettings, Precision
@@ -49,6 +50,7 @@ class IndexReport(NamedTuple):
     bytes_per_image: int
 
 
+@one_writer
 def build_index(
     folder: str | Path,
     model,
@@ -81,6 +83,7 @@ def build_index(
         How many images there are, and were embedded, and what was left out.
 
     Raises:
+        BlockingIOError: If another job writes `out`.
         FileNotFoundError: If `folder` is not there.
         ValueError: If there is no image below it that can be read, if the model does not give what is asked for, or
             if `out` is something else already, such as an index with other settings.

@@ -289,9 +289,7 @@ def test_memory_that_float16_cannot_hold_leaves_the_image_out(folder, out, tiny_
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_an_image_without_a_direction_is_left_out_by_name(
-    folder, out, tiny_model, tiny_processor, monkeypatch, value
-):
+def test_an_image_without_a_direction_is_left_out_by_name(folder, out, tiny_model, tiny_processor, monkeypatch, value):
     bad = np.asarray(Image.open(folder / NAMES[2]).convert("RGB"))
 
     def embed(model, processor, images):

@@ -1,0 +1,89 @@
+"""One writer at a time: who writes an output holds a lock beside it, which the system takes back with the process."""
+
+import inspect
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_waits: ContextVar[bool] = ContextVar("waits", default=False)
+
+
+@contextmanager
+def waiting(wait: bool = True) -> Iterator[None]:
+    """Lets what is called within wait for an output that another job writes, instead of being refused."""
+    token = _waits.set(wait)
+    try:
+        yield
+    finally:
+        _waits.reset(token)
+
+
+@contextmanager
+def only_writer(out: str | Path) -> Iterator[None]:
+    """Holds the lock of an output, `OUT.lock` beside it; whoever holds it already may take it again.
+
+    Args:
+        out: The file or folder, which need not be there yet.
+
+    Raises:
+        BlockingIOError: If another job holds it, unless within `waiting`. A job that is gone holds nothing, however it
+            ended.
+    """
+    out = Path(out).resolve()
+    place = out.with_name(f"{out.name}.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place, is_singleton=True)
+    if lock.is_locked:
+        yield
+        return
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not _waits.get():
+            raise BlockingIOError(
+                f"`out` is {str(out)!r}, which {_holder(place)} is writing; expected no other job at it. Wait for it "
+                "to end (`--wait` does)."
+            ) from None
+        logger.warning("waiting for %s, which %s is writing", out, _holder(place))
+        lock.acquire()
+    try:
+        with suppress(OSError):  # Windows lets nobody write into a locked file
+            place.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # while it is held: who waits for it sees that it is gone, and makes another
+            place.unlink()
+        lock.release()
+
+
+def one_writer(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Makes a function hold the lock of its argument `out` while it runs."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def locked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with only_writer(signature.bind(*args, **kwargs).arguments["out"]):
+            return function(*args, **kwargs)
+
+    return locked
+
+
+def _holder(place: Path) -> str:
+    try:
+        holder = json.loads(place.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
