@@ -33,6 +33,7 @@ from .pool_aggregator import PoolAggregator, attention_heads
 from .text_rows import TEXT_COLUMNS, TextRows, documents_text_columns, first_token_id, is_first_token
 from .tower_composition import DEFAULT_MAX_NEW_TOKENS, build_vision_tower, compose_towers
 from .vision_language_model import VisionLanguageModel, build_vlm, compose_from_vlm, read_prompt, without_layers
+from .weight_checks import check_room, check_whole, loading
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -210,6 +211,41 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 tokens; if weights are missing.
         """
         return compose_from_vlm(cls, vlm, processor, **config_kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """As of every model of transformers, except that weights which do not fit are an error that names them.
+
+        Args:
+            pretrained_model_name_or_path: Hub name or folder of a checkpoint.
+            output_loading_info: Raise no error about weights, and return (model, report of those that do not fit).
+            ignore_mismatched_sizes: Leave weights that have another shape in the checkpoint at random.
+            args, kwargs: As for the parent.
+
+        Raises:
+            ValueError: If weights are missing, left over, of another shape or not finite, or files are damaged.
+        """
+        kwargs |= {"output_loading_info": True}
+        kwargs["ignore_mismatched_sizes"] = ignore_mismatched_sizes or not output_loading_info
+        name = str(pretrained_model_name_or_path)
+        with loading("model", name):
+            model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if output_loading_info:
+            return model, report
+        check_whole(name, model, report, ignore_mismatched_sizes)
+        return model
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args):
+        """What transformers calls before it makes room for the weights that a checkpoint lacks."""
+        check_room(self, missing_keys - self.all_tied_weights_keys.keys())
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args)
 
     def _make_image_vectors(self) -> ImageVectors | None:
         if self.config.embedding_pooling != "multi_vector":

@@ -16,7 +16,7 @@ def load_checkpoint(name: str | Path, device: str | torch.device | None = None) 
 
     Raises:
         FileNotFoundError: If it is neither.
-        ValueError: If it is a checkpoint of another kind of model.
+        ValueError: If it is a checkpoint of another kind of model, or a damaged one.
     """
     load_config(name)
     name = str(name)
@@ -29,16 +29,13 @@ def load_checkpoint(name: str | Path, device: str | torch.device | None = None) 
 
 def load_config(name: str | Path) -> MMGEMConfig:
     """Loads the configuration of a checkpoint; arguments and errors are those of `load_checkpoint`."""
-    name = str(name)
     try:
-        config, _ = MMGEMConfig.get_config_dict(name)
+        return MMGEMConfig.from_pretrained(name)
     except OSError as error:
+        name, file = str(name), Path(name, "config.json")
+        if file.is_file():
+            raise ValueError(f"`model` is {name!r}, where {error} Expected an undamaged checkpoint.") from error
         raise FileNotFoundError(
             f"`model` is {name!r}, neither a folder with a config.json nor a model on the Hub that can be reached; "
             "expected one of them."
         ) from error
-    if config.get("model_type") != MMGEMConfig.model_type:
-        raise ValueError(
-            f"`model` is {name!r}, of type {config.get('model_type')!r}; expected {MMGEMConfig.model_type!r}."
-        )
-    return MMGEMConfig.from_pretrained(name)

@@ -1,6 +1,7 @@
 """Configuration of MM-GEM: one vision tower, one causal language model, three small projections."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+DEPTHS, MAX_DEPTH = re.compile("layers|depth|blocks|experts"), 10_000  # parts of a model that are made one by one
 GridLayout = Literal["tokens", "channels_first", "channels_last"]
 
 
@@ -154,6 +156,8 @@ class MMGEMConfig(PreTrainedConfig):
             getattr(self.text_config, "tie_word_embeddings", False)
         )
         self._check_ranges()
+        for part in (self.vision_config, self.text_config):
+            _check_depth(part.to_dict(), type(part).__name__)
 
     @property
     def is_multi_vector(self) -> bool:
@@ -170,6 +174,42 @@ class MMGEMConfig(PreTrainedConfig):
         """The kinds of `EMBEDDING_METHODS` that the model embeds: once calibrated, what it is calibrated for."""
         kinds = list(EMBEDDING_METHODS)
         return kinds if self.calibrated_modalities is None else [k for k in kinds if k in self.calibrated_modalities]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As of every configuration.
+
+        Raises:
+            ValueError: If a value is of a wrong type or out of its range.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"`config` cannot be read ({reason}); expected that of a checkpoint.") from error
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """As of every configuration, except that a folder of something else does not give the default one.
+
+        Raises:
+            FileNotFoundError: If there is no config.json.
+            ValueError: If it is no mapping, or that of another kind of model.
+        """
+        name = str(pretrained_model_name_or_path)
+        try:
+            content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError):  # it looks into what it read
+            content = None
+        if content == {}:
+            raise FileNotFoundError(f"`model` is {name!r}, without a config.json; expected a checkpoint.")
+        if not isinstance(content, dict):
+            raise ValueError(f"`model` is {name!r}, whose config.json is no mapping; expected a configuration.")
+        if content.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"`model` is {name!r}, of type {content.get('model_type')!r}; expected {cls.model_type!r}."
+            )
+        return content, unused
 
     def to_dict(self) -> dict:
         """As saved: of a VLM's configuration the parts are not repeated."""
@@ -233,6 +273,16 @@ class MMGEMConfig(PreTrainedConfig):
                 f"`num_embedding_tokens` {self.num_embedding_tokens}: the last state of the prompt is the embedding. "
                 "Expected 'last' and 1."
             )
+
+
+def _check_depth(config: dict, where: str):
+    """No model is built of parts without end."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(value, f"{where}.{name}")
+        counts = value if isinstance(value, list | tuple) else [value]
+        if DEPTHS.search(str(name)) and any(isinstance(count, int) and count > MAX_DEPTH for count in counts):
+            raise ValueError(f"`{name}` of {where} is {value!r:.80}; expected at most {MAX_DEPTH}.")
 
 
 MMGEMConfig.register_for_auto_class()

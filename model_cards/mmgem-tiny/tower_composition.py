@@ -3,7 +3,6 @@
 import copy
 import importlib
 import inspect
-import re
 from dataclasses import asdict
 
 import torch
@@ -20,6 +19,7 @@ from transformers import (
 
 from .language_model_probe import check_text_config, probe_language_model
 from .patch_grid import blank_image, find_grid, patch_grid
+from .weight_checks import check_weights, loading
 
 # The library's default of 20 tokens counts the prompt, which an image alone fills.
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -110,7 +110,8 @@ def _vision_encoder(vision: str | PreTrainedModel, **options) -> PreTrainedModel
         return _encoder_inside(merged(vision, "vision"))[1]
     config = AutoConfig.from_pretrained(vision)
     model_class = AutoModel if type(config) in MODEL_MAPPING else _class_by_name(config)
-    whole, report = model_class.from_pretrained(vision, output_loading_info=True, **options)
+    with loading("vision", vision):
+        whole, report = model_class.from_pretrained(vision, output_loading_info=True, **options)
     prefix, encoder = _encoder_inside(merged(whole, "vision"))
     missing = [name.removeprefix(prefix) for name in report["missing_keys"] if name.startswith(prefix)]
     check_weights("vision", vision, whole, report, _used_by_grid(encoder, missing) if missing else [])
@@ -139,7 +140,8 @@ def _language_model(text: str | PreTrainedModel, **options) -> PreTrainedModel:
     else:
         if "gguf_file" not in options:  # which holds nothing else, and takes long to read
             _check_language_model(AutoConfig.from_pretrained(text))
-        model, report = AutoModelForCausalLM.from_pretrained(text, output_loading_info=True, **options)
+        with loading("text", text):
+            model, report = AutoModelForCausalLM.from_pretrained(text, output_loading_info=True, **options)
         check_weights("text", text, model, report, report["missing_keys"])
         text = merged(model, "text")
     return text
@@ -177,25 +179,6 @@ def merged(model: PreTrainedModel, argument: str) -> PreTrainedModel:
                 f"`{argument}` is quantized, `{name}` is {parameter.dtype}; expected weights of floating point."
             )
     return model
-
-
-def check_weights(argument: str, name: str, model: PreTrainedModel, report: dict, missing: list[str]):
-    """Refuses a checkpoint that lacks weights, has them in another shape, or has those of further layers."""
-    # Weights of other parts, such as the text half of CLIP or a classifier, have names like none of the model's.
-    known = {_numberless(key) for key in model.state_dict()}
-    left_over = [key for key in report["unexpected_keys"] if _numberless(key) in known]
-    mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
-    for kind, keys in (("lacks", missing), ("has, in another shape,", mismatched), ("has beyond it", left_over)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(
-                f"`{argument}` is {name!r}, which {kind} the weights {', '.join(sorted(keys)[:3])}{more} of a "
-                f"`{model.config.model_type}`; expected a complete checkpoint."
-            )
-
-
-def _numberless(key: str) -> str:
-    return re.sub(r"\d+", "*", key)
 
 
 def _used_by_grid(vision: PreTrainedModel, names: list[str]) -> list[str]:

@@ -25,7 +25,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .language_model_probe import agree, probe_language_model
 from .patch_grid import find_grid
 from .text_rows import first_token_id
-from .tower_composition import DEFAULT_MAX_NEW_TOKENS, check_weights, merged
+from .tower_composition import DEFAULT_MAX_NEW_TOKENS, merged
+from .weight_checks import check_weights, loading
 
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_attn", re.IGNORECASE)
 
@@ -159,7 +160,8 @@ def compose_from_vlm(
     if isinstance(vlm, str):
         processor = vlm if processor is None else processor
         check_vlm_config(AutoConfig.from_pretrained(vlm))
-        name, (vlm, report) = vlm, AutoModelForImageTextToText.from_pretrained(vlm, output_loading_info=True)
+        with loading("vlm", vlm):
+            name, (vlm, report) = vlm, AutoModelForImageTextToText.from_pretrained(vlm, output_loading_info=True)
         check_weights("vlm", name, vlm, report, report["missing_keys"])
     vlm = merged(vlm, "vlm")
     check_vlm_config(vlm.config)

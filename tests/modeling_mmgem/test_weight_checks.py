@@ -1,0 +1,207 @@
+"""A checkpoint whose weights or configuration are damaged is refused, by whatever loads it, and never filled up."""
+
+import json
+import re
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import build_model
+from transformers import AutoModel, pipeline
+
+from mmgem import MMGEMConfig, MMGEMModel  # from the package itself, which registers them
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    build_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def change_weights(folder, **changes):
+    weights = load_file(folder / WEIGHTS) | changes
+    save_file({k: v for k, v in weights.items() if v is not None}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_config(folder, path, value):
+    config = json.loads((folder / "config.json").read_text())
+    *parents, name = path.split(".")
+    place = config
+    for parent in parents:
+        place = place[parent]
+    place[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_projection.weight": None}, "lacks the weights text_projection.weight of a `mmgem`; expected"),
+        ({"embedding_tokens": None, "logit_scale": None}, "lacks the weights embedding_tokens, logit_scale of"),
+        (
+            {"language_model.model.embed_tokens.weight": None},
+            "lacks the weights language_model.lm_head.weight, language_model.model.embed_tokens.weight of",
+        ),
+        ({"further.weight": torch.zeros(2)}, "has beyond it the weights further.weight of"),
+        ({"logit_scale": torch.zeros(2)}, "has, in another shape, the weights logit_scale of"),
+        ({"logit_scale": torch.tensor([torch.nan])}, "has, not finite, the weights logit_scale of"),
+        ({"logit_scale": torch.tensor([-torch.inf])}, "has, not finite, the weights logit_scale of"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, changes, message):
+    change_weights(folder, **changes)
+    for model_class in (MMGEMModel, AutoModel):
+        with pytest.raises(ValueError, match=re.escape(f"`model` is {str(folder)!r}, which {message}")):
+            model_class.from_pretrained(folder, trust_remote_code=False)
+
+
+def test_a_pipeline_does_not_fill_up_weights_either(folder, tiny_processor):
+    tiny_processor.save_pretrained(folder)
+    change_weights(folder, embedding_tokens=None)
+    with pytest.raises(ValueError, match="lacks the weights embedding_tokens"):
+        pipeline("image-feature-extraction", model=str(folder), trust_remote_code=False)
+
+
+def test_many_missing_weights_are_counted(folder):
+    names = [name for name in load_file(folder / WEIGHTS) if name.startswith("vision_tower.encoder.layers.1")]
+    change_weights(folder, **dict.fromkeys(names))
+    with pytest.raises(ValueError, match=rf"vision_tower\.encoder\.layers\.1\S+ and {len(names) - 3} more of a"):
+        MMGEMModel.from_pretrained(folder)
+
+
+def test_the_report_can_be_asked_for_instead(folder):
+    change_weights(folder, embedding_tokens=None)
+    model, report = MMGEMModel.from_pretrained(folder, output_loading_info=True)
+    assert report["missing_keys"] == {"embedding_tokens"}
+    assert model.embedding_tokens.isfinite().all()
+
+
+def test_another_shape_can_be_asked_for(folder):
+    loaded = MMGEMModel.from_pretrained(folder, projection_dim=8, ignore_mismatched_sizes=True)
+    assert loaded.text_projection.weight.shape == (8, 32)
+    with pytest.raises(ValueError, match="in another shape, the weights image_projection.1.weight, text_projection"):
+        MMGEMModel.from_pretrained(folder, projection_dim=8)
+
+
+def test_tied_weights_may_be_stored_under_either_name_or_both(folder):
+    words = load_file(folder / WEIGHTS)["language_model.model.embed_tokens.weight"]
+    change_weights(folder, **{"language_model.lm_head.weight": words.clone()})
+    assert torch.equal(MMGEMModel.from_pretrained(folder).get_input_embeddings().weight, words)
+    change_weights(folder, **{"language_model.model.embed_tokens.weight": None})
+    assert torch.equal(MMGEMModel.from_pretrained(folder).get_input_embeddings().weight, words)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_types_of_weights_are_whole(folder, dtype):
+    assert MMGEMModel.from_pretrained(folder, dtype=dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 20_000, -1])
+def test_a_file_of_weights_that_is_cut_short(folder, length):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:length])
+    with pytest.raises(ValueError, match=f"`model` is {str(folder)!r}, which cannot be read .*; expected a whole"):
+        MMGEMModel.from_pretrained(folder)
+
+
+def test_no_bit_of_the_header_can_flip_silently(folder, whole):
+    content = (whole / WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    for place in range(0, 8 + length, length // 4):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        (folder / WEIGHTS).write_bytes(damaged)
+        with pytest.raises(ValueError, match="which (cannot be read|lacks the weights)"):
+            MMGEMModel.from_pretrained(folder)
+
+
+def damaged_index(index):
+    first = next(iter(index["weight_map"].values()))
+    kept = {name: file for name, file in index["weight_map"].items() if file != first}
+    yield {**index, "weight_map": kept}, "`config` asks for|lacks the weights"
+    yield {**index, "weight_map": {}}, "cannot be read"
+    yield {**index, "weight_map": list(kept)}, "cannot be read"
+    yield {"metadata": {}}, "cannot be read"
+
+
+def test_the_index_of_shards(tmp_path):
+    build_model().save_pretrained(tmp_path, max_shard_size="50KB")
+    for index, message in damaged_index(json.loads((tmp_path / INDEX).read_text())):
+        (tmp_path / INDEX).write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=message):
+            MMGEMModel.from_pretrained(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(index)[:-3])
+    with pytest.raises(ValueError, match=r"cannot be read \(JSONDecodeError"):
+        MMGEMModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("text_config.num_hidden_layers", 1, "has beyond it the weights language_model.model.layers.1"),
+        ("text_config.num_hidden_layers", 3, "lacks the weights language_model.model.layers.2"),
+        ("text_config.num_hidden_layers", 20, "asks for .* numbers that the checkpoint does not have"),
+        ("vision_config.hidden_size", 0, "cannot be read"),
+        ("vision_config.image_size", 10**6, "asks for 500,000,000,000 numbers"),
+        ("text_config", None, "asks for .* numbers that the checkpoint does not have"),
+        ("text_config.vocab_size", 2**33, "asks for 274,877,906,944 numbers"),
+        ("text_config.hidden_act", "none", "cannot be read"),
+        ("text_config.pad_token_id", 10**9, "cannot be read"),
+        ("projection_dim", 10**9, "asks for 64,000,000,000 numbers .* image_projection.1.weight, text_projection"),
+    ],
+)
+def test_a_configuration_of_another_model_makes_no_room(folder, path, value, message):
+    change_config(folder, path, value)
+    with pytest.raises(ValueError, match=message):
+        MMGEMModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '"text"', "null"])
+def test_a_config_that_is_no_mapping(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        MMGEMConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("text_config.num_hidden_layers", 10**9, "`num_hidden_layers` of LlamaConfig is 1000000000; expected at most"),
+        ("vision_config.num_hidden_layers", 10**8, "`num_hidden_layers` of SiglipVisionConfig is 100000000; expected"),
+        ("text_config.num_hidden_layers", "two", "'num_hidden_layers' expected int, got str"),
+        ("text_config", [], "Field 'text_config' with value"),
+        ("text_config.num_attention_heads", 0, "`config` cannot be read"),
+        ("text_config.model_type", "gpt9", "gpt9"),
+        ("text_config.rms_norm_eps", "x", "'rms_norm_eps' expected float, got str"),
+        ("projection_dim", "16", "'projection_dim' expected int, got str"),
+        ("projection_dim", True, "'projection_dim' expected int, got bool"),
+        ("projection_dim", 0, "`projection_dim` is 0; expected a whole number of at least 1"),
+        ("embedding_pooling", "median", "expected one of .'last', 'mean', 'multi_vector'., got median"),
+        ("vision_grid", {"layout": "tokens"}, "`vision_grid` is {'layout': 'tokens'}"),
+        ("prompts", {"query": 3}, "'prompts'"),
+        ("auto_map", 5, "`config` cannot be read"),
+        ("dtype", "float99", "`config` cannot be read"),
+        ("model_type", "llama", "of type 'llama'; expected 'mmgem'"),
+        ("model_type", None, "of type None; expected 'mmgem'"),
+    ],
+)
+def test_a_configuration_with_impossible_values(folder, path, value, message):
+    change_config(folder, path, value)
+    with pytest.raises(ValueError, match=message):
+        MMGEMConfig.from_pretrained(folder)
+
+
+def test_a_folder_without_config_is_not_the_default_model(folder):
+    (folder / "config.json").unlink()
+    for load in (MMGEMModel.from_pretrained, MMGEMConfig.from_pretrained):
+        with pytest.raises(FileNotFoundError, match="without a config.json"):
+            load(folder)
