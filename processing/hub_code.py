@@ -9,7 +9,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 # What the Auto classes, the pipelines and sentence-transformers name; for each folder.
 ENTRIES = {
     "mmgem": ("configuration_mmgem.py", "modeling_mmgem.py", "pipeline_mmgem.py"),
-    "mmgem.processing": ("processing_mmgem.py", "sentence_transformers_mmgem.py"),
+    "mmgem.processing": ("processing_mmgem.py",),
 }
 
 

@@ -4,7 +4,11 @@ import os
 import re
 
 import numpy as np
-from sentence_transformers.base.modality import infer_modality, is_message_dict
+
+try:  # the processor, with which this file travels, loads without sentence-transformers
+    from sentence_transformers.base.modality import infer_modality, is_message_dict
+except ImportError:
+    raise
 
 
 def read_input(item, prompt: str, processor, modalities: list) -> tuple[object, list[np.ndarray] | None]:

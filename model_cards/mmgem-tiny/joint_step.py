@@ -8,7 +8,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .contrastive import ContrastiveObjective
-from .contrastive_batch import DOCUMENT, IMAGE, REGION, ContrastiveBatch, ids_of_regions, ids_of_rows
+from .contrastive_batch import (
+    DOCUMENT,
+    IMAGE,
+    REGION,
+    ContrastiveBatch,
+    gather_sizes,
+    ids_of_regions,
+    ids_of_rows,
+)
 from .input_checks import is_box
 from .packing import PackedLayout
 from .patch_grid import blank_image
@@ -71,10 +79,15 @@ class JointStep:
         texts = embedded_sequences(rows, image_length, k, self.config)
         recalled = recalled_sequences(rows, k, self.config)
         # All words in one lookup: the gradient of each is as large as the vocabulary.
-        parts = captions, texts, recalled
-        caption_embeds, text_embeds, recalled_embeds = self.get_input_embeddings()(
-            torch.cat([part.token_ids for part in parts])
-        ).split([len(part.token_ids) for part in parts])  # (N_c, H), (N_t, H), (N_m, H)
+        parts, embeddings = (captions, texts, recalled), self.get_input_embeddings()
+        if hasattr(embeddings, "neftune_noise_alpha"):
+            raise ValueError(
+                f"`neftune_noise_alpha` is {embeddings.neftune_noise_alpha}, but its noise depends on the length of a "
+                "text, and a joint step packs many; expected None."
+            )
+        caption_embeds, text_embeds, recalled_embeds = embeddings(torch.cat([part.token_ids for part in parts])).split(
+            [len(part.token_ids) for part in parts]
+        )  # (N_c, H), (N_t, H), (N_m, H)
         is_described = rows.is_generated & ~rows.is_recalled & (rows.image_index >= 0)  # (T,)
         described = self._described_tokens(rows, is_described, image_tokens, box_tokens)  # (., n, C)
         fused_index = rows.fused_index[rows.is_embedded]  # (S_t, F)
@@ -133,11 +146,14 @@ class JointStep:
             logit_scale=self._temperature(),
             logit_bias=None if self.logit_bias is None else self.logit_bias.squeeze(),
         )
-        contrastive = None if return_contrastive_batch else ContrastiveObjective()(batch)
+        contrastive, loss = None, caption_loss
+        if not return_contrastive_batch:
+            contrastive = ContrastiveObjective()(batch)
+            loss = self._joint_loss(caption_loss, contrastive, labels, rows.labels, num_items_in_batch)
         return self._pair_output(
             image_embeds,
             query_embeds,
-            loss=caption_loss if contrastive is None else caption_loss + contrastive,
+            loss=loss,
             caption_loss=caption_loss,
             contrastive_loss=contrastive,
             contrastive_batch=batch,
@@ -249,6 +265,28 @@ class JointStep:
             num_items_in_batch = len(labels)
         # Nothing may be written in any process: then the loss is 0, whatever it is divided by.
         return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+
+    @staticmethod
+    def _joint_loss(
+        caption_loss: torch.Tensor,
+        contrastive_loss: torch.Tensor,
+        labels: torch.Tensor,
+        labels_of_batch: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """The sum of both; where transformers' Trainer says how many tokens an optimizer step has, the share of them.
+
+        It adds up the losses of all processes and accumulation steps, so that the weight of the contrastive loss in
+        each is that of its tokens. It counts neither the first token of a text nor the end token: both are made up
+        for, and the shares of a step are parts of 1.
+        """
+        if num_items_in_batch is None or not num_items_in_batch:
+            return caption_loss + contrastive_loss
+        written = int((labels[1:] != IGNORED_LABEL).sum())
+        counted = int((labels_of_batch[:, 1:] != IGNORED_LABEL).sum())
+        all_written, all_counted = (sum(gather_sizes(size, labels.device)) for size in (written, counted))
+        scale = all_counted / max(1, all_written)
+        return scale * (caption_loss + contrastive_loss * written / num_items_in_batch)
 
     def _cross_entropy(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(M, H) states and (M,) labels -> sum of the losses."""

@@ -10,15 +10,16 @@ Multimodal Generative Embedding Model, https://arxiv.org/abs/2405.19333.
 import math
 from dataclasses import asdict, dataclass
 from inspect import signature
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoProcessor, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import PROCESSOR_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple
 
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids
@@ -30,6 +31,7 @@ from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
 from .patch_grid import boxes_on_grid, find_grid, patch_grid
 from .pool_aggregator import PoolAggregator, attention_heads
+from .sentence_transformers_files import write_sentence_transformers_files
 from .text_rows import TEXT_COLUMNS, TextRows, documents_text_columns, first_token_id, is_first_token
 from .tower_composition import DEFAULT_MAX_NEW_TOKENS, build_vision_tower, compose_towers
 from .vision_language_model import VisionLanguageModel, build_vlm, compose_from_vlm, read_prompt, without_layers
@@ -732,7 +734,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             return_loss: Compute the joint loss.
             image_ids: (I,) identity of each image, so that copies of one image are never each other's negatives; by
                 default every image is different.
-            num_items_in_batch: Tokens to divide the caption loss by, over all processes and accumulation steps.
+            num_items_in_batch: Tokens to divide the caption loss by, over all processes and accumulation steps. Then
+                `loss` is this batch's share in the mean of the joint losses of a step, as transformers' Trainer, which
+                counts the `labels`, adds it up.
             return_contrastive_batch: Leave the contrastive loss to the caller, who finds its ingredients, of this
                 process and with gradients, in `contrastive_batch`; `loss` is the caption loss then.
             spatial_shapes: (I, 2), see [`get_image_features`].
@@ -923,7 +927,13 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             )
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """As of every model; and what else makes a Hub folder complete: the code with the pipeline, the settings of
+        sentence-transformers, and, unless the folder has one, the processor of where the model was loaded from.
+
+        Raises:
+            ValueError: If the model is calibrated and its configuration does not say so.
+        """
         # The Hub folder carries the pipeline because it is imported here: files are collected by their imports.
         from .pipeline_mmgem import MMGEMImageToTextPipeline  # noqa: F401
 
@@ -932,7 +942,22 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 "`calibrated_modalities` of the configuration is None, but the model has a calibrator, which would be "
                 f"lost; expected {list(self.calibrator.modalities)}."
             )
-        return super().save_pretrained(*args, **kwargs)
+        if is_main_process:  # before the model itself, after which the folder may be pushed
+            write_sentence_transformers_files(Path(save_directory), self.config, self.embedding_dim)
+            self._save_processor(Path(save_directory))
+        return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def _save_processor(self, folder: Path):
+        if not self.name_or_path or (folder / PROCESSOR_NAME).exists():
+            return
+        # Code of the Hub is trusted where this is such code; where the package is installed, it has the processor.
+        is_hub_code = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+        where = {"revision": getattr(self.config, "_commit_hash", None), "trust_remote_code": is_hub_code}
+        try:
+            processor = AutoProcessor.from_pretrained(self.name_or_path, **where)
+        except (OSError, ValueError):  # none there
+            return
+        processor.save_pretrained(folder)
 
 
 def _refuse_text_columns(text_columns: dict):

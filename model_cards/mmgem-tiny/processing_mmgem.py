@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from transformers.tokenization_utils_base import LARGE_INTEGER, AddedToken
 
 from .boxes import boxes_in_view, check_boxes, model_views
 from .image_loading import load_image
+
+if TYPE_CHECKING:
+    # The Hub folder carries the module of sentence-transformers because it stands here: files are collected by their
+    # imports. It is not imported.
+    from .sentence_transformers_mmgem import MMGEMTransformer  # noqa: F401
 
 # A conversation is its contents, one after the other, each answer closed by the end token: no role markers, so that an
 # image alone asks for a caption and an image followed by a question asks for its answer.

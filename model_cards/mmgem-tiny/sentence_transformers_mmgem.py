@@ -2,10 +2,10 @@
 
 `SentenceTransformer` and `MultiVectorEncoder` load the same folder:
 
-    MMGEMTransformer -> NestedVectors -+-> Pooling (the first vector) -> Normalize     SentenceTransformer
-                                       +-> MultiVectorMask -> Normalize                MultiVectorEncoder
+    MMGEMTransformer -> NestedVectors -+-> the first vector                  SentenceTransformer
+                                       +-> MultiVectorMask -> Normalize      MultiVectorEncoder
 
-The folder lists the first way; `MultiVectorEncoder` drops the pooling and what follows, and adds its own modules.
+The folder lists the first two; `MultiVectorEncoder` adds its own modules. Either class loads what the other has saved.
 """
 
 import json
@@ -13,8 +13,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from sentence_transformers.base.modality import infer_modality
-from sentence_transformers.base.modules import Dense, Transformer
+import torch.nn.functional as F
+
+try:  # the processor, with which this file travels, loads without sentence-transformers
+    from sentence_transformers.base.modality import infer_modality
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+except ImportError:
+    raise
 
 from .sentence_transformers_inputs import read_input
 
@@ -145,17 +151,21 @@ class MMGEMTransformer(Transformer):
         return vectors if self.model.config.is_multi_vector else vectors.unsqueeze(1)
 
     def save(self, output_path: str, *args, **kwargs) -> None:
-        """Saves the model with the prompts of the encoder, which have just been written to the same folder."""
+        """Saves the model with the prompts of the encoder, which has just written its settings to the same folder."""
         settings = Path(output_path, "config_sentence_transformers.json")
-        if settings.is_file():
-            config, content = self.model.config, json.loads(settings.read_text(encoding="utf-8"))
+        of_encoder = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        config = self.model.config
+        if "prompts" in of_encoder:
             known = config.prompts or {}
             # Encoders have prompts for queries and documents in any case, if empty ones.
-            config.prompts = {n: text for n, text in content["prompts"].items() if text or n in known} or None
-            if content["model_type"] == "SentenceTransformer" and config.is_multi_vector:
-                # For `MultiVectorEncoder`, which finds one vector's function here and would take the sum for its own.
-                settings.write_text(json.dumps(content | {"similarity_fn_name": "meanmaxsim"}, indent=2) + "\n")
+            config.prompts = {n: text for n, text in of_encoder["prompts"].items() if text or n in known} or None
         super().save(output_path, *args, **kwargs)
+        of_model = json.loads(settings.read_text(encoding="utf-8"))
+        kept = {"model_type": of_model["model_type"]}  # which either class loads
+        if of_encoder.get("model_type") == of_model["model_type"]:
+            # For `MultiVectorEncoder`, which finds one vector's function here and would take the sum for its own.
+            kept["similarity_fn_name"] = of_model["similarity_fn_name"]
+        settings.write_text(json.dumps(of_model | of_encoder | kept, indent=2) + "\n", encoding="utf-8")
 
 
 class NestedVectors(Dense):
@@ -194,13 +204,27 @@ class NestedVectors(Dense):
             features: With both.
             num_vectors: R, by default that of the module, or k.
 
+        Returns:
+            The features, and the first vector as the `sentence_embedding` (B, D), of length 1.
+
         Raises:
             ValueError: If r is not a whole number from 1 to k.
         """
         num_vectors = self.num_vectors if num_vectors is None else num_vectors
         _check_num_vectors(num_vectors, features[self.module_input_name].shape[1])
         cut = {name: features[name][:, :num_vectors] for name in (self.module_input_name, "attention_mask")}
-        return {**features, **cut}
+        first = F.normalize(features[self.module_input_name][:, 0], dim=-1)  # (B, D)
+        return {**features, **cut, "sentence_embedding": first}
+
+    def on_model_ready(self, model) -> None:
+        """Takes out what `MultiVectorEncoder` has added a second time, to a folder that it saved with the first."""
+        kept: dict = {}
+        for name, module in model.named_children():
+            is_addition = isinstance(module, MultiVectorMask | Normalize)
+            kept.setdefault(
+                (type(module), getattr(module, "module_input_name", None)) if is_addition else name, (name, module)
+            )
+        model._modules = dict(kept.values())  # not in place: whoever calls this goes through them
 
     def get_embedding_dimension(self) -> int:
         """Width of the vectors."""

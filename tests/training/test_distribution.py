@@ -8,6 +8,8 @@ import killed_run
 import pytest
 import torch
 import two_processes
+from one_step import rows
+from stock_step import stock_gradient
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torchrun import torchrun, torchrun_command
 
@@ -35,6 +37,16 @@ def test_gradient_is_that_of_one_process(folder, tiny_processor, tmp_path, case)
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
     for rank in (0, 1):
         gradients = torch.load(folder / f"gradients-{rank}.pt")[case]
+        for name, gradient in expected.items():
+            torch.testing.assert_close(
+                gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_gradient_of_the_stock_trainer_is_that_of_one_process(folder, tiny_processor, tmp_path):
+    expected = stock_gradient(tiny_processor, tmp_path, [rows()])
+    for rank in (0, 1):
+        gradients = torch.load(folder / f"gradients-{rank}.pt")["stock"]
         for name, gradient in expected.items():
             torch.testing.assert_close(
                 gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from knowing_model import knowable_rows
 from one_step import gradient_of_one_step, read_processor, rows
+from stock_step import stock_gradient
 from tiny_models import build_model
 from torchrun import leave
 
@@ -107,6 +108,7 @@ if __name__ == "__main__":
     processor = read_processor(str(folder / "tokenizer"))
     gradients = {name: gradient(processor, folder, items, 1, **args) for name, (items, args, _) in cases().items()}
     rank = dist.get_rank()
+    gradients["stock"] = stock_gradient(processor, folder, [rows()[:3], rows()[3:]])
     torch.save(gradients, folder / f"gradients-{rank}.pt")
     (folder / f"evaluation-{rank}.json").write_text(json.dumps(evaluation(processor)))
     (folder / f"locks-{rank}.json").write_text(json.dumps({name: lock(folder / name) for name in ("held", "free")}))

@@ -44,8 +44,9 @@ def gradients(model):
 
 def direct(model, batch, num_items):
     outputs = model(**batch, num_items_in_batch=num_items)
-    outputs.loss.backward()
-    return outputs.loss.detach(), gradients(model)
+    loss = outputs.caption_loss + outputs.contrastive_loss
+    loss.backward()
+    return loss.detach(), gradients(model)
 
 
 def cached(model, batch, num_items, chunk_size):
