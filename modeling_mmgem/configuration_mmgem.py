@@ -211,6 +211,20 @@ class MMGEMConfig(PreTrainedConfig):
             )
         return content, unused
 
+    @property
+    def max_sequence_length(self) -> int | None:
+        """Tokens of the longest sequence, None for any number. Rotary positions whose frequencies change with the
+        longest sequence of a batch (LongRoPE), or of any before (dynamic NTK), end where they begin to change."""
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+            rope_type = parameters.get("rope_type") or ""
+            if rope_type == "longrope":
+                limit = min(limit, parameters["original_max_position_embeddings"])
+            elif "dynamic" in rope_type:
+                limit = min(limit, self.text_config.max_position_embeddings - 1)
+        return limit
+
     def to_dict(self) -> dict:
         """As saved: of a VLM's configuration the parts are not repeated."""
         content = super().to_dict()

@@ -447,7 +447,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             self._checked_reading = how
 
     def _check_length(self, length: int):
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        limit = self.config.max_sequence_length
         if limit is not None and length > limit:
             raise ValueError(
                 f"`input_ids` with its image, [EMB] and end tokens is {length} tokens long; the language model takes "

@@ -190,11 +190,11 @@ MECHANISMS = {
 CONFIGS = BY_POSITION_IDS | BY_BLOCK_MASK | UNPACKED | {name: fields for name, (fields, _) in REFUSED.items()}
 
 
-def build_language_model(name: str) -> PreTrainedModel:
-    """With weights so large that what leaks is seen."""
+def build_language_model(name: str, **fields) -> PreTrainedModel:
+    """With other fields of its config, and weights so large that what leaks is seen."""
     torch.manual_seed(0)
     config_class = type(AutoConfig.for_model(name))
-    model = AutoModelForCausalLM.from_config(config_class(**CONFIGS[name])).eval()
+    model = AutoModelForCausalLM.from_config(config_class(**CONFIGS[name] | fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -1,6 +1,6 @@
 """What a language model must do in an MM-GEM, found out by running it on a few tokens, and not by its name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -11,7 +11,8 @@ from transformers import DynamicCache
 PACKINGS = "position_ids", "block_mask", "none"  # of `MMGEMConfig.sequence_packing`, the fastest first
 CROSS_ATTENTION = "encoder_hidden_states", "cross_attention_states"
 PROBING = "probing"  # in the place of what was checked: the probe runs what would check
-LONGEST_WINDOW = 32  # that the sequences of the probe are longer than
+NARROW_WINDOW = 4  # what windows of attention are made while a model is probed
+LONGEST_WINDOW = 512  # of those that cannot be made narrow, the widest that the sequences of the probe are longer than
 
 
 def check_text_config(config: Any):
@@ -43,13 +44,14 @@ def probe_language_model(model: Any) -> str:
             causal, has further layers in its head, cannot go on from its cache after a padded prompt, or reads a text
             in a batch otherwise than alone.
     """
-    with _at_rest(model):
+    with _at_rest(model), _narrow_windows(model):
         probe = _Probe(model)
         _require(model, "reads vectors in the place of tokens (`inputs_embeds`)", probe.reads_vectors)
         _require(model, "has no cross-attention to an encoder", probe.has_no_cross_attention)
         _require(model, "is causal: no token sees a later one", probe.is_causal)
         _require(model, "writes from its cache, for a batch of padded prompts, what it writes alone", probe.generates)
         _require(model, "scores words by its output embeddings alone", probe.scores_linearly)
+        _require(model, "reads a text in the same way beside the longest one", probe.keeps_positions)
         failed: Exception | None = None
         for packing in PACKINGS:
             try:
@@ -78,7 +80,7 @@ def check_reading(model: Any):
         return
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     config, failed = model.config, None
-    with _at_rest(model):
+    with _at_rest(model), _narrow_windows(model):
         try:
             if _Probe(model).packs(config.sequence_packing, config.text_attention, by_gradient=not is_distributed):
                 return
@@ -93,23 +95,20 @@ def check_reading(model: Any):
 
 
 class _Probe:
-    """Three sequences of tokens, laid out so that one stands behind another, and is longer than a small window."""
+    """Three sequences of vectors, laid out so that one stands behind another, and is longer than a window."""
 
     def __init__(self, model: Any):
         self.model, self.config = model, model.config
         text_config, words = model.config.text_config, model.get_input_embeddings()
-        limit = getattr(text_config, "max_position_embeddings", None) or 10**6
-        spans = [
-            value
-            for name, value in text_config.to_dict().items()
-            if ("window" in name or "chunk" in name) and isinstance(value, int) and 4 < value <= LONGEST_WINDOW
-        ]
-        window = max(1, min(max(spans, default=4), (limit - 5) // 2))
+        limit = model.config.max_sequence_length or 10**6
+        windows = [width for *_, width in _windows(model) if width <= LONGEST_WINDOW]
+        window = max(1, min(max(windows, default=NARROW_WINDOW), (limit - 5) // 2))
         self.lengths = 2 * window + 5, window + 3, window + 1
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(text_config.vocab_size, (sum(self.lengths),), generator=generator)
         with torch.no_grad():
-            self.embeds = words(ids.to(words.weight.device))  # (N, H)
+            embeds = words(ids.to(words.weight.device))  # (N, H)
+            self.embeds = 0.7 * (embeds + embeds.roll(1, 0))  # (N, H), as large as words but no words
         self.other = self.embeds.flip(0)  # (N, H)
         self.weights = torch.randn(self.embeds.shape, generator=generator).to(self.embeds)  # (N, H)
 
@@ -117,6 +116,20 @@ class _Probe:
         with torch.no_grad():
             states = self._run(self.embeds)  # (N, H)
         return states.shape == self.embeds.shape and bool(states.isfinite().all())
+
+    @torch.no_grad()
+    def keeps_positions(self) -> bool:
+        """Frequencies of rotary positions that follow the length of the longest sequence would change the others."""
+        limit, decoder = self.config.max_sequence_length, self.model.get_decoder()
+        if limit is None or "position_ids" not in signature(decoder.forward).parameters:
+            return True
+        first = torch.arange(min(limit, 3), device=self.embeds.device)  # (3,)
+        embeds = self.embeds[None, : len(first)].expand(2, -1, -1)  # (2, 3, H)
+        states = [
+            decoder(inputs_embeds=embeds.clone(), position_ids=torch.stack([first, other]), use_cache=False)
+            for other in (first, first + limit - len(first))
+        ]
+        return agree(states[1].last_hidden_state[0], states[0].last_hidden_state[0])
 
     def has_no_cross_attention(self) -> bool:
         decoder = self.model.get_decoder()
@@ -136,6 +149,10 @@ class _Probe:
 
     def is_causal(self) -> bool:
         half = self.lengths[0] // 2
+        with torch.no_grad():  # a choice of tokens has no gradient
+            changed = self._run(torch.cat([self.embeds[:half], self.other[half:]]))  # (N, H)
+            if not agree(changed[:half], self._run(self.embeds)[:half]):
+                return False
         gradient = self._gradient(self._run, slice(0, half))  # (N, H)
         return bool(gradient[:half].any()) and not gradient[half:].any()
 
@@ -232,6 +249,48 @@ def agree(found: torch.Tensor, expected: torch.Tensor, tolerance: float | None =
     tolerance = torch.finfo(expected.dtype).eps ** 0.5 if tolerance is None else tolerance
     found, expected = found.float(), expected.float()
     return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _windows(model: Any) -> list[tuple[dict, str, int]]:
+    """The widths of windows and chunks of attention that a language model holds: in which object, and by which name.
+
+    Masks are made from its configurations; its modules hand them to kernels.
+    """
+    modules = list(model.get_decoder().modules())
+    configs = [model.config.text_config, *(module.config for module in modules if hasattr(module, "config"))]
+    holders = {id(holder): vars(holder) for holder in (*modules, *configs)}
+    return [
+        (holder, name, value)
+        for holder in holders.values()
+        for name, value in holder.items()
+        if ("window" in name or "attention_chunk" in name) and type(value) is int and value >= NARROW_WINDOW
+    ]
+
+
+@contextmanager
+def _narrow_windows(model: Any) -> Iterator[None]:
+    """Within, windows of attention are narrow, so that short sequences are longer than any of them. Those of real
+    models are of thousands of tokens. Where that has no effect, the windows stay as they are."""
+    windows, probe = _windows(model), _Probe(model)
+    short = probe.embeds[: 3 * NARROW_WINDOW]  # (L, H)
+
+    def restore():
+        for holder, name, width in windows:
+            holder[name] = width
+
+    try:
+        with torch.no_grad():
+            before = probe._run(short)  # (L, H)
+            for holder, name, _ in windows:
+                holder[name] = NARROW_WINDOW
+            if agree(probe._run(short), before):
+                restore()
+    except Exception:  # of a model that we know nothing about, and that the probe will name
+        restore()
+    try:
+        yield
+    finally:
+        restore()
 
 
 @contextmanager

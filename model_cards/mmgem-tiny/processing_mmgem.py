@@ -159,8 +159,7 @@ class MMGEMProcessor(ProcessorMixin):
             config = AutoConfig.from_pretrained(text, **gguf).get_text_config()
             text = AutoTokenizer.from_pretrained(text, **gguf)
             # Many tokenizers know no limit, or not that of their model.
-            limit = getattr(config, "max_position_embeddings", None) or LARGE_INTEGER
-            text.model_max_length = min(text.model_max_length, limit)
+            text.model_max_length = min(text.model_max_length, _limit_of(config))
         text.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
         _prepare_tokenizer(text, num_visual_tokens, num_embedding_tokens)
         chat_template = text.chat_template
@@ -189,7 +188,7 @@ class MMGEMProcessor(ProcessorMixin):
         limit = LARGE_INTEGER
         if isinstance(vlm, (str, os.PathLike)):
             config, vlm = AutoConfig.from_pretrained(vlm).get_text_config(), AutoProcessor.from_pretrained(vlm)
-            limit = getattr(config, "max_position_embeddings", None) or LARGE_INTEGER
+            limit = _limit_of(config)
         image_processor, tokenizer = copy.deepcopy(vlm.image_processor), copy.deepcopy(vlm.tokenizer)
         for name, value in WHOLE_IMAGE.items():
             if hasattr(image_processor, name):
@@ -525,6 +524,15 @@ def _whole_images(pixel_values, num_images: int):
             "images; expected (3, H, W) of each, whole."
         )
     return pixel_values
+
+
+def _limit_of(text_config) -> int:
+    """Tokens that a language model takes, as `MMGEMConfig.max_sequence_length` has it."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    limits = [getattr(text_config, "max_position_embeddings", None) or LARGE_INTEGER]
+    if rope.get("rope_type") == "longrope":  # whose positions change for all texts of a batch with a longer one
+        limits.append(rope["original_max_position_embeddings"])
+    return min(limits)
 
 
 def _prepare_tokenizer(tokenizer, num_visual_tokens: int, num_embedding_tokens: int):

@@ -68,8 +68,8 @@ def compose_towers(
     except RuntimeError as error:
         raise ValueError(
             f"`text` is a `{text.config.model_type}` model, whose configuration does not follow when its vocabulary "
-            f"grows to {len(text.get_input_embeddings().weight)} tokens, one of them `<image>`; expected a language "
-            "model that can be resized."
+            f"grows to {len(text.get_input_embeddings().weight)} tokens, one of them `<image>` "
+            f"({' '.join(str(error).split())[:200]}); expected a language model that can be resized."
         ) from error
     model.to(text.dtype if dtype is None else dtype)
     model.generation_config = text.generation_config

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from families import every
-from language_models import MECHANISMS, PACKING, REFUSED, build_language_model
+from language_models import LLAMA, MECHANISMS, PACKING, REFUSED, build_language_model
 from tiny_models import IMAGE_SIZE, build_towers
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, T5Config, T5ForConditionalGeneration
 
-from mmgem.language_model_probe import probe_language_model
+from mmgem.language_model_probe import _narrow_windows, _Probe, probe_language_model
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.text_rows import IGNORED_LABEL
 
@@ -163,6 +163,61 @@ def test_the_answer_does_not_depend_on_the_dtype(name, dtype):
     vision = build_towers()[0].to(dtype)
     model = MMGEMModel.from_towers(vision, build_language_model(name).to(dtype), num_visual_tokens=4)
     assert model.config.sequence_packing == PACKING[name]
+
+
+ROPE = {"rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "limit"),
+    [
+        ("phi3", {"rope_parameters": ROPE | {"rope_type": "longrope"}, "original_max_position_embeddings": 40}, 40),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}}, 255),
+    ],
+)
+@torch.no_grad()
+def test_positions_that_follow_the_longest_text_end_where_they_begin_to(name, fields, limit, monkeypatch):
+    text = build_language_model(name, **fields)
+    model = MMGEMModel.from_towers(build_towers()[0], text, projection_dim=16, num_visual_tokens=4)
+    alone = model.get_text_features(torch.tensor([TEXTS[0]])).pooler_output
+    longest = [list(range(2, 2 + limit - 1)), TEXTS[0]]  # and [EMB]
+    assert close(model.get_text_features(**padded(longest, "right")).pooler_output[1:], alone)
+    model.language_model(inputs_embeds=torch.zeros(1, 256, 32))  # what is written may be longer
+    assert close(model.get_text_features(**padded(longest, "left")).pooler_output[1:], alone)
+    with pytest.raises(ValueError, match=f"takes at most {limit}"):
+        model.get_text_features(torch.zeros(1, limit, dtype=torch.long))
+    if name == "phi3":
+        monkeypatch.setattr(type(model.config), "max_sequence_length", 256)
+        with pytest.raises(ValueError, match="expected a language model that reads a text in the same way beside"):
+            MMGEMModel.from_towers(build_towers()[0], text, num_visual_tokens=4)
+
+
+def test_windows_of_real_models_are_narrow_while_they_are_probed():
+    text = build_language_model("mistral", sliding_window=128)
+    forward = type(text.model).forward
+
+    def leaks_beyond_its_window(self, inputs_embeds=None, position_ids=None, **kwargs):
+        if inputs_embeds.shape[1] > self.config.sliding_window and kwargs.get("attention_mask") is None:
+            position_ids = None
+        return forward(self, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs)
+
+    sizes = {"projection_dim": 16, "num_visual_tokens": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(text.model), "forward", leaks_beyond_its_window)
+        model = MMGEMModel.from_towers(build_towers()[0], text, **sizes)
+    assert model.config.sequence_packing == "block_mask"
+    assert model.config.text_config.sliding_window == model.get_decoder().config.sliding_window == 128
+    model = MMGEMModel.from_towers(build_towers()[0], build_language_model("gpt_neo", window_size=40), **sizes)
+    with _narrow_windows(model):  # which it has as a table
+        assert min(_Probe(model).lengths) > 40
+
+
+def test_vectors_that_are_no_words_are_read():
+    """Gemma 4 looks up further embeddings by the words that its vectors are, or raises an error."""
+    fields = LLAMA | {"head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300}
+    text = AutoModelForCausalLM.from_config(Gemma4TextConfig(**fields, sliding_window=4))
+    with pytest.raises(ValueError, match="`text` is a `gemma4_text` model .* reads vectors in the place of tokens"):
+        MMGEMModel.from_towers(build_towers()[0], text, num_visual_tokens=4)
 
 
 def test_the_probe_leaves_random_numbers_modes_and_configuration_alone():

@@ -150,7 +150,7 @@ def _fresh_model(recipe: Recipe, rows: Mixture | None) -> tuple[MMGEMModel, MMGE
 
 def _leave_room(tokenizer, config: MMGEMConfig) -> None:
     """Truncate texts so that an image and the [EMB] vectors fit beside them, as `MMGEMProcessor.from_towers` does."""
-    limit = getattr(config.text_config, "max_position_embeddings", None)
+    limit = config.max_sequence_length
     if limit is not None:
         room = limit - config.num_visual_tokens - config.num_embedding_tokens
         tokenizer.model_max_length = min(tokenizer.model_max_length, room)
