@@ -252,6 +252,12 @@ class MMGEMConfig(PreTrainedConfig):
                 f"`image_token_id` is {self.image_token_id}; expected one of the {vocabulary_size} tokens of the "
                 "language model."
             )
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        if isinstance(limit, int) and self.num_visual_tokens + self.num_embedding_tokens >= limit:
+            raise ValueError(
+                f"`num_visual_tokens` is {self.num_visual_tokens} beside {self.num_embedding_tokens} "
+                f"`num_embedding_tokens`; expected room for a text in the {limit} tokens of the language model."
+            )
         if not self.logit_scale_init_value <= math.log(100):
             raise ValueError(
                 f"`logit_scale_init_value` is {self.logit_scale_init_value}; expected at most ln 100 = 4.6052."

@@ -1,6 +1,7 @@
 """The processor: images, texts and boxes in, tensors out."""
 
 import copy
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -44,6 +45,8 @@ CHAT_TEMPLATE = (
 VLM_FOLDER = "vlm_processor"  # in the folder of the processor, where the model began as a VLM
 # What image processors of VLMs cut an image into several by, and what keeps it in one piece.
 WHOLE_IMAGE = {"do_image_splitting": False, "crop_to_patches": False, "do_pan_and_scan": False}
+# Arguments of a call that tokenizers keep, save, and take for their defaults when they are loaded.
+CALL_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # to load from
 
 
@@ -61,6 +64,8 @@ TEXT_CONTENTS = (
     "{%- endfor -%}"
     "{%- set messages = flat.messages -%}"
 )
+
+logger = logging.getLogger(__name__)
 
 
 class MMGEMImagesKwargs(ImagesKwargs, total=False):
@@ -80,6 +85,9 @@ class MMGEMProcessor(ProcessorMixin):
 
     In a text, `<image>` stands for an image, or for one box of it, and becomes as many image tokens as the language
     model gets visual tokens. The prompt of a caption is `"<image>"`, that of an answer `"<image>"` and the question.
+
+    `tokenizer.model_max_length` says how long a text may be, beside one image, and is saved. Longer ones are cut; the
+    first is logged, and `cut_texts` counts them. What a call says otherwise holds for this call.
 
     Args:
         image_processor: The vision tower's, for `(B, 3, H, W)` pixel values.
@@ -116,6 +124,8 @@ class MMGEMProcessor(ProcessorMixin):
             raise ValueError("`tokenizer` has no `pad_token`; expected one, which may be the same as `eos_token`.")
         # Causal language models know no token types, but it is the default of a tokenizer to produce them.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        _forget_calls(tokenizer)
+        self.cut_texts = 0
         self.num_visual_tokens = num_visual_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -221,9 +231,11 @@ class MMGEMProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As of every processor, with the VLM's own in a folder of its own, where there is one."""
+        _forget_calls(self.tokenizer)
         if self.vlm_processor is None:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         saved = super().save_pretrained(save_directory)
+        _forget_calls(self.vlm_processor.tokenizer)
         self.vlm_processor.save_pretrained(Path(save_directory, VLM_FOLDER))
         if push_to_hub:  # only now, when all is there
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
@@ -348,7 +360,21 @@ class MMGEMProcessor(ProcessorMixin):
     @property
     def text_defaults(self) -> dict:
         """Defaults for the tokenizer: rows padded to the longest, cut to what the model takes where that is known."""
-        return {"padding": True, "truncation": self.tokenizer.model_max_length < LARGE_INTEGER}
+        return {"padding": True, "truncation": self.text_limit < LARGE_INTEGER}
+
+    @property
+    def text_limit(self) -> int:
+        """How many tokens a text may have, beside one image: `model_max_length` of the tokenizer.
+
+        Raises:
+            ValueError: If that is no whole number of at least 1, nor None.
+        """
+        limit = self.tokenizer.model_max_length
+        if limit is None:
+            return LARGE_INTEGER
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 1 or limit != int(limit):
+            raise ValueError(f"`model_max_length` is {limit!r}; expected a whole number of at least 1.")
+        return int(limit)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -388,8 +414,9 @@ class MMGEMProcessor(ProcessorMixin):
             return self._vlm_inputs(images, text, **kwargs)
         if text is not None:
             given = {**kwargs, **kwargs.get("text_kwargs", {})}
-            kwargs |= {name: value for name, value in self.text_defaults.items() if name not in given}
-        limit = self.tokenizer.model_max_length
+            defaults = self.text_defaults | ({"truncation": True} if _has_max_length(kwargs) else {})
+            kwargs |= {name: value for name, value in defaults.items() if name not in given}
+        limit = self.text_limit
         if images is not None and text is not None and limit < LARGE_INTEGER and not _has_max_length(kwargs):
             # The limit is that of a text after an image, and here the image tokens are part of the text.
             texts = [text] if isinstance(text, str) else text
@@ -498,6 +525,26 @@ class MMGEMProcessor(ProcessorMixin):
             images_replacements = [unit] * units
         return super().get_text_with_replacements(text, images_replacements, *others)
 
+    def _check_special_mm_tokens(self, text, text_inputs, modalities):
+        super()._check_special_mm_tokens(text, text_inputs, modalities)
+        self.note_cut_texts(text_inputs)
+
+    def note_cut_texts(self, text_inputs):
+        """Counts the texts of a batch that were cut in `cut_texts`, and logs the first.
+
+        Args:
+            text_inputs: What the tokenizer returned for them.
+        """
+        cut = [encoding for encoding in text_inputs.encodings or [] if encoding.overflowing]
+        if cut and not self.cut_texts:
+            logger.warning(
+                "A text was cut to %d tokens. Further ones are counted in `cut_texts` of the processor; "
+                "`model_max_length` of its tokenizer, now %d, says how long a text may be.",
+                sum(cut[0].attention_mask),
+                self.tokenizer.model_max_length,
+            )
+        self.cut_texts += len(cut)
+
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Image tokens of images of these sizes, which do not matter here."""
         count = len(image_sizes or [])
@@ -547,7 +594,18 @@ def _prepare_tokenizer(tokenizer, num_visual_tokens: int, num_embedding_tokens: 
         tokenizer.model_max_length = room
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only what is in `init_kwargs` is saved
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+
+def _forget_calls(tokenizer):
+    """Of how it was called the tokenizer is to save nothing, and which side it pads and cuts in any case."""
+    for name in CALL_SETTINGS:
+        tokenizer.init_kwargs.pop(name, None)
+    for name in ("padding_side", "truncation_side"):
+        tokenizer.init_kwargs[name] = getattr(tokenizer, name)
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
 
 
 def _has_max_length(kwargs: dict) -> bool:

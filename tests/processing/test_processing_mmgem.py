@@ -11,6 +11,7 @@ from tiny_models import build_towers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoProcessor,
+    AutoTokenizer,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
     ConvNextImageProcessorPil,
@@ -20,6 +21,7 @@ from transformers import (
     SiglipImageProcessorPil,
     ViTImageProcessorPil,
 )
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
@@ -114,6 +116,73 @@ def test_image_tokens_are_never_cut(image):
     processor = build_processor(model_max_length=8)
     with pytest.raises(ValueError, match="max_length"):
         processor(images=[image, image], text="<image> a <image>", return_tensors="pt")
+
+
+CALLS = [
+    {"max_length": 2},
+    {"max_length": 2, "truncation": True, "stride": 1},
+    {"truncation": False},
+    {"padding": "max_length", "max_length": 9},
+    {"padding": False, "return_tensors": None},
+    {"pad_to_multiple_of": 3},
+    {"padding_side": "right"},
+    {"text_kwargs": {"max_length": 2, "padding_side": "right"}},
+]
+
+
+@pytest.mark.parametrize("kwargs", CALLS)
+@pytest.mark.parametrize("limit", [LARGE_INTEGER, 8])
+def test_no_call_changes_what_comes_after_it_or_what_is_saved(kwargs, limit, tmp_path):
+    texts = ["a " * 50, "a"]
+    processor = build_processor(model_max_length=limit)
+    expected = processor(text=texts, return_tensors="pt").input_ids.tolist()
+    direct = processor.tokenizer(texts)["input_ids"]
+    processor(text=texts, **({"return_tensors": "pt"} | kwargs))
+    assert processor(text=texts, return_tensors="pt").input_ids.tolist() == expected
+    processor(text=texts, **({"return_tensors": "pt"} | kwargs))
+    processor.tokenizer.save_pretrained(tmp_path / "tokenizer")  # as pipelines do
+    processor.save_pretrained(tmp_path)
+    loaded = MMGEMProcessor.from_pretrained(tmp_path)
+    again = MMGEMProcessor(
+        processor.image_processor, AutoTokenizer.from_pretrained(tmp_path / "tokenizer"), num_visual_tokens=N
+    )
+    for other in (loaded, again):
+        assert other(text=texts, return_tensors="pt").input_ids.tolist() == expected
+        assert other.tokenizer(texts)["input_ids"] == direct
+        assert other.tokenizer.padding_side == "left"
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert settings["truncation"] is settings["padding"] is None
+
+
+def test_the_limit_of_a_text_can_be_set_and_is_saved(image, tmp_path):
+    processor = build_processor(model_max_length=99)
+    processor(text="a " * 200, max_length=50)
+    processor.save_pretrained(tmp_path)
+    processor = MMGEMProcessor.from_pretrained(tmp_path)
+    processor.tokenizer.model_max_length = 5
+    processor.save_pretrained(tmp_path)
+    by_argument = MMGEMProcessor.from_pretrained(tmp_path, model_max_length=7)
+    for each, length in ((processor, 5), (MMGEMProcessor.from_pretrained(tmp_path), 5), (by_argument, 7)):
+        assert each(text="a " * 50, return_tensors="pt").input_ids.shape == (1, length)
+        assert each(images=image, text="<image>" + "a " * 50, return_tensors="pt").input_ids.shape == (1, N + length)
+
+
+@pytest.mark.parametrize("limit", [0, -3, 2.5, "20", True])
+def test_a_limit_that_is_none_is_refused(limit):
+    processor = build_processor()
+    processor.tokenizer.model_max_length = limit
+    with pytest.raises(ValueError, match=rf"`model_max_length` is {limit!r}; expected a whole number of at least 1\."):
+        processor(text="a", return_tensors="pt")
+
+
+def test_texts_that_are_cut_are_counted_and_said_once(image, caplog):
+    processor = build_processor(model_max_length=8)
+    processor(text=["a a a", "a"], return_tensors="pt")
+    assert processor.cut_texts == 0 and not caplog.messages
+    processor(text=["a " * 4, "a", "a " * 9], return_tensors="pt")
+    processor(images=image, text="<image>" + "a " * 4, return_tensors="pt")
+    assert processor.cut_texts == 3
+    assert len(caplog.messages) == 1 and "cut to 3 tokens" in caplog.messages[0]
 
 
 # Boxes

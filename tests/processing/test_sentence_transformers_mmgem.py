@@ -237,3 +237,21 @@ def test_in_a_fresh_process_without_the_package(folder, expected, tmp_path):
     rows = torch.cat([expected["texts"][:1], expected["image"], expected["fused"], expected["image"]])
     for embeddings in json.loads(output.splitlines()[-1]):
         assert close(embeddings, rows)
+
+
+def test_the_limit_of_a_text_is_the_users_and_is_saved(encoder, folder, tiny_model, tmp_path):
+    text = "a red star at the top left " * 10
+    whole = encoder.encode(text)
+    encoder.encode(text, processing_kwargs={"text": {"max_length": 2}})
+    assert close(encoder.encode(text), torch.tensor(whole))  # what one call asks for is over with it
+    input_ids = torch.tensor([encoder.tokenizer(text)["input_ids"][:4]])
+    with torch.no_grad():
+        cut = torch.nn.functional.normalize(tiny_model.get_text_features(input_ids).pooler_output, dim=-1)
+    encoder.max_seq_length = 4
+    encoder.save(str(tmp_path / "short"))
+    options = {"trust_remote_code": True, "device": "cpu"}
+    saved = SentenceTransformer(str(tmp_path / "short"), **options)
+    by_argument = SentenceTransformer(str(folder), **options, processor_kwargs={"model_max_length": 4})
+    for each in (encoder, saved, by_argument):
+        assert each.max_seq_length == 4 and close(each.encode([text]), cut)
+    assert not close(whole[None], cut)

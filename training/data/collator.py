@@ -154,7 +154,7 @@ class MMGEMCollator(TextDrawing):
 
     def _prompts_and_answers(self, texts: list[DrawnText]) -> list[tuple[list[int], list[int]]]:
         """For each text the tokens that nobody learns to write, and those that the model does."""
-        tokenizer, limit = self.processor.tokenizer, self.processor.tokenizer.model_max_length
+        tokenizer, limit = self.processor.tokenizer, self.processor.text_limit
         truncation = self.processor.text_defaults["truncation"]
         plain = tokenizer([text.prompt or text.text for text in texts], truncation=truncation)["input_ids"]
         parts, prompts = [], {}

@@ -65,7 +65,7 @@ def prepare_for_stage(model: MMGEMModel, processor: MMGEMProcessor, recipe: Reci
     """
     if stage.embedding is not None:
         model.set_embedding_tokens(**stage.embedding)
-        _leave_room(processor.tokenizer, model.config)
+    _leave_room(processor.tokenizer, model.config)
     if recipe.model.dtype is not None:
         model.to(getattr(torch, recipe.model.dtype))
     if recipe.model.attn_implementation is not None:

@@ -87,6 +87,14 @@ def test_a_stage_sets_prompts_and_embedding_tokens_and_leaves_room_for_them(tiny
     assert model.get_text_features(**inputs).pooler_output.shape == (1, 16, 16)
 
 
+def test_texts_of_a_fresh_tokenizer_leave_room_too(tiny_processor):
+    model, processor = tiny_model(), copy.deepcopy(tiny_processor)
+    processor.tokenizer.model_max_length = 10_000
+    processor(text="star", max_length=5)  # of which nothing may stay
+    prepare_for_stage(model, processor, Recipe(model=ModelSection(), stages=[]), stage_with())
+    assert processor(text="star " * 400, return_tensors="pt")["input_ids"].shape == (1, 256 - 4 - 1)
+
+
 def test_the_tokenizer_learns_every_text_that_a_row_may_bring():
     rows = [
         {

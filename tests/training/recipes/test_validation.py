@@ -16,7 +16,7 @@ def check(sections):
 def recipe_with(**training):
     model = {
         "vision_config": {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8} | TOWER,
-        "text_config": {"model_type": "llama"} | TOWER,
+        "text_config": {"model_type": "llama", "max_position_embeddings": 256} | TOWER,
         "projection_dim": 8,
         "num_visual_tokens": 4,
     }
@@ -91,6 +91,7 @@ EMBEDDING = {"num_embedding_tokens": 4, "embedding_pooling": "multi_vector"}
     [
         ({"num_embedding_tokens": 0, "embedding_pooling": "mean"}, {}, "`first`: .*`num_embedding_tokens` is 0"),
         ({"num_embedding_tokens": 4, "embedding_pooling": "median"}, {}, "`first`: .*embedding_pooling.*median"),
+        ({"num_embedding_tokens": 252, "embedding_pooling": "mean"}, {}, "`first`: .*4 beside 252 .*the 256 tokens"),
         (EMBEDDING, {"vector_groups": [[1, 1], [8, 8]]}, r"`second`: `vector_groups` .*at most .*, 4"),
         ({}, {"vector_groups": [[1, 1]]}, "`second`: .*expected 'multi_vector'"),
         ({}, {"dimensions": [4, 16]}, "`second`: `dimensions` is .*at most `projection_dim`, 8"),
