@@ -683,13 +683,16 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             return inputs_embeds
         tokens = visual_tokens.flatten(0, 1)  # (units * n, C)
         if placeholders.sum() != len(tokens):
-            n = self.config.num_visual_tokens
-            raise ValueError(
-                f"`input_ids` holds {placeholders.sum()} image placeholders, but `pixel_values` (and `boxes`) give "
-                f"{len(tokens) // n} images or boxes; expected {n} placeholders for each, {len(tokens)} in all."
-            )
+            raise self._wrong_number(int(placeholders.sum()), len(visual_tokens))
         visual_embeds = self.token_projection(tokens).to(inputs_embeds.dtype)  # (units * n, H)
         return inputs_embeds.masked_scatter(placeholders[..., None], visual_embeds)
+
+    def _wrong_number(self, placeholders: int, units: int) -> ValueError:
+        n = self.config.num_visual_tokens
+        return ValueError(
+            f"`input_ids` holds {placeholders} image placeholders, but `pixel_values` (and `boxes`) give {units} "
+            f"images or boxes; expected {n} placeholders for each, {n * units} in all."
+        )
 
     # Everything at once
 
@@ -919,13 +922,23 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        pixel_values = kwargs.get("pixel_values")
-        if expand_size > 1 and pixel_values is not None and len(pixel_values) != len(input_ids):
-            raise ValueError(
-                f"`pixel_values` holds {len(pixel_values)} images for {len(input_ids)} prompts; beams and several "
-                "returned sequences expect one image per prompt."
-            )
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        """Every copy of a prompt, for a beam or a further answer, gets the images or boxes of this prompt."""
+        names = ("pixel_values", "boxes", "spatial_shapes", "pixel_attention_mask")
+        images = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+        if expand_size > 1 and "pixel_values" in images:
+            if "boxes" in images:  # each in an image of its own, since those of an image may be of several prompts
+                image, box = is_box(images["boxes"]).nonzero(as_tuple=True)  # (units,)
+                boxes = images.pop("boxes")[image, box][:, None]  # (units, 1, 4)
+                images = {name: tensor[image] for name, tensor in images.items()} | {"boxes": boxes}
+            n, units = self.config.num_visual_tokens, len(images["pixel_values"])
+            counts = (input_ids == self.config.image_token_id).sum(-1)  # (B,) placeholders
+            if (counts % n).any() or counts.sum() != n * units:
+                raise self._wrong_number(int(counts.sum()), units)
+            own = torch.arange(units, device=input_ids.device).split((counts // n).tolist())
+            of_copies = torch.cat([units for units in own for _ in range(expand_size)])
+            images = {name: tensor[of_copies.to(tensor.device)] for name, tensor in images.items()}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | images
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """As of every model; and what else makes a Hub folder complete: the code with the pipeline, the settings of

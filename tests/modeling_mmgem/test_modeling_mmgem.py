@@ -287,8 +287,65 @@ def test_boxes_of_one_image_feed_several_prompts(tiny_model, pixel_values):
         box = boxes[:, row : row + 1]
         alone = tiny_model.generate(**prompts(tiny_model, 1), pixel_values=pixel_values[:1], boxes=box, **arguments)
         assert torch.equal(alone[0], together[row])
-    with pytest.raises(ValueError, match="one image per prompt"):
-        tiny_model.generate(**prompts(tiny_model, 2), pixel_values=pixel_values[:1], boxes=boxes, num_beams=2)
+
+
+BEAMS = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+
+
+def prompt_of(model, num_images: int, length: int) -> tuple[list[int], list[int]]:
+    """Ids and mask of a prompt with images among its words, padded on the left."""
+    words = list(range(20, 20 + num_images))
+    ids = [token for word in words for token in (*[model.config.image_token_id] * 4, word)] + [50]
+    return [0] * (length - len(ids)) + ids, [0] * (length - len(ids)) + [1] * len(ids)
+
+
+def assert_beams_as_alone(model, counts, inputs_of, **together):
+    ids, masks = zip(*(prompt_of(model, count, 5 * max(counts) + 1) for count in counts))
+    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
+    answers = model.generate(**batch, **together, **BEAMS)
+    assert len(answers) == 2 * len(counts)
+    for row in range(len(counts)):
+        own = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        alone = model.generate(**own, **inputs_of(row), **BEAMS)
+        assert torch.equal(alone, answers[2 * row : 2 * row + 2])
+    return answers
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (1, 2), (2, 0, 1), (0, 3)])
+def test_beams_see_the_images_of_their_own_prompt(tiny_model, counts):
+    images = 3 * torch.randn(sum(counts), 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    starts = [sum(counts[:row]) for row in range(len(counts))]
+
+    def inputs_of(row):
+        return {"pixel_values": images[starts[row] : starts[row] + counts[row]]} if counts[row] else {}
+
+    answers = assert_beams_as_alone(tiny_model, counts, inputs_of, pixel_values=images)
+    other = assert_beams_as_alone(
+        tiny_model,
+        counts,
+        lambda row: {n: v.flip(0) for n, v in inputs_of(row).items()},
+        pixel_values=torch.cat([images[start : start + count].flip(0) for start, count in zip(starts, counts)]),
+    )
+    assert not torch.equal(answers, other)  # which tells the images apart
+
+
+def test_beams_see_the_boxes_of_their_own_prompt(tiny_model, pixel_values):
+    boxes = torch.tensor(
+        [[[0.0, 0.0, 0.5, 0.5], [0.25, 0.25, 1.0, 1.0]], [[0.0, 0.5, 0.75, 1.0], [0.0, 0.0, 0.0, 0.0]]]
+    )
+    of_prompts = [(0, boxes[:1, :1]), (0, boxes[:1, 1:]), (1, boxes[1:, :1])]
+    assert_beams_as_alone(
+        tiny_model,
+        (1, 1, 1),
+        lambda row: {"pixel_values": pixel_values[of_prompts[row][0]][None], "boxes": of_prompts[row][1]},
+        pixel_values=pixel_values[:2],
+        boxes=boxes,
+    )
+
+
+def test_beams_refuse_images_that_do_not_fit_the_prompts(tiny_model, pixel_values):
+    with pytest.raises(ValueError, match=r"holds 8 image placeholders, .* give 3 images or boxes; .* 12 in all"):
+        tiny_model.generate(**prompts(tiny_model, 2), pixel_values=pixel_values, num_beams=2)
 
 
 # Boxes and sizes.

@@ -46,6 +46,19 @@ def test_writes_exactly_what_the_vlm_writes(family):
         assert torch.equal(model.generate(**inputs, **GREEDY, **options), expected), options
 
 
+@torch.no_grad()
+def test_beams_see_the_images_of_their_own_prompt():
+    _, model = compose("llava")
+    prompts = []  # of two images each
+    for seed in (0, 1):
+        inputs = vlm_inputs("llava", seed, texts=(3, 3))
+        prompts.append({n: v if n == "pixel_values" else v.reshape(1, -1) for n, v in inputs.items()})
+    together = {name: torch.cat([prompt[name] for prompt in prompts]) for name in prompts[0]}
+    options = GREEDY | {"num_beams": 2, "num_return_sequences": 2}
+    answers = torch.cat([model.generate(**prompt, **options) for prompt in prompts])
+    assert torch.equal(model.generate(**together, **options), answers)
+
+
 @every_family
 def test_loss_of_a_prompt_is_that_of_the_vlm(family):
     vlm, model = compose(family)
