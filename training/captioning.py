@@ -19,12 +19,14 @@ class CaptionReport(NamedTuple):
     Args:
         images: Images in the file.
         captioned: How many of them it had to caption.
-        skipped: The files it left out.
+        skipped: The files it left out, and folders it could not look into.
+        passed_over: How many files and links there are that are not read, by kind, see `FoundImages`.
     """
 
     images: int
     captioned: int
     skipped: list[Skipped]
+    passed_over: dict[str, int]
 
 
 @one_writer
@@ -54,11 +56,12 @@ def caption_folder(
         ValueError: If there are no images, or the metadata or `out` does not hold what is expected.
     """
     folder, out = Path(folder), Path(out)
-    file_names = find_images(folder)
+    found = find_images(folder)
+    file_names = list(found.versions)
     boxes = _read_boxes(folder) if with_boxes else None
     done = _read_done(out, with_boxes)
     todo = [file_name for file_name in file_names if file_name not in done]
-    skipped: list[Skipped] = []
+    skipped = [Skipped(name, reason) for name, reason in found.unseen.items()]
     captioned = 0
 
     def write_lines(files: list[ImageFile]) -> list[dict[str, Any]]:
@@ -75,7 +78,7 @@ def caption_folder(
             lines.flush()
             captioned += len(captions)
             progress.update(min(batch_size, progress.total - progress.n))
-    return CaptionReport(len(done) + captioned, captioned, skipped)
+    return CaptionReport(len(done) + captioned, captioned, skipped, found.passed_over)
 
 
 def _caption(model, processor, files: list[ImageFile], boxes: dict[str, list] | None) -> list[dict[str, Any]]:

@@ -191,6 +191,7 @@ def calibrate(
 app.command(cls=cli_index.IndexCommand)(cli_index.index)
 app.command()(cli_index.search)
 app.command()(cli_index.ask)
+app.command()(cli_index.verify)
 
 
 @app.command()
@@ -208,9 +209,10 @@ def caption(
         from mmgem.training.captioning import caption_folder
 
         report = caption_folder(folder, *load_model(model), out, with_boxes=boxes, batch_size=batch_size)
-    report_skipped(report.skipped)
+    report_skipped(report.skipped, report.passed_over)
     counts = {"images": report.images, "captioned": report.captioned}
-    result = {"file": str(out), **counts, "skipped": [file._asdict() for file in report.skipped]}
+    skipped = [file._asdict() for file in report.skipped]
+    result = {"file": str(out), **counts, "skipped": skipped, "passed_over": report.passed_over}
     summary = f"{report.images} images in {out}, {report.captioned} of them new; {len(report.skipped)} files left out"
     answer(result, as_json, [summary])
 

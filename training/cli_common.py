@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mmgem.training.json_text import to_json
+from mmgem.training.printable import printable
 
 TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
 
@@ -45,10 +46,12 @@ def load_model(model: str) -> tuple[Any, Any]:
     return load_checkpoint(model)
 
 
-def report_skipped(skipped: Iterable) -> None:
-    """Says which files were left out, and why."""
+def report_skipped(skipped: Iterable, passed_over: dict[str, int]) -> None:
+    """Says which files were left out, and why; and how many are not read at all."""
     for file_name, reason in skipped:
-        typer.secho(f"left out {file_name}: {reason}", err=True, fg=typer.colors.YELLOW)
+        typer.secho(printable(f"left out {file_name}: {reason}"), err=True, fg=typer.colors.YELLOW)
+    for kind, count in passed_over.items():
+        typer.secho(f"not read: {count} {kind}", err=True, fg=typer.colors.YELLOW)
 
 
 def table(figures: dict[str, float]) -> list[str]:
@@ -59,4 +62,5 @@ def table(figures: dict[str, float]) -> list[str]:
 
 def answer(result: Any, as_json: bool, lines: Iterable[str]) -> None:
     """Prints what a command found: `result` as JSON, or `lines` for a person."""
-    typer.echo(to_json(result, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    typer.echo(to_json(result, indent=2, ensure_ascii=not is_unicode) if as_json else "\n".join(map(printable, lines)))

@@ -55,6 +55,10 @@ def index(
             metavar="[J]", help="Keep what `mmgem ask` needs: all states of each image's memory, or the first J."
         ),
     ] = None,
+    moved: Annotated[
+        bool,
+        typer.Option("--moved", help="OUT is the index of a folder from which the images have moved here."),
+    ] = False,
     wait: Wait = False,
     as_json: AsJson = False,
 ):
@@ -63,8 +67,10 @@ def index(
     with work(wait):
         from mmgem.training.search.building import build_index
 
-        report = build_index(folder, *load_model(model), out, batch_size, vectors, dimensions, precision, memory)
-    report_skipped(report.skipped)
+        report = build_index(
+            folder, *load_model(model), out, batch_size, vectors, dimensions, precision, memory, moved
+        )
+    report_skipped(report.skipped, report.passed_over)
     result = {"index": str(out), **report._asdict(), "skipped": [file._asdict() for file in report.skipped]}
     summary = (
         f"{report.images} images in {out}, {report.embedded} of them new; {len(report.skipped)} files left out; "
@@ -109,6 +115,18 @@ def search(
     answer(rows, as_json, [f"{hit.score:7.4f}  {hit.path}" for hit in hits])
 
 
+def verify(index: IndexArgument, as_json: AsJson = False):
+    """Compare every file of an index with its checksums."""
+    with work():
+        from mmgem.training.search.storage import verify_index
+
+        check = verify_index(index)
+    whole = f"{check.files} files of {check.bytes:,} bytes, {'some damaged' if check.damaged else 'all as written'}"
+    answer(check._asdict(), as_json, [*(f"{name}: {what}" for name, what in check.damaged.items()), whole])
+    if check.damaged:
+        raise typer.Exit(1)
+
+
 def ask(
     index: IndexArgument,
     question: Annotated[str | None, typer.Argument(help="What to answer; without it, images are captioned.")] = None,
@@ -136,7 +154,7 @@ def ask(
         {"path": str(path), "answer": text, "score": None if score is None else round(score, 4)}
         for path, text, score in answers
     ]
-    answer(rows, as_json, [f"{row['path']}\n  {row['answer']}" for row in rows])
+    answer(rows, as_json, [line for row in rows for line in (str(row["path"]), f"  {row['answer']}")])
 
 
 def _memory(states: str | None) -> int | bool:

@@ -53,7 +53,7 @@ def read(out):
 
 def test_every_image_has_the_caption_the_model_generates_for_it(folder, out, tiny_model, tiny_processor):
     report = caption_folder(folder, tiny_model, tiny_processor, out, batch_size=2)
-    assert report == (5, 5, [])
+    assert report == (5, 5, [], {})
     paths = [folder / name for name in NAMES]
     expected = generate_captions(tiny_model, tiny_processor, paths)
     assert read(out) == [{"file_name": name, "caption": text} for name, text in zip(NAMES, expected, strict=True)]
@@ -84,9 +84,9 @@ def test_a_killed_run_goes_on_where_it_stopped(folder, out, echo):
     first_two = reference.index(b"\n", reference.index(b"\n") + 1) + 1
     out.write_bytes(reference[: first_two + 20])  # two lines and a part of the third
     echo.clear()
-    assert caption_folder(folder, None, None, out, batch_size=2) == (5, 3, [])
+    assert caption_folder(folder, None, None, out, batch_size=2) == (5, 3, [], {})
     assert out.read_bytes() == reference and echo == [2, 1]
-    assert caption_folder(folder, None, None, out) == (5, 0, [])
+    assert caption_folder(folder, None, None, out) == (5, 0, [], {})
     assert out.read_bytes() == reference
 
 

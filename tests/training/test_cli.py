@@ -18,7 +18,7 @@ from mmgem.training.recipes.run import TrainingReport
 from mmgem.training.recipes.step_memory import StepMemory
 from mmgem.training.search.index import SearchIndex
 
-COMMANDS = ("demo", "scenes", "train", "soup", "evaluate", "calibrate", "index", "search", "ask", "caption")
+COMMANDS = ("demo", "scenes", "train", "soup", "evaluate", "calibrate", "index", "search", "ask", "verify", "caption")
 
 
 def run(*arguments, exit_code=0):
@@ -142,6 +142,28 @@ def test_an_index_is_asked_when_its_images_are_gone(multi_vector_checkpoint, gal
     assert str(gallery / names[0]) in run("ask", index, "--image", names[0]).stdout
     assert "--top is how many" in run("ask", index, "--image", names[0], "--top", 2, exit_code=2).stderr
     assert "is not in the index" in run("ask", index, "--image", "gone.png", exit_code=1).stderr
+
+
+def test_verify_names_what_is_damaged(checkpoint, gallery, tmp_path):
+    index = tmp_path / "index"
+    run("index", gallery, "--model", checkpoint, "--out", index)
+    assert "all as written" in run("verify", index).stdout
+    vectors = index / "embedding-1.npy"
+    vectors.write_bytes(vectors.read_bytes()[:-1] + b"!")
+    answer = json.loads(run("verify", index, "--json", exit_code=1).stdout)
+    assert answer["files"] == 3 and list(answer["damaged"]) == [vectors.name]
+    assert vectors.name in run("verify", index, exit_code=1).stdout
+    assert vectors.name in run("search", index, "a star", exit_code=1).stderr
+    run("index", gallery, "--model", checkpoint, "--out", index)
+    assert "all as written" in run("verify", index).stdout
+
+
+def test_an_index_follows_images_that_moved(checkpoint, gallery, tmp_path):
+    arguments = ("--model", checkpoint, "--out", tmp_path / "index")
+    run("index", gallery, *arguments)
+    moved = gallery.rename(tmp_path / "moved")
+    assert "--moved" in run("index", moved, *arguments, exit_code=1).stderr
+    assert "0 of them new" in run("index", moved, *arguments, "--moved").stdout
 
 
 def test_calibrate_leaves_a_model_that_is_calibrated(checkpoint, gallery, tmp_path):

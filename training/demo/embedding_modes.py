@@ -150,5 +150,5 @@ def _has_prompt(model, name: str) -> bool:
 
 
 def _rows_by_name(index: SearchIndex) -> dict[str, int]:
-    names: Sequence[str] = index.rows["file_name"][:]
+    names: Sequence[str] = index.rows["file_name"]
     return {name: row for row, name in enumerate(names)}

@@ -77,7 +77,7 @@ def ask(
 def _find_rows(index: SearchIndex, images: Sequence[str | Path]) -> list[int]:
     if not images:
         raise ValueError("`images` is empty; expected at least one name.")
-    row_of = {name: row for row, name in enumerate(index.rows["file_name"][:])}
+    row_of = {name: row for row, name in enumerate(index.rows["file_name"])}
     rows = []
     for image in images:
         # A path may lead there through a link, and the file may itself be one.

@@ -1,6 +1,6 @@
 """A search index of a folder of images is made, or brought up to date."""
 
-import shutil
+from collections.abc import Container
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -8,27 +8,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
 
-from mmgem.training.data.image_files import ImageFile, Skipped, apply_to_batch, find_images, read_batches
+from mmgem.training.data.image_files import FoundImages, ImageFile, Skipped, apply_to_batch, find_images, read_batches
 from mmgem.training.inference import embed_and_remember, embed_images
 from mmgem.training.output_lock import one_writer
 from mmgem.training.search.fingerprint import Fingerprint
-from mmgem.training.search.merging import EarlierRun, Place, common_bound, current_rows, merge, read_earlier_runs
+from mmgem.training.search.merging import (
+    Place,
+    common_bound,
+    current_rows,
+    finished_run,
+    merge,
+    rows_by_content,
+    runs_of_parts,
+)
 from mmgem.training.search.settings import IndexSettings, Precision
 from mmgem.training.search.storage import (
-    BEFORE_FACTS,
-    FACTS_FILE,
-    PROBES_FILE,
-    ROWS_FILE,
-    WRITING,
-    ArrayColumn,
+    UNFINISHED,
     IndexFacts,
+    StoredIndex,
+    count_parts,
+    is_free,
     is_index,
-    partial_place,
-    read_rows,
-    write_rows,
+    read_index,
+    remove_parts,
+    write_index,
+    write_part,
 )
 
 ROWS_PER_PART = 256  # what a killed run loses at most
@@ -40,14 +46,16 @@ class IndexReport(NamedTuple):
     Args:
         images: Images in the index.
         embedded: How many of them it had to embed.
-        skipped: The files it left out.
+        skipped: The files it left out, and folders it could not look into.
         bytes_per_image: Bytes that the vectors and the memory of one image take.
+        passed_over: How many files and links there are that are not read, by kind, see `FoundImages`.
     """
 
     images: int
     embedded: int
     skipped: list[Skipped]
     bytes_per_image: int
+    passed_over: dict[str, int]
 
 
 @one_writer
@@ -61,11 +69,14 @@ def build_index(
     dimensions: int | None = None,
     precision: Precision = "float32",
     memory: int | bool = False,
+    moved: bool = False,
 ) -> IndexReport:
     """Embeds every image below a folder into an index, or brings an index up to date.
 
-    An image whose file has the size and time it had is not embedded again, whether the earlier run finished or was
-    killed; rows of files that are gone are dropped. Files that cannot be read are left out and reported.
+    An image is not embedded again whose file has the size and time it had, or whose content a file had, whatever it
+    was called; whether the earlier run finished or was killed. Rows of files that are gone are dropped. Rows of files
+    that cannot be seen are kept: those in a folder that cannot be listed, or is empty, as that of a disk that is away.
+    Files that cannot be read are left out. All of this is reported.
 
     Args:
         folder: Where the images are, at any depth.
@@ -78,6 +89,7 @@ def build_index(
         precision: `"float32"`, `"int8"` or `"binary"`, see `VectorCodec`.
         memory: Whether to keep what `mmgem ask` needs, the states of the k [EMB] vectors after each image; a number
             keeps the first of them.
+        moved: Whether `out` may be the index of another folder, from which the images have moved to this one.
 
     Returns:
         How many images there are, and were embedded, and what was left out.
@@ -91,8 +103,7 @@ def build_index(
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; expected 1 or more.")
     folder, out = Path(folder).resolve(), Path(out).resolve()
-    partial = partial_place(out)
-    file_names = find_images(folder)
+    found = find_images(folder)
     settings = IndexSettings.settle(model, vectors, dimensions, precision, memory)
     kinds = ["weights", *model.config.embedded_kinds, *([] if settings.memory is None else ["memory"])]
     name = model.name_or_path
@@ -102,72 +113,59 @@ def build_index(
         settings=settings,
         fingerprint=Fingerprint.take(model, processor, kinds),
     )
-    if not out.exists() and is_index(partial / WRITING):  # killed just before the last step
-        (partial / WRITING).rename(out)
-    earlier = [there for place in (out, partial) if (there := _read_place(place, facts))]
-    if earlier:  # what an index is known by stays, however many models pass for the first
-        facts = replace(facts, fingerprint=earlier[0].fingerprint)
-    partial.mkdir(parents=True, exist_ok=True)
-    facts.write(partial)
+    unfinished = out / UNFINISHED
+    stored = None if is_free(out) else _read_same(out, facts, moved)
+    begun = _read_same(unfinished, facts, moved) if is_index(unfinished) else None
+    if begun is None:
+        remove_parts(unfinished)  # what a run left that was killed while it did so itself
+    if known := stored or begun:  # what an index is known by stays, however many models pass for the first
+        facts = replace(facts, fingerprint=known.facts.fingerprint)
+    write_index(unfinished, facts, begun.version + 1 if begun else 1)
 
-    versions = {file_name: _version(folder / file_name) for file_name in file_names}
-    done = current_rows(read_earlier_runs(out, partial, facts), versions)
-    todo = [file_name for file_name in file_names if file_name not in done]
-    skipped = _embed_files(folder, todo, versions, model, processor, partial, batch_size, settings)
-
-    runs = read_earlier_runs(out, partial, facts)
-    rows = current_rows(runs, versions)
+    finished = finished_run(stored)
+    runs = finished + runs_of_parts(unfinished, facts)
+    places, by_content = current_rows(runs, found), rows_by_content(runs)
+    todo = [file_name for file_name in found.versions if file_name not in places]
+    skipped: list[Skipped] = []
+    recognized = _embed_files(
+        folder, todo, found, model, processor, unfinished, batch_size, settings, by_content, skipped
+    )
+    runs = finished + runs_of_parts(unfinished, facts)
+    rows = current_rows(runs, found)
+    embedded = len(rows) - len(places)
+    for file_name, content in recognized.items():
+        rows[file_name] = by_content[content]._replace(version=found.versions[file_name])
+    skipped = _unseen(found, rows) + skipped
     if not rows:
-        _remove(partial)
-        first = skipped[0]
+        remove_parts(unfinished)
+        if not any(out.iterdir()):
+            out.rmdir()
         raise ValueError(
-            f"`folder` is {str(folder)!r}, where no image can be read, such as {first.file_name!r}: {first.reason}"
+            f"`folder` is {str(folder)!r}, where no image can be read, such as {skipped[0].file_name!r}: "
+            f"{skipped[0].reason}"
         )
-    _write_index(runs, [rows[file_name] for file_name in sorted(rows)], facts, partial, out)
-    _remove(partial)
-    return IndexReport(len(rows), len(rows) - len(done), skipped, _bytes_per_image(read_rows(out / ROWS_FILE)))
+    rows = dict(sorted(rows.items()))
+    if not _is_current(stored, facts, rows):
+        if settings.precision == "int8":
+            facts = replace(facts, bound=common_bound(runs))
+        write_index(out, facts, stored.version + 1 if stored else 1, len(rows), merge(runs, rows, facts.codec))
+    remove_parts(unfinished)
+    return IndexReport(len(rows), embedded, skipped, read_index(out, "out").bytes_per_row, found.passed_over)
 
 
-def _write_index(runs: list[EarlierRun], places: list[Place], facts: IndexFacts, partial: Path, out: Path):
-    """The whole index, which takes the place of an earlier one at once."""
-    writing, replaced = partial / WRITING, partial / "replaced"
-    for left_over in (writing, replaced):
-        shutil.rmtree(left_over, ignore_errors=True)
-    writing.mkdir()
-    if facts.settings.precision == "int8":
-        facts = replace(facts, bound=common_bound(runs))
-    write_rows(writing / ROWS_FILE, merge(runs, places, facts.codec))
-    facts.write(writing)
-    if out.exists():
-        out.rename(replaced)
-    writing.rename(out)
-
-
-def _remove(partial: Path) -> None:
-    """Deletes what makes the folder an index's last, so that a killed run leaves one that the next takes on."""
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in (FACTS_FILE, PROBES_FILE):
-            path.unlink()
-    (partial / FACTS_FILE).unlink()
-    shutil.rmtree(partial)
-
-
-def _read_place(place: Path, facts: IndexFacts) -> IndexFacts | None:
-    """The facts of an index with the same settings and folder by the same model, None where `place` is free.
+def _read_same(place: Path, facts: IndexFacts, moved: bool) -> StoredIndex:
+    """Reads an index with the same settings and folder by the same model.
 
     Raises:
         ValueError: If there is anything else.
     """
-    if not place.exists() or (place.is_dir() and {path.name for path in place.iterdir()} <= BEFORE_FACTS):
-        return None
-    there = IndexFacts.read(place, "out")
+    stored = read_index(place, "out")
+    there = stored.facts
     another = "Choose another place, or delete it."
-    if there.folder != facts.folder:
+    if there.folder != facts.folder and not moved:
         raise ValueError(
             f"`out` is {str(place)!r}, an index of the folder {there.folder!r}; expected one of {facts.folder!r}. "
-            f"{another}"
+            f"{another} If the images have moved from there, say so (`--moved`)."
         )
     if difference := there.fingerprint.difference(facts.fingerprint):
         raise ValueError(
@@ -181,28 +179,58 @@ def _read_place(place: Path, facts: IndexFacts) -> IndexFacts | None:
                 f"`out` is {str(place)!r}, an index with {name} {kept}; expected {asked}, as is asked for now. "
                 f"{another}"
             )
-    return there
+    return stored
 
 
-def _version(path: Path) -> str:
-    """Changes when the file does."""
-    try:
-        status = path.stat()
-    except OSError:  # a dangling link, which reading will report
-        return ""
-    return f"{status.st_size}-{status.st_mtime_ns}"
+def _is_current(stored: StoredIndex | None, facts: IndexFacts, rows: dict[str, Place]) -> bool:
+    """Whether the index that is there has these rows, and no others, of the same folder."""
+    if stored is None or stored.rows is None or stored.version == 0:
+        return False
+    if (stored.facts.folder, stored.facts.model) != (facts.folder, facts.model):
+        return False
+    versions = zip(stored.rows["file_name"], stored.rows["version"], strict=True)
+    return rows == {name: Place(0, row, version) for row, (name, version) in enumerate(versions)}
 
 
-def _embed_files(folder, file_names, versions, model, processor, partial, batch_size, settings) -> list[Skipped]:
-    """Embeds files into parts: files that appear whole, so that a killed run leaves only complete ones."""
-    skipped: list[Skipped] = []
+def _unseen(found: FoundImages, rows: dict[str, Place]) -> list[Skipped]:
+    """What cannot be seen, and what is kept of it."""
+    hidden = found.unseen | {name: "it is empty, as if its disk were away" for name in found.empty}
+    kept = [name for name in rows if name not in found.versions] if hidden else []
+    report = []
+    for path, reason in hidden.items():
+        number = sum(name == path or name.startswith(f"{path}/") for name in kept)
+        if number:
+            reason += f"; what the index has of it, {number} images, is kept until it is gone"
+        if number or path in found.unseen:
+            report.append(Skipped(path, reason))
+    return report
+
+
+def _embed_files(
+    folder: Path,
+    file_names: list[str],
+    found: FoundImages,
+    model,
+    processor,
+    place: Path,
+    batch_size: int,
+    settings: IndexSettings,
+    known: Container[str],
+    skipped: list[Skipped],
+) -> dict[str, str]:
+    """Embeds files into parts, each of which is there as a whole or not at all.
+
+    Returns:
+        The contents of the files that were not embedded, because these are known, by name.
+    """
+    recognized: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
-    part_numbers = count(len(list(partial.glob("part-*.arrow"))))
+    part_numbers = count(count_parts(place))
 
-    def write_part() -> None:
+    def write_rows() -> None:
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         columns |= {name: np.stack(columns[name]) for name in ("embedding", "memory") if name in columns}
-        write_rows(partial / f"part-{next(part_numbers):06d}.arrow", [columns])
+        write_part(place, next(part_numbers), columns)
         rows.clear()
 
     def embed(files: list[ImageFile]) -> list[dict[str, np.ndarray]]:
@@ -216,17 +244,20 @@ def _embed_files(folder, file_names, versions, model, processor, partial, batch_
         columns["embedding"] = _check_unit(settings.shorten(embeds)).numpy()
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-    with tqdm(total=len(versions), initial=len(versions) - len(file_names), desc="images", unit="image") as progress:
-        for batch in read_batches(folder, file_names, batch_size, skipped):
-            for (file_name, image), arrays in apply_to_batch(embed, batch, skipped):
-                facts = {"file_name": file_name, "width": image.width, "height": image.height}
-                rows.append({**facts, "version": versions[file_name], **arrays})
-            progress.update(min(batch_size, progress.total - progress.n))
-            if len(rows) >= ROWS_PER_PART:
-                write_part()
-    if rows:
-        write_part()
-    return skipped
+    images = len(found.versions)
+    with tqdm(total=images, initial=images - len(file_names), desc="images", unit="image") as progress:
+        try:
+            for batch in read_batches(folder, file_names, batch_size, skipped, known, recognized):
+                for (file_name, image, content), arrays in apply_to_batch(embed, batch, skipped):
+                    facts = {"file_name": file_name, "width": image.width, "height": image.height, "content": content}
+                    rows.append({**facts, "version": found.versions[file_name], **arrays})
+                progress.update(min(batch_size, progress.total - progress.n))
+                if len(rows) >= ROWS_PER_PART:
+                    write_rows()
+        finally:  # also of a run that is interrupted
+            if rows:
+                write_rows()
+    return recognized
 
 
 def _check_unit(embeddings: torch.Tensor) -> torch.Tensor:
@@ -244,8 +275,3 @@ def _to_half(memory: torch.Tensor) -> np.ndarray:
     if not half.isfinite().all():
         raise ValueError(f"`memory` holds values up to {memory.abs().max():.3g}; expected at most 65504.")
     return half.numpy()
-
-
-def _bytes_per_image(rows: Dataset) -> int:
-    names = [name for name in ("embedding", "memory") if name in rows.column_names]
-    return sum(ArrayColumn(rows, name)[:1].nbytes for name in names)

@@ -5,21 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from PIL import Image
 
 from mmgem.processing.image_loading import load_image
 from mmgem.training.inference import Box, embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.search.fingerprint import Fingerprint
-from mmgem.training.search.storage import (
-    ROWS_FILE,
-    ArrayColumn,
-    IndexFacts,
-    is_index,
-    partial_place,
-    read_rows,
-)
+from mmgem.training.search.storage import UNFINISHED, IndexFacts, IndexRows, is_index, read_index
 from mmgem.training.search.vector_search import VectorSearch
 
 
@@ -47,9 +39,9 @@ class SearchIndex:
         processor: Its `MMGEMProcessor`.
     """
 
-    def __init__(self, rows: Dataset, facts: IndexFacts, model, processor):
+    def __init__(self, rows: IndexRows, facts: IndexFacts, model, processor):
         self.rows, self.facts, self.model, self.processor = rows, facts, model, processor
-        self.vectors = VectorSearch(ArrayColumn(rows, "embedding")[:], facts.codec)
+        self.vectors = VectorSearch(rows.arrays["embedding"][:], facts.codec)
         self._checked: set[str] = set()
 
     @classmethod
@@ -65,21 +57,26 @@ class SearchIndex:
 
         Raises:
             FileNotFoundError: If there is no such folder, or the model is not where it was.
-            ValueError: If the folder is not an index, another model is given than the one that built it, or a model
-                without its processor.
+            ValueError: If the folder is not an index, or a damaged one, another model is given than the one that built
+                it, or a model without its processor.
         """
         path = Path(path)
         if not path.exists():
-            unfinished = is_index(partial_place(path))
-            hint = " (its making was interrupted, and goes on when it is started again)" if unfinished else ""
-            raise FileNotFoundError(f"`path` is {str(path)!r}, which is not there{hint}; expected an index.")
-        facts = IndexFacts.read(path, "path")
+            raise FileNotFoundError(f"`path` is {str(path)!r}, which is not there; expected an index.")
+        if not is_index(path) and is_index(path / UNFINISHED):
+            raise FileNotFoundError(
+                f"`path` is {str(path)!r}, an index whose making was interrupted, and goes on when it is started "
+                "again; expected a finished one."
+            )
+        stored = read_index(path, "path")
         if (model is None) != (processor is None):
             given, missing = ("model", "processor") if processor is None else ("processor", "model")
             raise ValueError(f"`{missing}` is None, but `{given}` is not; expected both, or neither.")
         if model is None:
-            model, processor = load_checkpoint(facts.model)
-        index = cls(read_rows(path / ROWS_FILE), facts, model, processor)
+            model, processor = load_checkpoint(stored.facts.model)
+        if stored.rows is None:
+            raise ValueError(f"`path` is {str(path)!r}, which holds parts of an index; expected the folder it is in.")
+        index = cls(stored.rows, stored.facts, model, processor)
         index._check("weights", *(kind for kind in model.config.embedded_kinds if kind == "text"))
         return index
 
@@ -93,7 +90,7 @@ class SearchIndex:
 
     def path(self, row: int) -> Path:
         """Returns the image file of a row."""
-        return self.folder / self.rows[row : row + 1]["file_name"][0]
+        return self.folder / self.rows.table["file_name"][row].as_py()
 
     def search(
         self,
@@ -142,11 +139,7 @@ class SearchIndex:
         if not query.isfinite().all():
             raise ValueError("the query is embedded as NaN or infinite values; expected finite ones.")
         scores, rows = self.vectors.search(query[0].numpy(), top, vectors)
-        names = self.rows.select_columns(["file_name"])[rows]["file_name"]
-        return [
-            Hit(float(score), self.folder / name, int(row))
-            for score, name, row in zip(scores, names, rows, strict=True)
-        ]
+        return [Hit(float(score), self.path(int(row)), int(row)) for score, row in zip(scores, rows, strict=True)]
 
     def memory(self, rows: Sequence[int]) -> torch.Tensor:
         """Reads the memories of some images.
@@ -161,7 +154,7 @@ class SearchIndex:
             raise ValueError(
                 f"the index of {self.facts.folder!r} has no memory; expected one that was made `--with-memory`."
             )
-        return torch.tensor(ArrayColumn(self.rows, "memory")[list(rows)])
+        return torch.tensor(self.rows.arrays["memory"][rows])
 
     def _check(self, *kinds: str) -> None:
         """Compares what the model makes of probes with what it made of them, once."""

@@ -1,56 +1,71 @@
 """The rows of earlier runs, the one that finished and those that were killed since, merged into one index."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
 
-from mmgem.training.search.storage import ROWS_FILE, ArrayColumn, IndexFacts, chunks, is_index, read_rows
+from mmgem.training.data.image_files import FoundImages
+from mmgem.training.search.storage import IndexFacts, IndexRows, StoredIndex, chunks, read_parts
 from mmgem.training.search.vector_codec import VectorCodec
 
 ROWS_AT_A_TIME = 1024  # that are rewritten
-Place = tuple[int, int]  # the number of an earlier run, and of a row of it
 
 
 class EarlierRun:
     """The rows of an earlier run, and how their vectors are stored.
 
     Args:
-        rows: As `read_rows` gives them.
+        rows: The rows.
         codec: How the vectors are stored.
+        is_damaged: (N,) Rows that are not what was written; by default none.
     """
 
-    def __init__(self, rows: Dataset, codec: VectorCodec):
+    def __init__(self, rows: IndexRows, codec: VectorCodec, is_damaged: np.ndarray | None = None):
         self.rows, self.codec = rows, codec
-        self.vectors = ArrayColumn(rows, "embedding")
+        self.is_damaged = np.zeros(len(rows), bool) if is_damaged is None else is_damaged
 
 
-def read_earlier_runs(out: Path, partial: Path, facts: IndexFacts) -> list[EarlierRun]:
-    """Reads the run that finished, if one did, and the parts that were written since, if any, as another.
+class Place(NamedTuple):
+    """Where the row of an image is: the number of an earlier run, and of a row of it; and the version of its file."""
 
-    Args:
-        out: The folder of the index.
-        partial: The folder of the parts, whose vectors are exact.
-        facts: What is known of the index.
-    """
-    runs = []
-    if is_index(out):
-        runs.append(EarlierRun(read_rows(out / ROWS_FILE), IndexFacts.read(out, "out").codec))
-    if parts := [read_rows(path) for path in sorted(partial.glob("part-*.arrow"))]:
-        runs.append(EarlierRun(concatenate_datasets(parts), VectorCodec("float32", facts.settings.dimensions)))
-    return runs
+    run: int
+    row: int
+    version: str
 
 
-def current_rows(runs: list[EarlierRun], versions: dict[str, str]) -> dict[str, Place]:
-    """Finds the rows of images whose files are as they were, by file name."""
+def finished_run(stored: StoredIndex | None) -> list[EarlierRun]:
+    """The run that finished, if one did; all of it is read, for rows that are damaged."""
+    if stored is None or stored.rows is None:
+        return []
+    return [EarlierRun(stored.rows, stored.facts.codec, stored.rows.damaged())]
+
+
+def runs_of_parts(place: Path, facts: IndexFacts) -> list[EarlierRun]:
+    """The parts that were written since, whose vectors are exact, as a run each."""
+    return [EarlierRun(rows, VectorCodec("float32", facts.settings.dimensions)) for rows in read_parts(place)]
+
+
+def current_rows(runs: list[EarlierRun], found: FoundImages) -> dict[str, Place]:
+    """Finds the rows of images whose files are as they were, or cannot be seen, by file name."""
+    places = {}
+    for number, run in enumerate(runs):
+        columns = zip(run.rows["file_name"], run.rows["version"], run.is_damaged, strict=True)
+        for row, (file_name, version, is_damaged) in enumerate(columns):
+            if not is_damaged and (found.versions.get(file_name) == version or found.hides(file_name)):
+                places[file_name] = Place(number, row, version)
+    return places
+
+
+def rows_by_content(runs: list[EarlierRun]) -> dict[str, Place]:
+    """Finds the rows by the content of their files, whatever these are called and wherever they are now."""
     return {
-        file_name: (number, row)
+        content: Place(number, row, "")
         for number, run in enumerate(runs)
-        for row, (file_name, version) in enumerate(zip(run.rows["file_name"][:], run.rows["version"][:], strict=True))
-        if versions.get(file_name) == version
+        for row, (content, is_damaged) in enumerate(zip(run.rows["content"], run.is_damaged, strict=True))
+        if content and not is_damaged
     }
 
 
@@ -61,33 +76,34 @@ def common_bound(runs: list[EarlierRun]) -> float:
         if run.codec.precision == "int8":
             bounds.append(run.codec.bound)
         else:
-            parts = chunks(len(run.vectors), ROWS_AT_A_TIME)
-            bounds += [float(np.abs(run.vectors[part]).max()) for part in parts]
+            parts = chunks(len(run.rows), ROWS_AT_A_TIME)
+            bounds += [float(np.abs(run.rows.arrays["embedding"][part]).max()) for part in parts]
     return max(bounds)
 
 
-def merge(runs: list[EarlierRun], places: list[Place], codec: VectorCodec) -> Iterator[dict[str, Any]]:
-    """Yields batches of the rows at these places, with all vectors stored by one codec."""
-    starts = np.cumsum([0, *(len(run.rows) for run in runs)])
-    others = concatenate_datasets([run.rows.remove_columns("embedding") for run in runs])
-    others = others.select([int(starts[number]) + row for number, row in places])
-    memory = ArrayColumn(others, "memory") if "memory" in others.column_names else None
-    plain = others.select_columns([name for name in others.column_names if name != "memory"])
-    for part in chunks(len(places), ROWS_AT_A_TIME):
-        columns: dict[str, Any] = {**plain[part], "embedding": _encode(runs, places[part], codec)}
-        if memory is not None:
-            columns["memory"] = memory[part]
+def merge(runs: list[EarlierRun], places: Mapping[str, Place], codec: VectorCodec) -> Iterator[dict[str, Any]]:
+    """Yields batches of the rows at these places, by file name, with all vectors stored by one codec."""
+    kept = {column: [run.rows[column] for run in runs] for column in ("width", "height", "content")}
+    items = list(places.items())
+    for part in chunks(len(items), ROWS_AT_A_TIME):
+        file_names, batch = zip(*items[part], strict=True)
+        columns: dict[str, Any] = {"file_name": list(file_names), "version": [place.version for place in batch]}
+        columns |= {name: [values[place.run][place.row] for place in batch] for name, values in kept.items()}
+        for name in runs[0].rows.arrays:
+            columns[name] = _gather(runs, batch, name, codec)
         yield columns
 
 
-def _encode(runs: list[EarlierRun], places: list[Place], codec: VectorCodec) -> np.ndarray:
-    """The codes of the vectors at these places, (P, W) or (P, R, W)."""
+def _gather(runs: list[EarlierRun], places, name: str, codec: VectorCodec) -> np.ndarray:
+    """The array of the rows at these places, (P, ...); vectors as codes."""
     positions_of: dict[int, list[int]] = defaultdict(list)
-    for position, (number, _) in enumerate(places):
-        positions_of[number].append(position)
-    codes: dict[int, np.ndarray] = {}
+    for position, place in enumerate(places):
+        positions_of[place.run].append(position)
+    values: dict[int, np.ndarray] = {}
     for number, positions in positions_of.items():
         run = runs[number]
-        vectors = run.codec.decode(run.vectors[[places[position][1] for position in positions]])
-        codes.update(zip(positions, codec.encode(vectors), strict=True))
-    return np.stack([codes[position] for position in range(len(places))])
+        part = run.rows.arrays[name][[places[position].row for position in positions]]
+        if name == "embedding":
+            part = codec.encode(run.codec.decode(part))
+        values.update(zip(positions, part, strict=True))
+    return np.stack([values[position] for position in range(len(places))])

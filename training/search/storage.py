@@ -1,42 +1,119 @@
 """The files of a search index.
 
-An index is a folder of three files:
+An index is a folder. Its manifest, `search_index.json`, says of what folder it is, by which model, with which
+settings, and which files belong to it, with a checksum of each MiB of each:
 
-- `rows.arrow`, which `datasets.Dataset.from_file` reads: a row for each image, with `file_name` relative to the
-  images' folder, `width`, `height`, `version` (size and time of the file), the codes of its vectors, `embedding`, and,
-  if it is kept, its `memory`, float16;
-- `search_index.json`: of what folder, by which model, with which settings;
-- `probes.safetensors`: what the model made of the probes of its fingerprint.
+- `rows-V.parquet`: a row for each image, with `file_name` relative to the images' folder, `width` and `height` (of the
+  file as displayed), `version` (size and time of the file) and `content` (a hash of it);
+- `embedding-V.npy`: the codes of its vectors; `memory-V.npy`, if it is kept, its memory, float16;
+- `probes-V.safetensors`: what the model made of the probes of its fingerprint.
+
+V is the number of an update. An update writes files of its own beside those of the one before it, and then replaces
+the manifest, in one step: a reader has the one or the other. Who has files open keeps them, though they are deleted.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value
+import pyarrow.parquet as pq
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
+from mmgem.training.search.checked_files import (
+    BLOCK,
+    CheckedFile,
+    DamagedFileError,
+    read_json,
+    write_checked,
+    write_json,
+)
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.settings import IndexSettings
 from mmgem.training.search.vector_codec import VectorCodec
 
-FACTS_FILE, PROBES_FILE, ROWS_FILE = "search_index.json", "probes.safetensors", "rows.arrow"
-_DAMAGE = (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, OSError, SafetensorError)
-UNFINISHED_FACTS = "facts.tmp"
-BEFORE_FACTS = {PROBES_FILE, UNFINISHED_FACTS}  # what there may be if a run is killed while it writes them
-FORMAT = 2
-PARTIAL, WRITING = ".partial", "writing"
+MANIFEST = "search_index.json"
+UNFINISHED = "unfinished"  # the folder, in that of the index, of what a run has embedded until it ends
+FORMAT = 3
+_FILES_OF_AN_UPDATE = re.compile(r"(rows|embedding|memory|probes)-\d+\.(parquet|npy|safetensors)|search_index\.tmp")
+_FORMAT_2_FILES = ("rows.arrow", "probes.safetensors")
+_DAMAGE = (AttributeError, KeyError, TypeError, ValueError, OSError, SafetensorError, pa.ArrowException)
 
 
-def partial_place(out: Path) -> Path:
-    """Returns the folder of an index while it is made."""
-    return out.with_name(out.name + PARTIAL)
+class ArrayFile:
+    """An array (N, ...) in a `.npy` file, of which `array[rows]` reads what is asked for.
+
+    Args:
+        folder: Where the file is.
+        facts: Those of `CheckedFile`, with `dtype` and `shape`.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]):
+        self.file = CheckedFile(folder, facts)
+        self.dtype, self.shape = np.dtype(facts["dtype"]), tuple(facts["shape"])
+        self._row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        self._start = self.file.size - self._row_bytes * len(self)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> np.ndarray:
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            return self._read(start, stop)
+        numbers = np.asarray(rows, dtype=np.int64)
+        array = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        order = np.argsort(numbers, kind="stable")
+        for run in np.split(order, np.flatnonzero(np.diff(numbers[order]) > 1) + 1) if len(order) else []:
+            first = int(numbers[run[0]])
+            array[run] = self._read(first, int(numbers[run[-1]]) + 1)[numbers[run] - first]
+        return array
+
+    def damaged_rows(self) -> np.ndarray:
+        """(N,) Whether a row lies in a block that is not what was written."""
+        is_damaged = np.zeros(len(self), bool)
+        for block in self.file.damaged_blocks():
+            first, last = block * BLOCK - self._start, (block + 1) * BLOCK - self._start
+            is_damaged[max(0, first // self._row_bytes) : max(0, -(-last // self._row_bytes))] = True
+        return is_damaged
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        try:
+            data = self.file.read(self._start + start * self._row_bytes, self._start + stop * self._row_bytes)
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error} `mmgem index` embeds anew what is lost.") from error
+        return np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
+
+
+class IndexRows:
+    """The rows of an index, or of a part of one.
+
+    Args:
+        table: The columns that are small, which are in memory.
+        arrays: `embedding`, and `memory` if it is kept.
+    """
+
+    def __init__(self, table: pa.Table, arrays: Mapping[str, ArrayFile | np.ndarray]):
+        self.table, self.arrays = table, arrays
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, column: str) -> list:
+        return self.table[column].to_pylist()
+
+    def damaged(self) -> np.ndarray:
+        """(N,) Whether the arrays of a row are not what was written; reads all of them."""
+        files = [array for array in self.arrays.values() if isinstance(array, ArrayFile)]
+        return np.any([np.zeros(len(self), bool), *(file.damaged_rows() for file in files)], axis=0)
 
 
 @dataclass(frozen=True)
@@ -62,107 +139,230 @@ class IndexFacts:
         """How the vectors are stored."""
         return VectorCodec(self.settings.precision, self.settings.dimensions, self.bound)
 
-    def write(self, place: Path) -> None:
-        """Writes into an existing folder, which is an index's from then on."""
-        facts = {
-            "format": FORMAT,
-            "folder": self.folder,
-            "model": self.model,
-            "settings": asdict(self.settings),
-            "model_settings": self.fingerprint.settings,
-            "bound": self.bound,
-        }
-        probes = {kind: probe.contiguous() for kind, probe in self.fingerprint.probes.items()}
-        (place / PROBES_FILE).write_bytes(save(probes))  # `save_file` lets nobody else read it
-        unfinished = place / UNFINISHED_FACTS
-        unfinished.write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
-        unfinished.rename(place / FACTS_FILE)
 
-    @classmethod
-    def read(cls, place: Path, name: str) -> "IndexFacts":
-        """Reads the facts of an index.
+@dataclass(frozen=True)
+class StoredIndex:
+    """An index as it is on the disk.
 
-        Args:
-            place: The folder of the index.
-            name: The argument that names it, for errors.
+    Args:
+        facts: What is known of its rows.
+        rows: The rows; None in a folder that holds parts instead.
+        version: The number of the update; 0 for an index of an earlier format.
+    """
 
-        Raises:
-            ValueError: If the folder is not an index, or one of another format.
-        """
-        if not is_index(place):
-            raise ValueError(f"`{name}` is {str(place)!r}, which is no index; expected a folder with {FACTS_FILE}.")
-        try:
-            facts = json.loads((place / FACTS_FILE).read_text(encoding="utf-8"))
-            if facts.get("format") != FORMAT:
-                raise ValueError(
-                    f"`{name}` is {str(place)!r}, an index of format {facts.get('format', 1)}; expected format "
-                    f"{FORMAT}. Delete it, and make it anew with `mmgem index`."
-                )
-            return cls(
-                folder=facts["folder"],
-                model=facts["model"],
-                settings=IndexSettings(**facts["settings"]),
-                fingerprint=Fingerprint(facts["model_settings"], load_file(place / PROBES_FILE)),
-                bound=facts["bound"],
-            )
-        except _DAMAGE as error:
-            raise ValueError(
-                f"`{name}` is {str(place)!r}, an index whose {FACTS_FILE} or {PROBES_FILE} is damaged; expected a "
-                "whole one. Delete it, and make it anew with `mmgem index`."
-            ) from error
+    facts: IndexFacts
+    rows: IndexRows | None
+    version: int
+
+    @property
+    def bytes_per_row(self) -> int:
+        """What the vectors and the memory of one image take."""
+        return 0 if self.rows is None else sum(array[:1].nbytes for array in self.rows.arrays.values())
 
 
 def is_index(place: Path) -> bool:
-    """Tells whether a folder is an index, of any format, complete or not."""
-    return (place / FACTS_FILE).is_file()
+    """Whether there is an index."""
+    return (place / MANIFEST).is_file()
 
 
-def read_rows(path: Path) -> Dataset:
-    """Reads the rows of a file, which stay on disk.
+def is_free(place: Path) -> bool:
+    """Whether an index may be made there: nobody else's files are there, and no index."""
+    if not place.exists():
+        return True
+    return place.is_dir() and all(
+        path.name == UNFINISHED or _FILES_OF_AN_UPDATE.fullmatch(path.name) for path in place.iterdir()
+    )
+
+
+def write_index(
+    place: Path, facts: IndexFacts, version: int, count: int = 0, batches: Iterable[Mapping[str, Any]] = ()
+) -> None:
+    """Writes an index, which takes the place of the one that is there in one step.
+
+    Args:
+        place: The folder.
+        facts: What is known of the rows.
+        version: The number of the update, another than that of the index that is there.
+        count: The number of rows; 0 for none.
+        batches: As for `write_rows`.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    rows = write_rows(place, str(version), count, batches) if count else None
+    with write_checked(place / f"probes-{version}.safetensors") as probes:
+        probes.write(save({kind: probe.contiguous() for kind, probe in facts.fingerprint.probes.items()}))
+    manifest = {
+        "format": FORMAT,
+        "version": version,
+        "folder": facts.folder,
+        "model": facts.model,
+        "settings": asdict(facts.settings),
+        "model_settings": facts.fingerprint.settings,
+        "bound": facts.bound,
+        "probes": probes.facts,
+        "rows": rows,
+    }
+    write_json(place / MANIFEST, manifest)
+    own = {file.path.name for file in _files(place, manifest)}
+    for path in list(place.iterdir()):  # of earlier updates, and of such as were killed
+        if path.name not in own and (_FILES_OF_AN_UPDATE.fullmatch(path.name) or path.name in _FORMAT_2_FILES):
+            with suppress(PermissionError):  # of Windows, where somebody reads it; the next update deletes it
+                path.unlink()
+
+
+def read_index(place: Path, name: str) -> StoredIndex:
+    """Reads an index; its arrays stay on the disk, and open.
+
+    Args:
+        place: The folder of the index.
+        name: The argument that names it, for errors.
 
     Raises:
-        ValueError: If the file is not there, or damaged.
+        ValueError: If the folder is not an index, one of another format, or damaged in more than its arrays.
     """
+    if not is_index(place):
+        raise ValueError(f"`{name}` is {str(place)!r}, which is no index; expected a folder with {MANIFEST}.")
     try:
-        return Dataset.from_file(str(path))
-    except (OSError, pa.ArrowException) as error:
+        while True:
+            manifest = _read_manifest(place, name)
+            try:
+                return _open(place, manifest)
+            except (FileNotFoundError, DamagedFileError):
+                if _read_manifest(place, name) == manifest:  # it was not updated meanwhile
+                    raise
+    except _UnknownFormatError:
+        raise
+    except _DAMAGE as error:
         raise ValueError(
-            f"{str(path)!r} is missing or damaged; expected the rows of an index. Delete the index that it belongs "
-            "to, and make it anew with `mmgem index`."
+            f"`{name}` is {str(place)!r}, a damaged index ({error}); expected a whole one. Delete it, and make it "
+            "anew with `mmgem index`."
         ) from error
 
 
-def write_rows(path: Path, batches: Iterable[Mapping[str, Any]]) -> None:
-    """Writes batches of rows, columns by name, into a file, which appears whole.
+def write_rows(place: Path, name: str, count: int, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Writes batches of rows into files, which nobody knows of before they are named in a manifest.
 
     Args:
-        path: The file.
-        batches: Columns are lists, or arrays (B, ...), which become lists of fixed lengths; at least one batch.
+        place: The folder.
+        name: What distinguishes the files from others.
+        count: The number of rows of all batches.
+        batches: Columns are lists, or arrays (B, ...) of any precision; at least one batch.
+
+    Returns:
+        What `read_rows` knows them by.
     """
-    unfinished = path.with_suffix(".tmp")
-    batches = iter(batches)
-    first = next(batches)
-    schema = Features({name: _feature(column) for name, column in first.items()}).arrow_schema
-    with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in chain([first], batches):
-            arrays = [_to_arrow(batch[field.name], field.type) for field in schema]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
-    unfinished.rename(path)
+    columns: dict[str, list] = defaultdict(list)
+    writers: dict[str, Any] = {}
+    arrays: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        for batch in batches:
+            for column, values in batch.items():
+                if not isinstance(values, np.ndarray):
+                    columns[column] += values
+                    continue
+                if column not in writers:
+                    writers[column] = stack.enter_context(write_checked(place / f"{column}-{name}.npy"))
+                    shape = (count, *values.shape[1:])
+                    layout = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(writers[column], layout)  # type: ignore[arg-type]
+                    arrays[column] = {"dtype": values.dtype.str, "shape": shape}
+                writers[column].write(values.tobytes())
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), buffer)
+    with write_checked(place / f"rows-{name}.parquet") as table:
+        table.write(buffer.getvalue())
+    return {
+        "table": table.facts,
+        "arrays": {column: facts | writers[column].facts for column, facts in arrays.items()},
+    }
 
 
-class ArrayColumn:
-    """A column of lists of fixed lengths, of which it reads arrays (N, ...) in their own precision: `column[rows]`."""
+def read_rows(place: Path, facts: Mapping[str, Any], hold: bool = False) -> IndexRows:
+    """Reads what `write_rows` wrote; arrays stay on the disk.
 
-    def __init__(self, rows: Dataset, name: str):
-        self.name = name
-        self.rows = rows.select_columns([name]).with_format("arrow")
+    Args:
+        place: The folder.
+        facts: What `write_rows` returned.
+        hold: Whether to keep the arrays open, see `CheckedFile.hold`.
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    Raises:
+        DamagedFileError: If the table is not what was written.
+        FileNotFoundError: If an array that is held is not there.
+    """
+    table = pq.read_table(pa.BufferReader(pa.py_buffer(CheckedFile(place, facts["table"]).read())))
+    arrays = {column: ArrayFile(place, array) for column, array in facts["arrays"].items()}
+    if hold:
+        for array in arrays.values():
+            array.file.hold()
+    return IndexRows(table, arrays)
 
-    def __getitem__(self, rows: slice | range | list[int]) -> np.ndarray:
-        parts = self.rows[rows].column(self.name).chunks
-        return _to_numpy(parts[0] if len(parts) == 1 else pa.concat_arrays(parts))
+
+def write_part(place: Path, number: int, batch: Mapping[str, Any]) -> None:
+    """Writes a part of an index, which is there when all of it is on the disk."""
+    name = f"part-{number:06d}"
+    facts = write_rows(place, name, len(batch["file_name"]), [batch])
+    write_json(place / f"{name}.json", facts)
+
+
+def read_parts(place: Path) -> Iterator[IndexRows]:
+    """Reads the parts that are what was written; what others had is embedded again."""
+    for path in sorted(place.glob("part-*.json")):
+        with suppress(DamagedFileError):
+            rows = read_rows(place, read_json(path))
+            if not rows.damaged().any():
+                yield rows
+
+
+def count_parts(place: Path) -> int:
+    """The number of parts, damaged ones included."""
+    return len(list(place.glob("part-*.json")))
+
+
+def remove_parts(place: Path) -> None:
+    """Deletes the folder of the parts, the file that makes them an index's first: they are nothing without it."""
+    (place / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+class IndexCheck(NamedTuple):
+    """Result of `verify_index`.
+
+    Args:
+        files: The number of files that were read.
+        bytes: Their size.
+        damaged: What is wrong with those that are not what was written, by name.
+    """
+
+    files: int
+    bytes: int
+    damaged: dict[str, str]
+
+
+def verify_index(place: str | Path) -> IndexCheck:
+    """Reads every file of an index, and of what a run has begun to add to it, and compares the checksums.
+
+    Raises:
+        ValueError: If there is no index, or none whose manifest can be read.
+    """
+    place, damaged = Path(place), {}
+    places = [one for one in (place, place / UNFINISHED) if is_index(one)]
+    if not places:
+        raise ValueError(f"`index` is {str(place)!r}, which is no index; expected a folder with {MANIFEST}.")
+    files: list[CheckedFile] = []
+    for one in places:
+        manifest = _read_manifest(one, "index")
+        if manifest["format"] == FORMAT:
+            files += _files(one, manifest)
+        else:  # it has no checksums
+            read_index(one, "index")
+        for path in sorted(one.glob("part-*.json")):
+            try:
+                files += _row_files(one, read_json(path))
+            except DamagedFileError:
+                damaged[path.name] = "it is not what was written"
+    for file in files:
+        if blocks := file.damaged_blocks():
+            damaged[file.path.name] = f"{len(blocks)} of {len(file.checksums)} MiB are not what was written"
+    return IndexCheck(len(files), sum(file.size for file in files), damaged)
 
 
 def chunks(length: int, size: int) -> Iterator[slice]:
@@ -170,13 +370,60 @@ def chunks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _to_arrow(column: Any, type_: pa.DataType) -> pa.Array:
-    if not isinstance(column, np.ndarray):
-        return pa.array(column, type_)
-    values = pa.array(column.reshape(-1))
-    for length in reversed(column.shape[1:]):
-        values = pa.FixedSizeListArray.from_arrays(values, length)
-    return values
+class _UnknownFormatError(ValueError):
+    pass
+
+
+def _read_manifest(place: Path, name: str) -> dict[str, Any]:
+    try:
+        return read_json(place / MANIFEST)
+    except DamagedFileError:
+        manifest = _read_without_checksum(place / MANIFEST)
+        if manifest is None or manifest.get("format") == FORMAT:
+            raise DamagedFileError(
+                f"`{name}` is {str(place)!r}, an index whose {MANIFEST} is damaged; expected a whole one. Delete it, "
+                "and make it anew with `mmgem index`."
+            ) from None
+    if manifest.get("format") != 2:
+        raise _UnknownFormatError(
+            f"`{name}` is {str(place)!r}, an index of format {manifest.get('format', 1)}; expected format {FORMAT}. "
+            "Delete it, and make it anew with `mmgem index`."
+        )
+    return manifest
+
+
+def _read_without_checksum(path: Path) -> dict[str, Any] | None:
+    """As formats before 3 have it."""
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _open(place: Path, manifest: Mapping[str, Any]) -> StoredIndex:
+    if manifest["format"] == FORMAT:
+        rows = None if manifest["rows"] is None else read_rows(place, manifest["rows"], hold=True)
+        probes = load(bytes(CheckedFile(place, manifest["probes"]).read()))
+    else:
+        rows, probes = _read_rows_of_format_2(place / "rows.arrow"), load((place / "probes.safetensors").read_bytes())
+    facts = IndexFacts(
+        folder=manifest["folder"],
+        model=manifest["model"],
+        settings=IndexSettings(**manifest["settings"]),
+        fingerprint=Fingerprint(manifest["model_settings"], probes),
+        bound=manifest["bound"],
+    )
+    return StoredIndex(facts, rows, manifest.get("version", 0))
+
+
+def _read_rows_of_format_2(path: Path) -> IndexRows:
+    """One file of everything, a stream of Arrow."""
+    table = pa.ipc.open_stream(pa.py_buffer(path.read_bytes())).read_all().combine_chunks()
+    table.validate(full=True)  # wrong offsets would end the process
+    names = [name for name in ("embedding", "memory") if name in table.column_names]
+    arrays = {name: _to_numpy(table[name].combine_chunks()) for name in names}
+    return IndexRows(table.drop_columns(names).append_column("content", pa.array([""] * len(table))), arrays)
 
 
 def _to_numpy(values: pa.Array) -> np.ndarray:
@@ -187,10 +434,11 @@ def _to_numpy(values: pa.Array) -> np.ndarray:
     return values.to_numpy().reshape(shape)
 
 
-def _feature(column: Any):
-    if not isinstance(column, np.ndarray):
-        return Value("string" if isinstance(column[0], str) else "int32")
-    feature = Value(str(column.dtype))
-    for length in reversed(column.shape[1:]):
-        feature = List(feature, length=length)
-    return feature
+def _files(place: Path, manifest: Mapping[str, Any]) -> list[CheckedFile]:
+    """All files that a manifest names."""
+    rows = [] if manifest["rows"] is None else _row_files(place, manifest["rows"])
+    return [CheckedFile(place, manifest["probes"]), *rows]
+
+
+def _row_files(place: Path, facts: Mapping[str, Any]) -> list[CheckedFile]:
+    return [CheckedFile(place, file) for file in (facts["table"], *facts["arrays"].values())]

@@ -3,7 +3,7 @@ import os
 import pytest
 from PIL import Image
 
-from mmgem.training.data.image_files import apply_to_batch, find_images, read_batches
+from mmgem.training.data.image_files import apply_to_batch, content_hash, find_images, read_batches
 
 
 def write_image(path, size=(8, 6), color="red"):
@@ -15,7 +15,61 @@ def test_images_are_found_at_any_depth_by_extension_in_any_case(tmp_path):
     for name in ("b.png", "a/deep/er/c.JPG", "a/d.webp", ".hidden.png", ".thumbnails/e.png", "._b.png"):
         write_image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    assert find_images(tmp_path) == ["a/d.webp", "a/deep/er/c.JPG", "b.png"]
+    found = find_images(tmp_path)
+    assert list(found.versions) == ["a/d.webp", "a/deep/er/c.JPG", "b.png"]
+    assert (found.unseen, found.empty, found.passed_over) == ({}, set(), {})
+    os.utime(tmp_path / "b.png", ns=(1, 1))
+    changed = find_images(tmp_path).versions
+    assert {name for name in changed if changed[name] != found.versions[name]} == {"b.png"}
+
+
+def test_what_is_not_read_is_counted_and_what_cannot_be_seen_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    for name in ("a.png", "shut/b.png", "shut.not/c.png", "folder.jpg/d.png"):
+        write_image(folder / name)
+    (folder / "empty").mkdir()
+    (folder / "link").symlink_to(tmp_path)  # and its images would be found without end
+    (folder / "link.png").symlink_to(folder / "shut")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.jpeg")
+    for name in ("e.heic", "f.HEIC", "g.svg", "h.txt", ".i.heic"):
+        (folder / name).touch()
+    scandir = os.scandir
+
+    def listing(path):
+        if str(path).endswith("shut"):
+            raise OSError(112, "Host is down", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    found = find_images(folder)
+    assert list(found.versions) == ["a.png", "folder.jpg/d.png", "shut.not/c.png"]
+    assert found.unseen.keys() == {"shut", "loop.png", "gone.jpg"} and found.empty == {"empty"}
+    assert found.unseen["shut"] == "it cannot be listed: Host is down"
+    assert found.passed_over == {".heic files": 2, ".svg files": 1, "links to folders": 2, "pipes and devices": 2}
+    for name, is_hidden in [("shut/b.png", True), ("shut/er/b.png", True), ("empty/x.png", True), ("gone.jpg", True)]:
+        assert found.hides(name) == is_hidden
+    for name in ("shut.not/x.png", "shut.png", "x.png", "folder.jpg/x.png"):
+        assert not found.hides(name)
+
+
+def test_folders_deeper_than_the_system_has_paths_for_are_named(tmp_path):
+    write_image(tmp_path / "a.png")
+    where, deep = os.getcwd(), "d" * 200
+    try:
+        os.chdir(tmp_path)
+        for _ in range(25):
+            os.mkdir(deep)
+            os.chdir(deep)
+    finally:
+        os.chdir(where)
+    found = find_images(tmp_path)
+    assert list(found.versions) == ["a.png"]
+    [(name, reason)] = found.unseen.items()
+    assert name.startswith(f"{deep}/{deep}") and reason == "it cannot be listed: File name too long"
 
 
 def test_a_folder_that_is_not_one_is_refused(tmp_path):
@@ -59,20 +113,29 @@ def test_whatever_is_wrong_with_a_file_is_reported_and_never_fatal(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
-    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
     undecodable = os.fsdecode(b"caf\xe9.png")
     (tmp_path / undecodable).write_bytes((tmp_path / "good.png").read_bytes())
     skipped = []
-    [batch] = read_batches(tmp_path, find_images(tmp_path), 10, skipped)
+    [batch] = read_batches(tmp_path, list(find_images(tmp_path).versions), 10, skipped)
     assert [file.file_name for file in batch] == ["good.png"]
     assert sorted(file.file_name for file in skipped) == [
         "caf\ufffd.png",
         "cut.png",
         "empty.png",
-        "link.png",
         "text.jpg",
     ]
     assert all(file.reason and "\n" not in file.reason for file in skipped)
+
+
+def test_files_of_known_content_are_recognized_and_not_decoded(tmp_path, monkeypatch):
+    for number in range(4):
+        write_image(tmp_path / f"{number}.png", size=(number + 1, 1))
+    known, recognized, skipped = {content_hash(tmp_path / "2.png")}, {}, []
+    names = [f"{number}.png" for number in range(4)]
+    [batch] = read_batches(tmp_path, names, 10, skipped, known, recognized)
+    assert [file.file_name for file in batch] == ["0.png", "1.png", "3.png"] and skipped == []
+    assert recognized == {"2.png": content_hash(tmp_path / "2.png")}
+    assert batch[0].content == content_hash(tmp_path / "0.png") != batch[1].content
 
 
 def test_a_batch_size_of_zero_is_refused(tmp_path):

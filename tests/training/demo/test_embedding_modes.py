@@ -157,7 +157,7 @@ def test_the_index_answers_from_its_memory_of_the_right_image(gallery, index, mo
 def test_memory_takes_what_the_index_holds(demonstration, index):
     out, results = demonstration
     files = list((out / "gallery").glob("*.png"))
-    kept = torch.tensor(index.rows[0]["memory"])  # (k, H)
+    kept = torch.tensor(index.rows.arrays["memory"][:1][0])  # (k, H)
     assert results["asked"]["bytes"]["memory"] == 2 * kept.numel()  # float16
     assert results["asked"]["bytes"]["file"] == pytest.approx(sum(file.stat().st_size for file in files) / len(files))
 

@@ -1,27 +1,35 @@
 import json
 import os
+import shutil
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from image_folders import NAMES, build_multi_vector_model, write_noise
 from PIL import Image
+from safetensors.torch import save
 from tiny_models import build_model
 
 from mmgem.training.inference import embed_and_remember, embed_images, remember
-from mmgem.training.search import building
+from mmgem.training.search import building, storage
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
-from mmgem.training.search.storage import FACTS_FILE, ROWS_FILE, ArrayColumn, IndexFacts, read_rows
+from mmgem.training.search.storage import MANIFEST, UNFINISHED, read_index, verify_index
 
 
 def read(out):
-    return read_rows(out / ROWS_FILE)
+    return read_index(out, "out").rows
+
+
+def array_of(out, name):
+    return read(out).arrays[name][:]
 
 
 def vectors_of(out):
-    return IndexFacts.read(out, "out").codec.decode(ArrayColumn(read(out), "embedding")[:])
+    return read_index(out, "out").facts.codec.decode(array_of(out, "embedding"))
 
 
 @pytest.fixture
@@ -58,21 +66,21 @@ def test_the_vision_tower_runs_once_over_each_image(folder, out, tiny_processor,
     paths = [folder / name for name in sorted(NAMES)]
     np.testing.assert_allclose(vectors_of(out), embed_images(model, tiny_processor, paths), atol=1e-6)
     if memory:
-        kept = ArrayColumn(read(out), "memory")[:]
+        kept = array_of(out, "memory")
         np.testing.assert_array_equal(kept, remember(model, tiny_processor, paths).half())
 
 
-def test_an_index_is_a_datasets_file_with_the_unit_embedding_of_every_image(folder, out, tiny_model, tiny_processor):
+def test_an_index_has_the_unit_embedding_of_every_image(folder, out, tiny_model, tiny_processor):
     report = build_index(folder, tiny_model, tiny_processor, out, batch_size=3)
-    assert report == (7, 7, [], 64)
+    assert report == (7, 7, [], 64, {})
     rows = read(out)
-    assert rows["file_name"][:] == sorted(NAMES)
+    assert rows["file_name"] == sorted(NAMES)
     assert set(zip(rows["width"], rows["height"], strict=True)) == {(40, 30)}
-    embeddings = torch.tensor(rows["embedding"][:])
+    embeddings = torch.tensor(rows.arrays["embedding"][:])
     expected = embed_images(tiny_model, tiny_processor, [folder / name for name in sorted(NAMES)])
     torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
-    assert not out.with_name("index.partial").exists()
+    assert not (out / UNFINISHED).exists()
 
 
 def test_only_what_was_asked_for_is_kept_of_each_image(folder, out, tiny_processor):
@@ -81,7 +89,7 @@ def test_only_what_was_asked_for_is_kept_of_each_image(folder, out, tiny_process
     paths = [folder / name for name in sorted(NAMES)]
     expected = embed_images(model, tiny_processor, paths)[:, :2, :8]
     np.testing.assert_allclose(vectors_of(out), torch.nn.functional.normalize(expected, dim=-1), atol=1e-5)
-    memory = ArrayColumn(read(out), "memory")[:]
+    memory = array_of(out, "memory")
     assert memory.dtype == np.float16
     expected_memory = remember(model, tiny_processor, paths)[:, :3]
     np.testing.assert_allclose(memory, expected_memory, rtol=2e-3, atol=2e-3)
@@ -95,7 +103,7 @@ def test_fewer_vectors_are_what_a_model_with_fewer_embedding_tokens_makes(folder
     model.set_embedding_tokens(2, "multi_vector")
     build_index(folder, model, tiny_processor, out.with_name("fewer"), memory=True)
     np.testing.assert_allclose(vectors_of(out), vectors_of(out.with_name("fewer")), atol=1e-5)
-    memory, fewer = (ArrayColumn(read(place), "memory")[:] for place in (out, out.with_name("fewer")))
+    memory, fewer = (array_of(place, "memory") for place in (out, out.with_name("fewer")))
     np.testing.assert_allclose(memory, fewer, atol=2e-3)
 
 
@@ -117,20 +125,20 @@ def test_a_quantized_index_that_is_brought_up_to_date_keeps_its_codes(
     folder, out, tiny_model, tiny_processor, precision
 ):
     build_index(folder, tiny_model, tiny_processor, out, precision=precision)
-    before = ArrayColumn(read(out), "embedding")[:]
+    before = array_of(out, "embedding")
     build_index(folder, tiny_model, tiny_processor, out, precision=precision)
-    np.testing.assert_array_equal(ArrayColumn(read(out), "embedding")[:], before)
-    bound = IndexFacts.read(out, "out").bound
+    np.testing.assert_array_equal(array_of(out, "embedding"), before)
+    bound = read_index(out, "out").facts.bound
     for number in range(20):  # of which some have larger values
         write_noise(folder / f"z{number}.png", seed=200 + number)
     assert build_index(folder, tiny_model, tiny_processor, out, precision=precision).embedded == 20
     exact = embed_images(tiny_model, tiny_processor, [folder / name for name in read(out)["file_name"]]).numpy()
     if precision == "int8":
-        wider = IndexFacts.read(out, "out").bound
+        wider = read_index(out, "out").facts.bound
         assert wider == pytest.approx(np.abs(exact).max(), abs=1e-5) and wider > bound
         np.testing.assert_allclose(vectors_of(out), exact, atol=(bound + wider) / 255 + 1e-5)
     else:
-        np.testing.assert_array_equal(ArrayColumn(read(out), "embedding")[:][:7], before)
+        np.testing.assert_array_equal(array_of(out, "embedding")[:7], before)
 
 
 def test_size_is_that_of_the_image_as_displayed(tmp_path, out, tiny_model, tiny_processor):
@@ -139,8 +147,7 @@ def test_size_is_that_of_the_image_as_displayed(tmp_path, out, tiny_model, tiny_
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "images" / "turned.jpg", exif=exif)
     build_index(tmp_path / "images", tiny_model, tiny_processor, out)
-    [row] = read(out)
-    assert (row["width"], row["height"]) == (30, 40)
+    assert (read(out)["width"], read(out)["height"]) == ([30], [40])
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
@@ -161,10 +168,10 @@ def test_a_killed_run_goes_on_where_it_stopped(
     monkeypatch.setattr(building, "embed_and_remember", killed_at_the_third_batch)
     with pytest.raises(KeyboardInterrupt):
         build_index(folder, tiny_model, tiny_processor, out, **settings)
-    assert not out.exists()
+    assert os.listdir(out) == [UNFINISHED]
     with pytest.raises(FileNotFoundError, match="interrupted"):
         SearchIndex.load(out, tiny_model, tiny_processor)
-    with pytest.raises(ValueError, match="index.partial', an index with dimensions 16; expected 8"):
+    with pytest.raises(ValueError, match="unfinished', an index with dimensions 16; expected 8"):
         build_index(folder, tiny_model, tiny_processor, out, dimensions=8, **settings)
 
     monkeypatch.setattr(building, "embed_and_remember", counting)
@@ -172,68 +179,230 @@ def test_a_killed_run_goes_on_where_it_stopped(
     report = build_index(folder, tiny_model, tiny_processor, out, **settings)
     assert report[:3] == (7, 3, []) and embedded == [2, 1]
     resumed, reference = read(out), read(out.with_name("reference"))
-    assert resumed["file_name"][:] == reference["file_name"][:]
+    assert resumed["file_name"] == reference["file_name"]
     np.testing.assert_allclose(vectors_of(out), vectors_of(out.with_name("reference")), atol=1e-5)
-    np.testing.assert_allclose(ArrayColumn(resumed, "memory")[:], ArrayColumn(reference, "memory")[:], atol=2e-3)
+    np.testing.assert_allclose(resumed.arrays["memory"][:], reference.arrays["memory"][:], atol=2e-3)
 
 
-def test_a_run_that_is_killed_between_the_old_index_and_the_new_loses_neither(
-    folder, out, tiny_model, tiny_processor, monkeypatch, embedded
+@pytest.mark.parametrize("killed_at", ["before the manifest", "after the manifest", "while it tidies up"])
+def test_a_run_that_is_killed_at_its_end_loses_nothing(
+    folder, out, tiny_model, tiny_processor, monkeypatch, killed_at
 ):
     build_index(folder, tiny_model, tiny_processor, out)
     write_noise(folder / "new.png", seed=101)
-    rename = type(out).rename
+    write_json, unlink = storage.write_json, type(out).unlink
 
-    def killed(path, target):
-        if path.name == building.WRITING:
+    def killed(path, content):
+        if path != out / MANIFEST:
+            return write_json(path, content)
+        if killed_at == "after the manifest":
+            write_json(path, content)
+        raise KeyboardInterrupt
+
+    def killed_after_the_first_file(path, **kwargs):
+        was_there = path.exists()
+        unlink(path, **kwargs)
+        if was_there and path.parent.name == UNFINISHED:
             raise KeyboardInterrupt
-        return rename(path, target)
 
-    monkeypatch.setattr(type(out), "rename", killed)
+    if killed_at == "while it tidies up":
+        monkeypatch.setattr(type(out), "unlink", killed_after_the_first_file)
+    else:
+        monkeypatch.setattr(storage, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         build_index(folder, tiny_model, tiny_processor, out)
-    assert not out.exists()
     monkeypatch.undo()
+    assert len(SearchIndex.load(out, tiny_model, tiny_processor)) == 7 + (killed_at != "before the manifest")
     monkeypatch.setattr(building, "embed_images", None)  # nothing is left to embed
     assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (8, 0, [])
-    assert not out.with_name("index.partial").exists()
-
-
-@pytest.mark.parametrize("survivor", ["part-000000.arrow", FACTS_FILE, "probes.safetensors"])
-def test_a_run_that_is_killed_while_it_tidies_up_is_no_obstacle(
-    folder, out, tiny_model, tiny_processor, monkeypatch, survivor
-):
-    unlink, rmtree = type(out).unlink, building.shutil.rmtree
-
-    def killed(path, **kwargs):
-        if path.name == survivor:
-            raise KeyboardInterrupt
-        return unlink(path, **kwargs)
-
-    def killed_at_the_end(path, **kwargs):
-        if survivor == "probes.safetensors" and path.name == "index.partial":
-            raise KeyboardInterrupt
-        return rmtree(path, **kwargs)
-
-    monkeypatch.setattr(type(out), "unlink", killed)
-    monkeypatch.setattr(building.shutil, "rmtree", killed_at_the_end)
-    with pytest.raises(KeyboardInterrupt):
-        build_index(folder, tiny_model, tiny_processor, out)
-    monkeypatch.undo()
-    assert (out.with_name("index.partial") / survivor).exists()
-    assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (7, 0, [])
-    assert not out.with_name("index.partial").exists()
+    assert len(os.listdir(out)) == 4 and verify_index(out).damaged == {}
 
 
 def test_a_run_that_is_killed_before_it_wrote_what_it_is_about_leaves_a_free_place(
     folder, out, tiny_model, tiny_processor, monkeypatch
 ):
-    monkeypatch.setattr("mmgem.training.search.storage.json.dumps", None)
+    monkeypatch.setattr(storage, "write_json", None)
     with pytest.raises(TypeError):
         build_index(folder, tiny_model, tiny_processor, out)
     monkeypatch.undo()
-    assert os.listdir(out.with_name("index.partial"))
+    assert os.listdir(out / UNFINISHED)
     assert build_index(folder, tiny_model, tiny_processor, out).images == 7
+
+
+def test_who_interrupts_a_run_keeps_what_it_has_embedded(
+    folder, out, tiny_model, tiny_processor, monkeypatch, embedded
+):
+    counting = building.embed_images
+
+    def interrupted(model, processor, images):
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        return counting(model, processor, images)
+
+    monkeypatch.setattr(building, "embed_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder, tiny_model, tiny_processor, out, batch_size=2)
+    monkeypatch.setattr(building, "embed_images", counting)
+    embedded.clear()
+    assert build_index(folder, tiny_model, tiny_processor, out)[:2] == (7, 3) and embedded == [3]
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_full_disk_loses_nothing(folder, out, tiny_model, tiny_processor, monkeypatch, moment):
+    """The moments are when the first file, part, manifest ... is written."""
+    build_index(folder, tiny_model, tiny_processor, out)
+    write_noise(folder / "new.png", seed=101)
+    moments, write_checked = iter(range(100)), storage.write_checked
+
+    def full(path):
+        if next(moments) >= moment:
+            raise OSError(28, "No space left on device")
+        return write_checked(path)
+
+    monkeypatch.setattr(storage, "write_checked", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_index(folder, tiny_model, tiny_processor, out)
+    monkeypatch.undo()
+    assert len(SearchIndex.load(out, tiny_model, tiny_processor)) == 7
+    assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (8, 1 if moment < 3 else 0, [])
+
+
+def test_what_is_as_it_was_is_not_written_again(folder, out, tiny_model, tiny_processor):
+    build_index(folder, tiny_model, tiny_processor, out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    build_index(folder, tiny_model, tiny_processor, out)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_images_whose_rows_are_damaged_are_embedded_again(folder, out, tiny_model, tiny_processor, monkeypatch):
+    monkeypatch.setattr("mmgem.training.search.checked_files.BLOCK", 128)
+    monkeypatch.setattr(storage, "BLOCK", 128)
+    build_index(folder, tiny_model, tiny_processor, out)
+    vectors, path = vectors_of(out), out / "embedding-1.npy"
+    content = bytearray(path.read_bytes())
+    content[128 + 3 * 64] ^= 1  # of the fourth vector, in a block with the third
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged in bytes 256 to 384.*`mmgem index` embeds anew"):
+        SearchIndex.load(out, tiny_model, tiny_processor)
+    assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (7, 2, [])
+    np.testing.assert_allclose(vectors_of(out), vectors, atol=1e-5)
+    assert verify_index(out).damaged == {}
+
+
+def test_a_damaged_part_of_a_killed_run_is_embedded_again(folder, out, tiny_model, tiny_processor, monkeypatch):
+    monkeypatch.setattr(building, "ROWS_PER_PART", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "merge", None)
+        with pytest.raises(TypeError):
+            build_index(folder, tiny_model, tiny_processor, out, batch_size=2)
+    (out / UNFINISHED / "part-000001.json").write_bytes(bytes(100))
+    assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (7, 2, [])
+    paths = [folder / name for name in sorted(NAMES)]
+    np.testing.assert_allclose(vectors_of(out), embed_images(tiny_model, tiny_processor, paths), atol=1e-5)
+
+
+def test_an_index_of_0_1_0_is_brought_up_to_date(folder, out, tiny_model, tiny_processor, embedded):
+    """One is made of an index of today."""
+    build_index(folder, tiny_model, tiny_processor, out)
+    facts, rows = read_index(out, "out").facts, read(out)
+    shutil.rmtree(out)
+    out.mkdir()
+    vectors = pa.FixedSizeListArray.from_arrays(rows.arrays["embedding"][:].reshape(-1), 16)
+    table = rows.table.drop_columns(["content"]).append_column("embedding", vectors)
+    with pa.OSFile(str(out / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    (out / "probes.safetensors").write_bytes(save(facts.fingerprint.probes))
+    described = {"folder": facts.folder, "model": facts.model, "settings": asdict(facts.settings)}
+    model = {"model_settings": facts.fingerprint.settings, "bound": facts.bound}
+    (out / MANIFEST).write_text(json.dumps({"format": 2, **described, **model}))
+    expected = SearchIndex.load(out, tiny_model, tiny_processor).search("star", top=7)
+    write_noise(folder / "zz.png", seed=101)
+    embedded.clear()
+    assert build_index(folder, tiny_model, tiny_processor, out)[:2] == (8, 1) and embedded == [1]
+    found = [
+        hit for hit in SearchIndex.load(out, tiny_model, tiny_processor).search("star") if hit.path.name != "zz.png"
+    ]
+    assert found == expected and verify_index(out).files == 3
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """Folders that cannot be listed, by name."""
+    names, scandir = set(), os.scandir
+
+    def listing(path):
+        if os.path.basename(str(path)) in names:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    return names
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_what_cannot_be_seen_is_kept_until_it_is_gone(
+    folder, out, tiny_model, tiny_processor, embedded, away, precision
+):
+    build_index(folder, tiny_model, tiny_processor, out, precision=precision)
+    codes = array_of(out, "embedding")
+    away.add("er")
+    write_noise(folder / "new.png", seed=101)
+    report = build_index(folder, tiny_model, tiny_processor, out, precision=precision)
+    reason = "it cannot be listed: Permission denied; what the index has of it, 3 images, is kept until it is gone"
+    assert report[:3] == (8, 1, [("deep/er", reason)])
+    assert set(NAMES) < set(read(out)["file_name"])
+
+    away.clear()
+    embedded.clear()
+    (folder / "new.png").unlink()
+    assert build_index(folder, tiny_model, tiny_processor, out, precision=precision)[:3] == (7, 0, [])
+    assert embedded == []
+    if precision == "float32":
+        np.testing.assert_array_equal(array_of(out, "embedding"), codes)
+
+    shutil.move(folder / "deep" / "er", folder.with_name("disk"))
+    (folder / "deep" / "er").mkdir()  # where it was mounted
+    report = build_index(folder, tiny_model, tiny_processor, out, precision=precision)
+    assert report[:2] == (7, 0) and "it is empty, as if its disk were away" in report.skipped[0].reason
+    shutil.rmtree(folder / "deep")
+    assert build_index(folder, tiny_model, tiny_processor, out, precision=precision)[:3] == (4, 0, [])
+
+
+def test_a_link_whose_file_is_away_keeps_its_row(folder, out, tiny_model, tiny_processor):
+    write_noise(folder.with_name("disk") / "linked.png", seed=5)
+    (folder / "link.png").symlink_to(folder.with_name("disk") / "linked.png")
+    assert build_index(folder, tiny_model, tiny_processor, out).images == 8
+    folder.with_name("disk").rename(folder.with_name("away"))
+    report = build_index(folder, tiny_model, tiny_processor, out)
+    assert report[:2] == (8, 0) and [name for name, _ in report.skipped] == ["link.png"]
+
+
+def test_a_gallery_that_moved_is_not_embedded_again(folder, out, tiny_model, tiny_processor, embedded):
+    build_index(folder, tiny_model, tiny_processor, out)
+    vectors, new = vectors_of(out), folder.with_name("new")
+    shutil.copytree(folder, new, copy_function=shutil.copyfile)  # with new times
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"an index of the folder '.*images'; expected one of '.*new'.*`--moved`"):
+        build_index(new, tiny_model, tiny_processor, out)
+    embedded.clear()
+    assert build_index(new, tiny_model, tiny_processor, out, moved=True)[:3] == (7, 0, []) and embedded == []
+    np.testing.assert_array_equal(vectors_of(out), vectors)
+    index = SearchIndex.load(out, tiny_model, tiny_processor)
+    assert index.search(image=new / NAMES[3], top=1)[0].path == new / NAMES[3]
+    assert build_index(new, tiny_model, tiny_processor, out)[:3] == (7, 0, [])
+
+
+def test_a_file_with_another_name_is_not_embedded_again(folder, out, tiny_model, tiny_processor, embedded):
+    build_index(folder, tiny_model, tiny_processor, out, memory=True)
+    memory = dict(zip(read(out)["file_name"], array_of(out, "memory"), strict=True))
+    (folder / NAMES[0]).rename(folder / "renamed.png")
+    os.utime(folder / NAMES[2], ns=(1, 1))
+    shutil.copy(folder / NAMES[4], folder / "copied.png")
+    embedded.clear()
+    assert build_index(folder, tiny_model, tiny_processor, out, memory=True)[:3] == (8, 0, []) and embedded == []
+    now = dict(zip(read(out)["file_name"], array_of(out, "memory"), strict=True))
+    for name, before in [("renamed.png", NAMES[0]), (NAMES[2], NAMES[2]), ("copied.png", NAMES[4])]:
+        np.testing.assert_array_equal(now[name], memory[before])
 
 
 def test_an_index_is_brought_up_to_date_by_embedding_only_what_changed(
@@ -248,7 +417,7 @@ def test_an_index_is_brought_up_to_date_by_embedding_only_what_changed(
     report = build_index(folder, tiny_model, tiny_processor, out)
     assert report[:3] == (7, 2, []) and embedded == [2]
     index = SearchIndex.load(out, tiny_model, tiny_processor)
-    assert index.rows["file_name"][:] == sorted([*NAMES[1:], "new.png"])
+    assert index.rows["file_name"] == sorted([*NAMES[1:], "new.png"])
     for name in index.rows["file_name"]:
         best = index.search(image=folder / name, top=1)[0]
         assert best.path == folder / name and best.score == pytest.approx(1, abs=1e-5)
@@ -319,7 +488,7 @@ def test_nothing_but_an_index_of_the_same_folder_is_replaced(folder, out, tiny_m
     with pytest.raises(ValueError, match="`out` is .*no index"):
         build_index(folder, tiny_model, tiny_processor, out)
     assert (out / "thesis.txt").read_text() == "precious"
-    (out / FACTS_FILE).write_text(json.dumps({"folder": str(folder), "model": "", "probe": [1.0]}))
+    (out / MANIFEST).write_text(json.dumps({"folder": str(folder), "model": "", "probe": [1.0]}))
     with pytest.raises(ValueError, match="`out` is .*of format 1.*make it anew"):
         build_index(folder, tiny_model, tiny_processor, out)
     assert (out / "thesis.txt").read_text() == "precious"

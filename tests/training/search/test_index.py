@@ -12,7 +12,7 @@ from mmgem.late_interaction import maxsim
 from mmgem.training.inference import embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
-from mmgem.training.search.storage import FACTS_FILE, ROWS_FILE
+from mmgem.training.search.storage import MANIFEST
 
 PATHS = sorted(NAMES)
 
@@ -169,13 +169,14 @@ def test_a_model_comes_with_its_processor(folder, out, tiny_model, tiny_processo
             SearchIndex.load(out, **given)
 
 
+@pytest.mark.parametrize("name", ["rows-1.parquet", "embedding-1.npy", "probes-1.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"half"])
-def test_rows_that_are_damaged_are_named(folder, out, tiny_model, tiny_processor, content):
+def test_files_that_are_damaged_are_named(folder, out, tiny_model, tiny_processor, name, content):
     build_index(folder, tiny_model, tiny_processor, out)
-    (out / ROWS_FILE).unlink()
+    (out / name).unlink()
     if content is not None:
-        (out / ROWS_FILE).write_bytes(content)
-    with pytest.raises(ValueError, match="rows.arrow' is missing or damaged; expected the rows of an index"):
+        (out / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*(Delete it, and make it anew|`mmgem index` embeds anew)"):
         SearchIndex.load(out, tiny_model, tiny_processor)
 
 
@@ -252,7 +253,7 @@ def test_the_model_is_loaded_from_where_it_was_when_none_is_given(folder, out, t
 def test_what_is_not_an_index_is_not_loaded(tmp_path, tiny_model, tiny_processor):
     with pytest.raises(FileNotFoundError, match="`path` is .*nowhere', which is not there; expected an index"):
         SearchIndex.load(tmp_path / "nowhere", tiny_model, tiny_processor)
-    with pytest.raises(ValueError, match=f"expected a folder with {FACTS_FILE}"):
+    with pytest.raises(ValueError, match=f"expected a folder with {MANIFEST}"):
         SearchIndex.load(tmp_path, tiny_model, tiny_processor)
 
 

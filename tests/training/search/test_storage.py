@@ -1,21 +1,39 @@
 import json
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset
 
+from mmgem.training.search import checked_files
+from mmgem.training.search.checked_files import (
+    BLOCK,
+    CheckedFile,
+    DamagedFileError,
+    read_json,
+    write_checked,
+    write_json,
+)
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.settings import IndexSettings
 from mmgem.training.search.storage import (
-    FACTS_FILE,
-    PROBES_FILE,
-    ArrayColumn,
+    MANIFEST,
+    ArrayFile,
     IndexFacts,
+    count_parts,
+    is_free,
     is_index,
-    read_rows,
-    write_rows,
+    read_index,
+    read_parts,
+    verify_index,
+    write_index,
+    write_part,
 )
+
+OF_0_1_0 = Path(__file__).parent / "index-0.1.0"
 
 
 @pytest.fixture
@@ -26,51 +44,336 @@ def facts():
     return IndexFacts("/images", "a/model", IndexSettings(2, 5, "int8", 1), fingerprint, bound=0.7)
 
 
-def test_facts_come_back_as_they_were(facts, tmp_path):
-    facts.write(tmp_path)
-    assert is_index(tmp_path) and sorted(path.name for path in tmp_path.iterdir()) == [PROBES_FILE, FACTS_FILE]
-    assert (tmp_path / PROBES_FILE).stat().st_mode == (tmp_path / FACTS_FILE).stat().st_mode
-    read = IndexFacts.read(tmp_path, "index")
-    assert (read.folder, read.model, read.settings, read.bound) == ("/images", "a/model", facts.settings, 0.7)
-    assert read.fingerprint.difference(facts.fingerprint) is None
-    assert read.codec == facts.codec and facts.codec.bound == 0.7
+def make_columns(count, seed=0):
+    generator = np.random.default_rng(seed)
+    return {
+        "file_name": [f"{number} ★.png" for number in range(count)],
+        "width": list(range(count)),
+        "embedding": generator.integers(0, 256, (count, 2, 3), dtype=np.uint8),
+        "memory": generator.normal(size=(count, 2, 4)).astype(np.float16),
+    }
+
+
+def write(place, facts, version=1, count=5, seed=0):
+    columns = make_columns(count, seed)
+    batches = [{name: column[part] for name, column in columns.items()} for part in (slice(3), slice(3, count))]
+    write_index(place, facts, version, count, batches)
+    return columns
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Files have several blocks."""
+    monkeypatch.setattr("mmgem.training.search.checked_files.BLOCK", 64)
+    monkeypatch.setattr("mmgem.training.search.storage.BLOCK", 64)
+
+
+@pytest.mark.parametrize("blocks", ["large", "small"])
+def test_an_index_comes_back_as_it_was(facts, tmp_path, blocks, request):
+    if blocks == "small":
+        request.getfixturevalue("small_blocks")
+    columns = write(tmp_path / "index", facts)
+    names = ["embedding-1.npy", "memory-1.npy", "probes-1.safetensors", "rows-1.parquet", MANIFEST]
+    assert is_index(tmp_path / "index") and sorted(os.listdir(tmp_path / "index")) == names
+    stored = read_index(tmp_path / "index", "index")
+    assert (stored.facts.folder, stored.facts.model, stored.facts.bound) == ("/images", "a/model", 0.7)
+    assert stored.facts.settings == facts.settings and stored.facts.codec == facts.codec
+    assert stored.facts.fingerprint.difference(facts.fingerprint) is None
+    assert stored.bytes_per_row == 2 * 3 + 2 * 4 * 2 and len(stored.rows) == 5
+    assert stored.rows["file_name"] == columns["file_name"] and stored.rows["width"] == columns["width"]
+    for name in ("embedding", "memory"):
+        array = stored.rows.arrays[name]
+        assert array[:].dtype == columns[name].dtype
+        for rows in (slice(None), slice(1, 3), slice(9, 12), [4, 0, 4, 2, 3], range(1, 2), []):
+            expected = columns[name][list(rows) if isinstance(rows, range) else rows]
+            np.testing.assert_array_equal(array[rows], expected.reshape(-1, *columns[name].shape[1:]))
+        np.testing.assert_array_equal(np.load(tmp_path / "index" / f"{name}-1.npy"), columns[name])
+    assert verify_index(tmp_path / "index").damaged == {} and not stored.rows.damaged().any()
+
+
+def test_no_bit_of_an_index_can_be_flipped_unnoticed(facts, tmp_path, small_blocks):
+    """Either it is not opened, or reading what is damaged is refused; and `verify` names the file in any case."""
+    place = tmp_path / "index"
+    columns = write(place, facts)
+    generator = np.random.default_rng(0)
+    flips = [(name, byte, bit) for name in os.listdir(place) for byte, bit in [(0, 0), (-1, 7)]]
+    for name in os.listdir(place):
+        size = (place / name).stat().st_size
+        flips += [(name, int(generator.integers(size)), int(generator.integers(8))) for _ in range(12)]
+    for name, byte, bit in flips:
+        whole = (place / name).read_bytes()
+        content = bytearray(whole)
+        content[byte] ^= 1 << bit
+        (place / name).write_bytes(content)
+        if name == MANIFEST:
+            with pytest.raises(ValueError, match="Delete it, and make it anew"):
+                read_index(place, "index")
+        else:
+            assert list(verify_index(place).damaged) == [name]
+            with pytest.raises(ValueError, match="damaged"):
+                rows = read_index(place, "index").rows
+                for array in rows.arrays.values():
+                    array.file.read()
+            if name.endswith(".npy"):
+                rows = read_index(place, "index").rows
+                whole_rows = np.flatnonzero(~rows.damaged())
+                column = name.split("-")[0]
+                np.testing.assert_array_equal(rows.arrays[column][whole_rows], columns[column][whole_rows])
+        (place / name).write_bytes(whole)
+    assert verify_index(place).damaged == {}
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "longer", "gone", "other"])
+def test_files_that_are_cut_or_zeroed_or_exchanged_are_noticed(facts, tmp_path, damage):
+    write(tmp_path / "other", facts, seed=1)
+    for name in ("embedding-1.npy", "memory-1.npy", "rows-1.parquet", "probes-1.safetensors"):
+        place = tmp_path / name
+        write(place, facts)
+        content = (place / name).read_bytes()
+        half = len(content) // 2
+        if damage == "gone":
+            (place / name).unlink()
+        else:
+            changed = {
+                "cut": content[:half],
+                "zeros": content[:half] + bytes(len(content) - half),
+                "longer": content + b"\0",
+                "other": (tmp_path / "other" / name).read_bytes(),
+            }
+            (place / name).write_bytes(changed[damage])
+        if damage == "other" and (place / name).read_bytes() == content:  # the other has the same names and probes
+            continue
+        assert list(verify_index(place).damaged) == [name]
+        with pytest.raises(ValueError, match=f"{name}' (is damaged|has)|No such file.*{name}"):
+            for array in read_index(place, "index").rows.arrays.values():
+                array[:]
 
 
 def test_folders_that_are_no_index_of_this_format_are_refused_by_a_sentence(facts, tmp_path):
-    with pytest.raises(ValueError, match=f"`out` is .*no index; expected a folder with {FACTS_FILE}"):
-        IndexFacts.read(tmp_path, "out")
+    with pytest.raises(ValueError, match=f"`out` is .*no index; expected a folder with {MANIFEST}"):
+        read_index(tmp_path, "out")
+    with pytest.raises(ValueError, match=f"`index` is .*no index; expected a folder with {MANIFEST}"):
+        verify_index(tmp_path)
     earlier = {"folder": "/images", "model": "a/model", "probe": [0.1, 0.2]}
-    (tmp_path / FACTS_FILE).write_text(json.dumps(earlier))
-    with pytest.raises(ValueError, match="`index` is .*of format 1; expected format 2. Delete it, and make it anew"):
-        IndexFacts.read(tmp_path, "index")
-    for broken in ("{", "[]", '{"format": 2}'):
-        (tmp_path / FACTS_FILE).write_text(broken)
-        with pytest.raises(ValueError, match="damaged; expected a whole one. Delete it, and make it anew"):
-            IndexFacts.read(tmp_path, "index")
-    facts.write(tmp_path)
-    for broken in (b"", b"not tensors"):
-        (tmp_path / PROBES_FILE).write_bytes(broken)
-        with pytest.raises(ValueError, match="damaged; expected a whole one. Delete it, and make it anew"):
-            IndexFacts.read(tmp_path, "index")
+    (tmp_path / MANIFEST).write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match="`index` is .*of format 1; expected format 3. Delete it, and make it anew"):
+        read_index(tmp_path, "index")
+    write(tmp_path, facts)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    for broken in ("{", "[]", '{"format": 2}', "[" * 100_000, '"x"', "", json.dumps(manifest | {"bound": 0.8})):
+        (tmp_path / MANIFEST).write_text(broken)
+        with pytest.raises(ValueError, match="Delete it, and make it anew"):
+            read_index(tmp_path, "index")
 
 
-def test_rows_come_back_in_their_own_precision(tmp_path):
-    generator = np.random.default_rng(0)
-    columns = {
-        "file_name": [f"{number}.png" for number in range(5)],
-        "width": list(range(5)),
-        "embedding": generator.integers(0, 256, (5, 2, 3), dtype=np.uint8),
-        "memory": generator.normal(size=(5, 2, 4)).astype(np.float16),
-    }
-    first, second = ({name: column[part] for name, column in columns.items()} for part in (slice(3), slice(3, 5)))
-    write_rows(tmp_path / "rows.arrow", [first, second])
-    rows = read_rows(tmp_path / "rows.arrow")
-    assert isinstance(rows, Dataset) and len(rows) == 5
-    assert rows["file_name"][:] == columns["file_name"] and rows["width"][:] == columns["width"]
-    for name in ("embedding", "memory"):
-        read = ArrayColumn(rows, name)[:]
-        assert read.dtype == columns[name].dtype
-        np.testing.assert_array_equal(read, columns[name])
-        np.testing.assert_array_equal(ArrayColumn(rows, name)[[4, 0, 4]], columns[name][[4, 0, 4]])
-        np.testing.assert_array_equal(ArrayColumn(rows.select([3, 1]), name)[range(1, 2)], columns[name][[1]])
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.arrow"]
+def test_an_index_of_0_1_0_is_read_and_the_next_update_replaces_its_files(facts, tmp_path):
+    shutil.copytree(OF_0_1_0, tmp_path / "index")
+    stored = read_index(tmp_path / "index", "index")
+    assert stored.version == 0 and stored.facts.folder == "/images" and stored.facts.settings.precision == "int8"
+    assert len(stored.rows) == 7 and stored.rows["file_name"][0] == "0.png" and stored.rows["content"] == [""] * 7
+    vectors = stored.facts.codec.decode(stored.rows.arrays["embedding"][:])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, atol=0.02)
+    assert stored.rows.arrays["memory"][[3, 5]].dtype == np.float16
+    assert verify_index(tmp_path / "index").damaged == {}
+    write(tmp_path / "index", facts)
+    names = ["embedding-1.npy", "memory-1.npy", "probes-1.safetensors", "rows-1.parquet", MANIFEST]
+    assert sorted(os.listdir(tmp_path / "index")) == names
+
+
+def test_wrong_offsets_of_an_index_of_0_1_0_do_not_end_the_process(tmp_path):
+    shutil.copytree(OF_0_1_0, tmp_path / "index")
+    path = tmp_path / "index" / "rows.arrow"
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    offsets = table["file_name"].chunk(0).buffers()[1].to_pybytes()[: 4 * 8]
+    content = path.read_bytes()
+    assert content.count(offsets) == 1
+    wrong = np.frombuffer(offsets, np.int32).copy()
+    wrong[3] = 2**30
+    path.write_bytes(content.replace(offsets, wrong.tobytes()))
+    with pytest.raises(ValueError, match="a damaged index"):
+        read_index(tmp_path / "index", "index")
+
+
+def test_an_update_is_one_step_for_readers_and_who_reads_keeps_what_he_has(facts, tmp_path):
+    before = write(tmp_path, facts)
+    reader = read_index(tmp_path, "index")
+    seen = []
+
+    class Watched(list):
+        """Batches during whose writing somebody opens the index."""
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                seen.append(read_index(tmp_path, "index").version)
+                yield batch
+
+    after = make_columns(7, seed=1)
+    write_index(tmp_path, facts, 2, 7, Watched([after]))
+    assert seen == [1]
+    assert sorted(path.name for path in tmp_path.glob("*-1.*")) == []
+    np.testing.assert_array_equal(reader.rows.arrays["memory"][[4, 1]], before["memory"][[4, 1]])
+    np.testing.assert_array_equal(read_index(tmp_path, "index").rows.arrays["memory"][:], after["memory"])
+
+
+def test_who_opens_an_index_while_it_is_replaced_gets_the_new_one(facts, tmp_path, monkeypatch):
+    write(tmp_path, facts)
+    read_once = checked_files.read_json
+
+    def read_and_update(path):
+        manifest = read_once(path)
+        if manifest["version"] == 1:
+            write(tmp_path, facts, version=2, seed=1)
+        return manifest
+
+    monkeypatch.setattr("mmgem.training.search.storage.read_json", read_and_update)
+    stored = read_index(tmp_path, "index")
+    assert stored.version == 2
+    np.testing.assert_array_equal(stored.rows.arrays["embedding"][:], make_columns(5, seed=1)["embedding"])
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """The rules of Windows: what is open is neither deleted nor replaced, and a folder is not renamed over another."""
+    replace, unlink = os.replace, Path.unlink
+
+    def is_open(path):
+        links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        return os.path.realpath(path) in [os.path.realpath(link) for link in links if os.path.exists(link)]
+
+    def strict_replace(source, target):
+        if is_open(target) or os.path.isdir(target):
+            raise PermissionError(13, "Access is denied", str(target))
+        replace(source, target)
+
+    def strict_unlink(path, missing_ok=False):
+        if is_open(path):
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "replace", strict_replace)
+    monkeypatch.setattr(os, "rename", strict_replace)
+    monkeypatch.setattr(Path, "rename", strict_replace)
+    monkeypatch.setattr(Path, "unlink", strict_unlink)
+    monkeypatch.setattr(checked_files, "REPLACING_PAUSE", 0)
+
+
+def test_updates_go_by_the_rules_of_windows(facts, tmp_path, windows, monkeypatch):
+    before = write(tmp_path, facts)
+    reader = read_index(tmp_path, "index")
+    write(tmp_path, facts, version=2, seed=1)
+    assert len(list(tmp_path.glob("*-1.npy"))) == 2  # which the reader has open
+    np.testing.assert_array_equal(reader.rows.arrays["memory"][:], before["memory"])
+    del reader
+    write(tmp_path, facts, version=3, seed=2)
+    assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["embedding-3.npy", "memory-3.npy"]
+    # Somebody reads the manifest at the moment, and is done soon; or is not.
+    manifest = open(tmp_path / MANIFEST)
+    monkeypatch.setattr(checked_files.time, "sleep", lambda seconds: manifest.close())
+    write(tmp_path, facts, version=4)
+    assert read_index(tmp_path, "index").version == 4
+    with open(tmp_path / MANIFEST), pytest.raises(PermissionError):
+        write(tmp_path, facts, version=5)
+    assert read_index(tmp_path, "index").version == 4
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_a_full_disk_leaves_what_was_there(facts, tmp_path, monkeypatch, step):
+    before = write(tmp_path, facts)
+    steps, fsync = iter(range(100)), os.fsync
+
+    def fail(number):
+        if next(steps) == step:
+            raise OSError(28, "No space left on device")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    try:
+        write(tmp_path, facts, version=2, seed=1)
+        assert step > 4  # a folder that cannot be brought to the disk
+    except OSError:
+        np.testing.assert_array_equal(read_index(tmp_path, "index").rows.arrays["memory"][:], before["memory"])
+    monkeypatch.undo()
+    write(tmp_path, facts, version=2, seed=1)
+    assert verify_index(tmp_path).damaged == {} and len(list(tmp_path.iterdir())) == 5
+
+
+def test_files_are_on_the_disk_before_they_are_named(facts, tmp_path, monkeypatch):
+    synced, replace = [], os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+    )
+    monkeypatch.setattr(os, "replace", lambda *paths: synced.append("replaced") or replace(*paths))
+    write(tmp_path / "index", facts)
+    assert set(synced[:4]) == {"embedding-1.npy", "memory-1.npy", "rows-1.parquet", "probes-1.safetensors"}
+    assert synced[4:] == ["search_index.tmp", "index", "replaced", "index"]
+
+
+def test_parts_are_there_as_a_whole_or_not_at_all(facts, tmp_path):
+    write_index(tmp_path, facts, 1)
+    for number in range(3):
+        write_part(tmp_path, number, make_columns(4, seed=number))
+    content = bytearray((tmp_path / "embedding-part-000001.npy").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "embedding-part-000001.npy").write_bytes(content)
+    (tmp_path / "rows-part-000003.parquet").write_bytes(b"killed while it was written")
+    parts = list(read_parts(tmp_path))
+    assert [len(part) for part in parts] == [4, 4] and count_parts(tmp_path) == 3
+    np.testing.assert_array_equal(parts[1].arrays["embedding"][:], make_columns(4, seed=2)["embedding"])
+    assert list(verify_index(tmp_path).damaged) == ["embedding-part-000001.npy"]
+
+
+def test_only_own_files_make_a_place_free(tmp_path):
+    assert is_free(tmp_path / "nowhere") and is_free(tmp_path)
+    for name in ("rows-3.parquet", "search_index.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "unfinished").mkdir()
+    assert is_free(tmp_path)
+    for name in ("thesis.txt", "rows-a.parquet", MANIFEST):
+        (tmp_path / name).touch()
+        assert not is_free(tmp_path)
+        (tmp_path / name).unlink()
+    assert not is_free(Path(__file__))
+
+
+def test_a_file_is_read_by_blocks(tmp_path, small_blocks):
+    content = np.random.default_rng(0).bytes(64 * 3 + 10)
+    with write_checked(tmp_path / "file") as writer:
+        for start in range(0, len(content), 50):
+            writer.write(content[start : start + 50])
+    file = CheckedFile(tmp_path, writer.facts)
+    assert writer.facts["bytes"] == len(content) and len(writer.facts["checksums"]) == 4
+    for start in range(0, 202, 7):
+        assert all(file.read(start, stop) == content[start:stop] for stop in range(start, 202, 11))
+    (tmp_path / "file").write_bytes(content[:70] + b"\0" + content[71:])
+    assert file.damaged_blocks() == [1] and file.read(128) == content[128:]
+    with pytest.raises(DamagedFileError, match=r"file' is damaged in bytes 64 to 128"):
+        file.read(0, 65)
+    assert BLOCK == 1 << 20  # what files on the disk have
+
+
+def test_json_is_the_old_or_the_new(tmp_path, monkeypatch):
+    path = tmp_path / "content.json"
+    write_json(path, {"name": "é\udce9", "values": [1.5, None]})
+    assert read_json(path) == {"name": "é\udce9", "values": [1.5, None]}
+    monkeypatch.setattr(os, "replace", None)
+    with pytest.raises(TypeError):
+        write_json(path, {"name": "new"})
+    assert read_json(path)["values"] == [1.5, None]
+
+
+def test_rows_in_a_damaged_block_are_known(tmp_path, small_blocks):
+    rows = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)  # 12 bytes each
+    with write_checked(tmp_path / "a.npy") as writer:
+        np.lib.format.write_array_header_1_0(writer, {"descr": "<f4", "fortran_order": False, "shape": (40, 3)})
+        writer.write(rows.tobytes())
+    start = (tmp_path / "a.npy").stat().st_size - rows.nbytes
+    for row in (0, 17, 39):
+        content = bytearray((tmp_path / "a.npy").read_bytes())
+        content[start + 12 * row] ^= 1
+        (tmp_path / "a.npy").write_bytes(content)
+        array = ArrayFile(tmp_path, writer.facts | {"dtype": "<f4", "shape": [40, 3]})
+        is_damaged = array.damaged_rows()
+        assert is_damaged[row] and is_damaged.sum() <= 7
+        np.testing.assert_array_equal(array[np.flatnonzero(~is_damaged)], rows[~is_damaged])
+        content[start + 12 * row] ^= 1
+        (tmp_path / "a.npy").write_bytes(content)

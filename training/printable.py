@@ -1,0 +1,16 @@
+"""Names of files and texts of models as they are printed: nothing in them steers a terminal."""
+
+import unicodedata
+
+# Characters that end a line, or turn the direction of those after them; beside control codes and halves of characters.
+_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
+_DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+def printable(text: str) -> str:
+    """Returns a text in one line, with escapes such as `\\\\x1b` for what would steer a terminal."""
+    return "".join(one.encode("unicode_escape").decode() if _steers(one) else one for one in text)
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in _CATEGORIES or unicodedata.bidirectional(character) in _DIRECTIONS
