@@ -1,8 +1,10 @@
 """The page `docs/compose_your_towers.md`: its code runs, on real weights, and they are what they were."""
 
+import functools
 import re
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,6 +18,9 @@ CAT, ESPRESSO = (281, 282, 285), (967,)  # tabby, tiger cat, Egyptian cat; espre
 @pytest.mark.slow
 def test_the_code_of_the_page_composes_captions_embeds_and_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # transformers reads the file five times, and makes the same table of names for each of 400 modules.
+    for slow in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     torch.manual_seed(0)
     page: dict = {}
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):

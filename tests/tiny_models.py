@@ -1,5 +1,7 @@
 """Tiny random towers and models, built from configs in milliseconds."""
 
+import copy
+
 import torch
 from transformers import (
     AutoModel,
@@ -75,8 +77,26 @@ def build_towers(vision: str = "siglip", text: str = "llama"):
     return vision_tower.eval(), language_model.eval()
 
 
+_built: dict[str, tuple[MMGEMModel, torch.Tensor]] = {}  # and the state of the random numbers after each
+
+
 def build_model(vision: str = "siglip", text: str = "llama", **config_kwargs) -> MMGEMModel:
-    """A random model whose aggregator attends, as a trained one does."""
+    """A random model whose aggregator attends, as a trained one does.
+
+    It is a copy of one that is built once and has checked how its language model reads, which takes longer.
+    """
+    name = repr((vision, text, sorted(config_kwargs.items())))
+    if name not in _built:
+        model = _build_model(vision, text, **config_kwargs)
+        random_state = torch.get_rng_state()
+        model._check_reading()
+        _built[name] = model, random_state
+    model, random_state = _built[name]
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
+
+
+def _build_model(vision: str, text: str, **config_kwargs) -> MMGEMModel:
     torch.manual_seed(0)
     config = {"projection_dim": 16, "num_visual_tokens": 4, "image_token_id": 1} | config_kwargs
     model = MMGEMModel(
