@@ -86,6 +86,8 @@ class MMGEMConfig(PreTrainedConfig):
             none of these, captions of whole images cannot be trained in packed rows.
         projection_dim (`int`, > 0): Width D of the shared embedding space.
         num_visual_tokens (`int`): Visual tokens n of an image or a box; a square, n = g * g.
+        aggregator_size (`int`, optional): Width of the attention in the PoolAggregator; by default that of the patch
+            features, whose square its weights grow with.
         num_embedding_tokens (`int`, >= 1): Learned [EMB] vectors k that the model appends to read a text.
             k = 1 is MM-GEM; k > 1 with `embedding_pooling="mean"` is CoMa (https://arxiv.org/abs/2511.08480).
         embedding_pooling (`"last"`, `"mean"` or `"multi_vector"`): How k read-outs become an embedding; kept apart,
@@ -129,6 +131,7 @@ class MMGEMConfig(PreTrainedConfig):
     vlm_attention: Literal["causal", "image", "prompt", "unknown"] = "causal"
     projection_dim: int = 512
     num_visual_tokens: int = 64
+    aggregator_size: int | None = None
     num_embedding_tokens: int = 1
     embedding_pooling: Literal["last", "mean", "multi_vector"] = "last"
     text_attention: Literal["causal", "bidirectional"] = "causal"
@@ -238,6 +241,8 @@ class MMGEMConfig(PreTrainedConfig):
                 f"`num_visual_tokens` is {self.num_visual_tokens}; expected a square (1, 4, 9, 16, 25, ...), "
                 "because the visual tokens of an image form a g x g grid."
             )
+        if self.aggregator_size is not None and self.aggregator_size < 1:
+            raise ValueError(f"`aggregator_size` is {self.aggregator_size}; expected 1 or more, or None.")
         for name in ("projection_dim", "num_embedding_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number of at least 1.")

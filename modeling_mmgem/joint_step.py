@@ -58,13 +58,17 @@ class JointStep:
         num_items_in_batch: torch.Tensor | int | None,
         return_contrastive_batch: bool,
         spatial_shapes: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
     ):
-        num_images, device = 0 if pixel_values is None else len(pixel_values), rows.input_ids.device
+        num_images, device = len(image_ids), rows.input_ids.device
         # Vision: the tower once; whole images and boxes through the same aggregator. Without an image a blank one
         # runs, so that in a distributed run every process takes part with every parameter.
-        if pixel_values is None:
+        if pixel_values is None and patch_features is None:
             pixel_values = blank_image(self.config.grid, device)
-        grid = self._patch_grid(pixel_values, spatial_shapes)  # (I, C, rows, columns)
+        if patch_features is None:
+            grid = self._patch_grid(pixel_values, spatial_shapes)  # (I, C, rows, columns)
+        else:
+            grid = patch_features.to(self.embedding_tokens.dtype)
         image_tokens = self._pool(grid, pixel_values, None, spatial_shapes)  # (I, n, C)
         box_tokens = None if boxes is None else self._pool(grid, pixel_values, boxes, spatial_shapes)  # (I, R, n, C)
 

@@ -29,7 +29,7 @@ from .joint_step import JointStep
 from .language_model_probe import PROBING, check_reading
 from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
-from .patch_grid import boxes_on_grid, find_grid, patch_grid
+from .patch_grid import boxes_on_grid, find_grid, image_size_of, patch_grid
 from .pool_aggregator import PoolAggregator, attention_heads
 from .sentence_transformers_files import write_sentence_transformers_files
 from .text_rows import TEXT_COLUMNS, TextRows, documents_text_columns, first_token_id, is_first_token
@@ -110,9 +110,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         if config.vision_grid is None:
             config.vision_grid = asdict(find_grid(self.vision_tower))
         vision_size, text_size = config.grid.hidden_size, config.text_config.hidden_size
-        self.pool_aggregator = PoolAggregator(
-            vision_size, attention_heads(config.vision_config, vision_size), config.num_visual_tokens
-        )
+        if (attention_size := config.aggregator_size) is None:
+            num_heads = attention_heads(config.vision_config, vision_size)
+        else:
+            num_heads = attention_heads(None, attention_size)
+        self.pool_aggregator = PoolAggregator(vision_size, num_heads, config.num_visual_tokens, attention_size)
         self.image_projection = nn.Sequential(
             nn.LayerNorm(vision_size), nn.Linear(vision_size, config.projection_dim, bias=False)
         )
@@ -309,6 +311,13 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             setattr(self.config, name, value)
         self.calibrator = None
 
+    def train(self, mode: bool = True):
+        """Set the mode. A frozen vision tower stays as it will be used: without dropout, its batch statistics kept."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -340,13 +349,15 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def _pool(
         self,
         grid: torch.Tensor,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         boxes: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, C, rows, columns) -> (B, n, C), or (B, R, n, C) with boxes."""
         if boxes is not None and spatial_shapes is None:  # whose patches fill their images
-            boxes = boxes_on_grid(boxes, self.config.grid, pixel_values, grid)
+            vision_grid = self.config.grid
+            size = image_size_of(vision_grid, grid) if pixel_values is None else tuple(pixel_values.shape[2:])
+            boxes = boxes_on_grid(boxes, vision_grid, size, grid)
         return self.pool_aggregator(grid, boxes, spatial_shapes)
 
     def _visual_tokens(
@@ -714,6 +725,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         return_contrastive_batch: bool = False,
         spatial_shapes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
+        patch_features: torch.FloatTensor | None = None,
         **kwargs,
     ) -> MMGEMOutput | BaseModelOutputWithPooling:
         """Embed, compare, generate or train, by what is given:
@@ -744,6 +756,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 process and with gradients, in `contrastive_batch`; `loss` is the caption loss then.
             spatial_shapes: (I, 2), see [`get_image_features`].
             pixel_attention_mask: Says the same as `spatial_shapes`; only VLMs read it.
+            patch_features: (I, C, rows, columns), in meaning 4 instead of `pixel_values`: the features of the vision
+                tower, as `patch_grid` of a frozen one gave them. It is not run.
             position_ids, past_key_values, inputs_embeds: Handed to the language model.
             kwargs: In meaning 2 handed to the language model; in meaning 4 the columns of [`TextRows`], and no other.
             {columns}
@@ -753,7 +767,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         """
         text_columns = {name: kwargs.pop(name) for name in TEXT_COLUMNS if name in kwargs}
         if not return_loss:
-            _refuse_text_columns(text_columns)
+            _refuse_text_columns(text_columns | {"patch_features": patch_features})
         if input_ids is None and inputs_embeds is None:
             if pixel_values is None:
                 raise ValueError("`input_ids` and `pixel_values` are both None; expected at least one of them.")
@@ -802,7 +816,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                     f"`{next(iter(kwargs))}` is no column of the texts of a batch; expected some of "
                     f"{', '.join(TEXT_COLUMNS)}."
                 )
-            num_images = 0 if pixel_values is None else len(pixel_values)
+            shown = pixel_values if patch_features is None else patch_features
+            num_images = 0 if shown is None else len(shown)
+            self._check_patch_features(patch_features, pixel_values)
             check_boxes(boxes, num_images)
             text_columns |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             rows = TextRows.from_columns(text_columns, num_images, boxes)
@@ -811,7 +827,14 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             if image_ids.shape != (num_images,):
                 raise ValueError(f"`image_ids` has shape {tuple(image_ids.shape)}; expected ({num_images},).")
             return self._joint_forward(
-                rows, pixel_values, boxes, image_ids, num_items_in_batch, return_contrastive_batch, spatial_shapes
+                rows,
+                pixel_values,
+                boxes,
+                image_ids,
+                num_items_in_batch,
+                return_contrastive_batch,
+                spatial_shapes,
+                patch_features,
             )
         if labels is not None or boxes is not None:
             raise ValueError(
@@ -823,6 +846,17 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         image_embeds = F.normalize(image_features, dim=-1)  # (I, D)
         text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)  # (T, D)
         return self._pair_output(image_embeds, text_embeds)
+
+    def _check_patch_features(self, patch_features: torch.Tensor | None, pixel_values: torch.Tensor | None):
+        if patch_features is None:
+            return
+        if pixel_values is not None or self.vlm is not None:
+            raise ValueError(
+                "`patch_features` came with `pixel_values`, or for a model that began as a VLM; expected them alone."
+            )
+        shape, width = tuple(patch_features.shape), self.config.grid.hidden_size
+        if len(shape) != 4 or shape[1] != width or 0 in shape:
+            raise ValueError(f"`patch_features` has shape {shape}; expected (I, {width}, rows, columns).")
 
     def _temperature(self) -> torch.Tensor:
         """Inverse temperature, at most 100."""

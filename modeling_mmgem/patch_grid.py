@@ -114,19 +114,30 @@ def _padded_grids(
     return torch.stack([F.pad(g, (0, most_columns - g.shape[2], 0, most_rows - g.shape[1])) for g in grids])
 
 
-def boxes_on_grid(boxes: torch.Tensor, grid: VisionGrid, pixel_values: torch.Tensor, features: torch.Tensor):
+def image_size_of(grid: VisionGrid, features: torch.Tensor) -> tuple[int, int]:
+    """(height, width) of the images that have such features, (B, C, rows, columns): the tower's own size, where it has
+    as many rows and columns, or else multiples of the stride."""
+    cells = tuple(features.shape[2:])
+    for rounded_up in (False, True):
+        own = tuple(_count(*side, rounded_up) for side in zip(grid.image_size, grid.stride, strict=True))
+        if cells == own:
+            return grid.image_size
+    return cells[0] * grid.stride[0], cells[1] * grid.stride[1]
+
+
+def boxes_on_grid(boxes: torch.Tensor, grid: VisionGrid, image_size: tuple[int, int], features: torch.Tensor):
     """Boxes of the view as boxes of the grid, which leaves out pixels at the right and bottom that fill no patch.
 
     Args:
         boxes: (B, R, 4) xyxy in [0, 1] of the view.
         grid: See `find_grid`.
-        pixel_values: (B, channels, H, W).
+        image_size: (height, width) of the images.
         features: (B, C, rows, columns), of `patch_grid`.
 
     Returns:
         (B, R, 4) xyxy in [0, 1] of the grid.
     """
-    sizes = zip(pixel_values.shape[2:], features.shape[2:], grid.stride, strict=True)
+    sizes = zip(image_size, features.shape[2:], grid.stride, strict=True)
     height, width = (max(1.0, size / (cells * stride)) for size, cells, stride in sizes)
     return (boxes * boxes.new_tensor([width, height, width, height])).clamp(max=1)
 

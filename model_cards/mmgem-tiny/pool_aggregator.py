@@ -71,18 +71,20 @@ class PoolAggregator(nn.Module):
 
     Args:
         hidden_size: Channels C of the patch features.
-        num_heads: Attention heads; divides `hidden_size`.
+        num_heads: Attention heads; divides the width of the attention.
         num_visual_tokens: Number n = g * g of tokens per image or box.
+        attention_size: Width A of the attention, a multiple of `num_heads`; by default `hidden_size`.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_visual_tokens: int):
+    def __init__(self, hidden_size: int, num_heads: int, num_visual_tokens: int, attention_size: int | None = None):
         super().__init__()
+        attention_size = hidden_size if attention_size is None else attention_size
         self.grid_size = math.isqrt(num_visual_tokens)
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(hidden_size)
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
-        self.output = nn.Linear(hidden_size, hidden_size)
+        self.query = nn.Linear(hidden_size, attention_size)
+        self.key_value = nn.Linear(hidden_size, 2 * attention_size)
+        self.output = nn.Linear(attention_size, hidden_size)
 
     def forward(
         self, grid: torch.Tensor, boxes: torch.Tensor | None = None, sizes: torch.Tensor | None = None
@@ -124,4 +126,4 @@ class PoolAggregator(nn.Module):
         key_value = self.key_value(self.norm(windows)).view(batch, g * g, valid.shape[-1], 2, heads, -1)
         key, value = key_value.permute(3, 0, 1, 4, 2, 5)  # (B, n, H, W, d) each
         looked_up = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :])
-        return pooled + self.output(looked_up.reshape(batch, g * g, channels))  # (B, n, C)
+        return pooled + self.output(looked_up.reshape(batch, g * g, -1))  # (B, n, A) -> (B, n, C)

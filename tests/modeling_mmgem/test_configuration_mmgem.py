@@ -33,6 +33,7 @@ def test_tied_heads_are_told_to_the_library():
     ("change", "message"),
     [
         ({"num_visual_tokens": 15}, "`num_visual_tokens` is 15; expected a square"),
+        ({"aggregator_size": 0}, "`aggregator_size` is 0; expected 1 or more"),
         ({"num_visual_tokens": 0}, "`num_visual_tokens` is 0; expected a square"),
         ({"num_embedding_tokens": 0}, "`num_embedding_tokens` is 0; expected a whole number of at least 1"),
         ({"projection_dim": -3}, "`projection_dim` is -3"),

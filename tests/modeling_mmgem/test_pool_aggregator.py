@@ -39,15 +39,17 @@ def test_token_attends_to_its_own_window_only():
     assert torch.equal(seen, expected)
 
 
-def test_attention_equals_plain_reference():
+@pytest.mark.parametrize("width", [None, 6])
+def test_attention_equals_plain_reference(width):
     torch.manual_seed(0)
-    aggregator = PoolAggregator(8, 2, num_visual_tokens=4)
+    aggregator = PoolAggregator(8, 2, num_visual_tokens=4, attention_size=width)
+    head = (width or 8) // 2
     grid = torch.randn(1, 8, 4, 4)
     window = grid[0, :, 2:, :2].flatten(1).T  # (4, 8), of the token at the bottom left
     pooled = window.mean(0)
-    query = aggregator.query(aggregator.norm(pooled)).view(2, 4)
-    key, value = aggregator.key_value(aggregator.norm(window)).view(4, 2, 2, 4).unbind(1)
-    weights = torch.softmax(torch.einsum("hd,whd->hw", query, key) / 2.0, dim=-1)
+    query = aggregator.query(aggregator.norm(pooled)).view(2, head)
+    key, value = aggregator.key_value(aggregator.norm(window)).view(4, 2, 2, head).unbind(1)
+    weights = torch.softmax(torch.einsum("hd,whd->hw", query, key) / head**0.5, dim=-1)
     expected = pooled + aggregator.output(torch.einsum("hw,whd->hd", weights, value).flatten())
     torch.testing.assert_close(aggregator(grid)[0, 2], expected)
 

@@ -13,7 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from mmgem.processing.boxes import boxes_in_view, check_boxes, is_in_view, model_views
 from mmgem.processing.image_loading import load_image
 from mmgem.text_rows import IGNORED_LABEL, TEXT_COLUMNS, Role
+from mmgem.training.data.augmentation import Augmentation, View, may_be_augmented
 from mmgem.training.data.drawn_texts import NONE, DrawnText, TextDrawing
+from mmgem.training.data.feature_cache import CachedViews
+from mmgem.training.data.permutation import hash_numbers
 from mmgem.training.data.rows import ID_COLUMNS, check_row, edited_file_of, images_of, row_name
 
 
@@ -25,6 +28,7 @@ class MMGEMCollator(TextDrawing):
     |---|---|
     | `image`, or `images` for several of one sample | any kind `load_image` takes; without, texts are only generated |
     | `captions` (a list), or `caption` or `text` | embedded and generated; without, the image is only a distractor |
+    | `queries` (a list) | embedded: to find the image, but not to be written, such as captions in other languages |
     | `long_caption` | embedded |
     | `boxes`, `region_captions` | embedded and generated from the box; one caption for each box |
     | `label` | embedded, in words of `label_template` |
@@ -44,6 +48,10 @@ class MMGEMCollator(TextDrawing):
 
     Args:
         processor: An `MMGEMProcessor`.
+        augmentation: Arguments of [`mmgem.training.data.augmentation.Augmentation`], of which images get a view drawn
+            by the `draw_seed` of their row; by default they are whole. Rows with several images or an edit are left
+            as they are.
+        cached_views: The features of a frozen tower, which then stand in the batch in place of pixels.
         options: How many texts of each kind are drawn, see [`TextDrawing`].
 
     Raises:
@@ -52,6 +60,12 @@ class MMGEMCollator(TextDrawing):
     """
 
     processor: Any
+    augmentation: dict[str, float] | None = None
+    cached_views: CachedViews | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.augmentation_of_images = None if self.augmentation is None else Augmentation(**self.augmentation)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch.
@@ -60,7 +74,8 @@ class MMGEMCollator(TextDrawing):
             rows: At least one row.
 
         Returns:
-            For I images and T texts, of which there may be none: `pixel_values` (I, 3, H, W) if there are images,
+            For I images and T texts, of which there may be none: `pixel_values` (I, 3, H, W) if there are images, or
+            `patch_features` (I, C, rows, columns) with `cached_views`,
             `boxes` (I, R, 4) if there are any, `image_ids` (I,) if the rows name their images, the columns of
             [`mmgem.text_rows.TextRows`] that the options need, `row_keys` (a list) if the rows have them, and
             `return_loss` True.
@@ -72,15 +87,28 @@ class MMGEMCollator(TextDrawing):
         """Make a batch, and say for each of its texts the number of the row that it is from."""
         names = [row_name(row, number) for number, row in enumerate(rows)]
         images: list[list[Image.Image]] = []  # of each row
-        for row, name in zip(rows, names, strict=True):
+        shown: list[list[View]] = []
+        keys: list[str] = []  # of all images, where they have cached features
+        rows = list(rows)
+        for number, (row, name) in enumerate(zip(rows, names, strict=True)):
             check_row(row, name)
             images.append([load_image(image, f"image of {name}") for image in self.pictures_of(row)])
-        pictures = [image for row_images in images for image in row_images]
+            own_views, own_keys = self._views_of(row, images[-1])
+            shown.append(own_views)
+            keys += own_keys
+            if own_views and self.augmentation_of_images is not None:
+                rows[number] = own_views[0].carry(row, self.augmentation_of_images.min_box)
         inputs: dict[str, Any] = {"return_loss": True}
-        if pictures:
-            inputs |= self.processor(images=pictures, return_tensors="pt")
+        view_size = 0, 0
+        if keys:
+            assert self.cached_views is not None
+            inputs["patch_features"], view_size = self.cached_views.look_up(keys)
+        elif pairs := [pair for own in zip(images, shown, strict=True) for pair in zip(*own, strict=True)]:
+            inputs |= self.processor(images=[view.apply(image) for image, view in pairs], return_tensors="pt")
+            view_size = tuple(inputs["pixel_values"].shape[-2:])
         uses_boxes = self.uses_boxes and any(row.get("boxes") for row in rows)
-        boxes, views = self._boxes_of(rows, images, inputs["pixel_values"]) if uses_boxes else ([], [])
+        sizes = [[view.size for view in own] for own in shown]
+        boxes, views = self._boxes_of(rows, sizes, view_size) if uses_boxes else ([], [])
 
         texts: list[DrawnText] = []
         row_index: list[int] = []  # of each text
@@ -104,17 +132,39 @@ class MMGEMCollator(TextDrawing):
         columns = {name: _column(name, texts) for name in self.text_columns}
         return inputs | self.tokenize(texts) | columns, row_index
 
+    def _views_of(self, row: Mapping[str, Any], images: list[Image.Image]) -> tuple[list[View], list[str]]:
+        """For each image of a row what is shown of it, and the key of its cached features, if there are any."""
+        if self.cached_views is not None:
+            pairs = [self.cached_views.view(row, image, self.view_number(row)) for image in images]
+            return [view for view, _ in pairs], [key for _, key in pairs]
+        if self.augmentation_of_images is None or not may_be_augmented(row):
+            return [View.whole(image.size) for image in images], []
+        number = self.view_number(row)
+        return [self.augmentation_of_images.draw(row, image.size, number) for image in images], []
+
+    @staticmethod
+    def view_number(row: Mapping[str, Any]) -> int:
+        """Return the number that decides which view of its image a row is trained with."""
+        seed = row.get("draw_seed")
+        return int(torch.randint(2**62, ())) if seed is None else hash_numbers(seed, 0)  # not as texts are drawn
+
     def _boxes_of(
-        self, rows: Sequence[Mapping], images: list[list[Image.Image]], pixel_values: torch.Tensor
+        self, rows: Sequence[Mapping], sizes_of_rows: list[list[tuple[int, int]]], view_size: tuple[int, int]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """For each image its boxes, `(R_i, 4)` in its pixels, and what of it the model sees, `(x0, y0, x1, y1)`."""
+        """For each image its boxes, `(R_i, 4)` in its pixels, and what of it the model sees, `(x0, y0, x1, y1)`.
+
+        Args:
+            rows: As they are shown.
+            sizes_of_rows: (width, height) of each image of each row, as it is shown.
+            view_size: (height, width) of the pixels that the model gets.
+        """
         boxes = [
             (row.get("boxes") or []) if number == 0 else []  # after the image they lie in, there may be an edited one
-            for row, own in zip(rows, images, strict=True)
+            for row, own in zip(rows, sizes_of_rows, strict=True)
             for number in range(len(own))
         ]
-        sizes = [image.size for own in images for image in own]
-        height, width = pixel_values.shape[-2:]
+        sizes = [size for own in sizes_of_rows for size in own]
+        height, width = view_size
         views = model_views(self.processor.image_processor, sizes, [(width, height)] * len(sizes))
         return check_boxes(boxes, sizes), views
 

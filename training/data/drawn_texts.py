@@ -36,6 +36,7 @@ class TextDrawing:
 
     Args:
         captions_per_image: Captions drawn for each image; each is embedded and generated.
+        queries_per_image: Queries drawn for each image; each is embedded.
         regions_per_image: Boxes drawn for each image; their captions are embedded and generated.
         questions_per_image: Questions drawn for each image; the answers are generated.
         long_caption_probability: Share of the images whose long caption is embedded.
@@ -60,6 +61,7 @@ class TextDrawing:
     """
 
     captions_per_image: int = 1
+    queries_per_image: int = 1
     regions_per_image: int = 2
     questions_per_image: int = 1
     long_caption_probability: float = 0.25
@@ -166,6 +168,8 @@ class _RowDraw:
                 self._describe(self._image(), caption)
             else:
                 self._add(caption, image_index=NONE)
+        for query in self._some(row.get("queries") or [], options.queries_per_image) if has_image else ():
+            self._embed(query, image_index=self._image())
         if has_image and row.get("long_caption"):
             if float(torch.rand((), generator=self.generator)) < options.long_caption_probability:
                 self._embed(row["long_caption"], image_index=self._image())

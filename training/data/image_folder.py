@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from mmgem.processing.image_loading import load_image
-from mmgem.training.data.rows import CAPTION_COLUMNS, check_columns, edited_file_of, map_columns
+from mmgem.training.data.rows import CAPTION_COLUMNS, ColumnName, check_columns, edited_file_of, map_columns
 from mmgem.training.data.sources import Source
 
 METADATA_NAME = "metadata.jsonl"
@@ -38,7 +38,7 @@ class ImageFolderDataset(Dataset):
         return fields | {name: load_image(self.folder / file, file) for name, file in files.items() if file}
 
 
-def read_image_folder(path: str | Path, columns: Mapping[str, str | None] | None = None) -> ImageFolderDataset:
+def read_image_folder(path: str | Path, columns: Mapping[str, ColumnName] | None = None) -> ImageFolderDataset:
     """Read an image folder in the layout of `datasets`' imagefolder, and checks all of it.
 
     Its `metadata.jsonl` has one JSON object a line: `file_name`, relative to the folder, and `captions` (a list) or
@@ -166,7 +166,7 @@ def _read_cell(cell: str) -> Any:
 
 
 def _check_fields(
-    fields: dict[str, Any], columns: Mapping[str, str | None], folder: Path, where: str
+    fields: dict[str, Any], columns: Mapping[str, ColumnName], folder: Path, where: str
 ) -> dict[str, Any]:
     fields = map_columns(fields, columns, where)
     if isinstance(fields.get("image"), str):
@@ -203,7 +203,7 @@ class FolderSource(Source):
         FileNotFoundError, ValueError: If there is no folder with metadata, or its columns are not those meant.
     """
 
-    def __init__(self, path: str, columns: Mapping[str, str | None] | None = None):
+    def __init__(self, path: str, columns: Mapping[str, ColumnName] | None = None):
         super().__init__(str(path), columns, path)
         self._lines = list(read_metadata(find_metadata(path)))
         check_columns(columns_of(self._lines), self.columns, self.name)
@@ -231,6 +231,6 @@ class FolderSource(Source):
         return row
 
 
-def open_folder(folder: str, columns: Mapping[str, str | None] | None = None) -> FolderSource:
+def open_folder(folder: str, columns: Mapping[str, ColumnName] | None = None) -> FolderSource:
     """Open the data section `folder: PATH`; see [`FolderSource`]."""
     return FolderSource(folder, columns)

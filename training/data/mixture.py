@@ -14,7 +14,7 @@ from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source
 
 MAX_FAILURES = 100  # rows in a row that may be unreadable
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError)
+UNREADABLE = (OSError, ValueError, TypeError, KeyError)
 
 
 class Mixture(Dataset):
@@ -139,7 +139,7 @@ class Mixture(Dataset):
             index = source.order(block, place, self._seeds[number])
             try:
                 row = source[index] if with_images else source.texts(index)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 reason = str(error)
                 self.skipped.add(source.name, source.key(index), reason)
                 continue

@@ -49,7 +49,7 @@ def check_section(section: object, where: str) -> None:
     if not 0 <= weight < math.inf:
         raise ValueError(f"`weight` in {where} is {weight}; expected 0 or more.")
     check_keys(columns, COLUMNS, f"`columns` in {where}")
-    check_type(columns, dict[str, str | None], f"`columns` in {where}")
+    check_type(columns, dict[str, str | list[str] | None], f"`columns` in {where}")
     given = ["columns"]
     if (made := _class_of(opener, kinds[0])) is not None:
         check_arguments(arguments.pop(kinds[0]), made, f"`{kinds[0]}` in {where}")
@@ -60,8 +60,9 @@ def check_section(section: object, where: str) -> None:
 def open_source(section: Mapping[str, Any]) -> Source:
     """Open the data of a section of a recipe.
 
-    A section has one kind of data. It may have `columns`, for a column of ours the name it has there, and
-    `prompt_name`, the model's prompt that stands before the texts of its rows where they are embedded.
+    A section has one kind of data. It may have `columns`, for a column of ours the name it has there, or a list of
+    several (`queries: [captions_de, captions_zh]`), and `prompt_name`, the model's prompt that stands before the texts
+    of its rows where they are embedded.
 
     | kind | data |
     |---|---|

@@ -10,9 +10,11 @@ COLUMNS = (
     *IMAGE_COLUMNS,
     *CAPTION_COLUMNS,
     *ID_COLUMNS,
-    *("long_caption", "boxes", "region_captions", "label", "qa", "hard_negatives"),
+    *("queries", "long_caption", "boxes", "region_captions", "label", "qa", "hard_negatives"),
     *("edit", "edited_image", "instructions", "prompt_name"),
 )
+
+ColumnName = str | list[str] | None  # of the data, for a column of ours
 
 
 def captions_of(row: Mapping[str, Any]) -> list[str]:
@@ -70,7 +72,7 @@ def check_row(row: Mapping[str, Any], name: str) -> None:
         _check_texts([row["prompt_name"]], f"{name} has `prompt_name`")
     if row.get("long_caption"):
         _check_texts([row["long_caption"]], f"{name} has `long_caption`")
-    for column in ("region_captions", "hard_negatives"):
+    for column in ("queries", "region_captions", "hard_negatives"):
         if row.get(column):
             _check_texts(row[column], f"{name} has `{column}`")
     for turn in row.get("qa") or []:
@@ -120,7 +122,12 @@ def _check_texts(texts: object, found: str) -> None:
         raise ValueError(f"{found} {texts!r:.80}; expected text that is not empty.")
 
 
-def check_columns(present: Collection[str], columns: Mapping[str, str | None], name: str) -> None:
+def names_of(theirs: str | Sequence[str] | None) -> list[str]:
+    """The names that a column of ours has in the data: one, several whose lists are joined, or none."""
+    return [] if theirs is None else [theirs] if isinstance(theirs, str) else list(theirs)
+
+
+def check_columns(present: Collection[str], columns: Mapping[str, ColumnName], name: str) -> None:
     """Refuse data whose columns cannot be those that were meant, before the first row is read.
 
     Data without images, or without captions, is fine where nothing else could have been meant: a column with an
@@ -128,17 +135,21 @@ def check_columns(present: Collection[str], columns: Mapping[str, str | None], n
 
     Args:
         present: The columns of the data.
-        columns: For a column of ours the name it has there, or None to say that there is none.
+        columns: For a column of ours the name it has there, a list of several whose lists are joined, or None to say
+            that there is none.
         name: The name of the data in errors.
 
     Raises:
         ValueError: If a column is missing; the error names it, and those that there are.
     """
     shown = ", ".join(sorted(present)) or "none"
-    for ours, theirs in columns.items():
-        if theirs is not None and theirs not in present:
-            raise ValueError(f"{name} has no column `{theirs}`, which `columns` gives for `{ours}`; it has {shown}.")
-    named = {*present, *columns} - set(columns.values())
+    for ours, names in columns.items():
+        for theirs in names_of(names):
+            if theirs not in present:
+                raise ValueError(
+                    f"{name} has no column `{theirs}`, which `columns` gives for `{ours}`; it has {shown}."
+                )
+    named = {*present, *columns} - _all_names(columns)
     kinds = {"image": (*IMAGE_COLUMNS, "file_name"), "captions": (*CAPTION_COLUMNS, "qa", "label")}
     missing = [kind for kind, names in kinds.items() if not named & set(names)]
     for kind in missing:
@@ -149,7 +160,7 @@ def check_columns(present: Collection[str], columns: Mapping[str, str | None], n
             )
 
 
-def map_columns(fields: Mapping[str, Any], columns: Mapping[str, str | None], name: str) -> dict[str, Any]:
+def map_columns(fields: Mapping[str, Any], columns: Mapping[str, ColumnName], name: str) -> dict[str, Any]:
     """Rename the fields of a row to our columns.
 
     Args:
@@ -164,11 +175,18 @@ def map_columns(fields: Mapping[str, Any], columns: Mapping[str, str | None], na
         return dict(fields)
     # Where one kind of captions is chosen, the others are not meant.
     chosen = CAPTION_COLUMNS if set(CAPTION_COLUMNS) & set(columns) else ()
-    row = {column: value for column, value in fields.items() if column not in {*columns.values(), *columns, *chosen}}
+    left_out = {*_all_names(columns), *columns, *chosen}
+    row = {column: value for column, value in fields.items() if column not in left_out}
     for ours, theirs in columns.items():
-        if theirs is None:
-            continue
-        if theirs not in fields:
-            raise ValueError(f"{name} has no column `{theirs}`; it has {', '.join(sorted(fields))}.")
-        row[ours] = fields[theirs]
+        if isinstance(theirs, str):
+            if theirs not in fields:
+                raise ValueError(f"{name} has no column `{theirs}`; it has {', '.join(sorted(fields))}.")
+            row[ours] = fields[theirs]
+        elif theirs is not None:  # of which a row may have some
+            lists = [fields[column] for column in theirs if fields.get(column)]
+            row[ours] = [one for own in lists for one in ([own] if isinstance(own, str) else own)]
     return row
+
+
+def _all_names(columns: Mapping[str, ColumnName]) -> set[str]:
+    return {name for theirs in columns.values() for name in names_of(theirs)}

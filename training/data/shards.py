@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmgem.training.data.paths import expand_paths
-from mmgem.training.data.rows import check_columns
+from mmgem.training.data.rows import ColumnName, check_columns
 from mmgem.training.data.shard_index import is_part, read_shard_index, split_name
 from mmgem.training.data.sources import Source
 
@@ -37,7 +37,7 @@ class ShardSource(Source):
         ValueError: If no sample can be read, or the columns of the first are not those meant.
     """
 
-    def __init__(self, patterns: str | list[str], columns: Mapping[str, str | None] | None = None):
+    def __init__(self, patterns: str | list[str], columns: Mapping[str, ColumnName] | None = None):
         self.paths = expand_paths(patterns, "`webdataset`")
         super().__init__(patterns if isinstance(patterns, str) else ",".join(patterns), columns)
         self._last: tuple[int, list[tuple[str, bytes]]] | None = None
@@ -113,6 +113,6 @@ class ShardSource(Source):
         raise ValueError(f"{self.name} cannot be read: its first samples failed, the last one with: {reason}")
 
 
-def open_webdataset(webdataset: str | list[str], columns: Mapping[str, str | None] | None = None) -> ShardSource:
+def open_webdataset(webdataset: str | list[str], columns: Mapping[str, ColumnName] | None = None) -> ShardSource:
     """Open the data section `webdataset: PATTERN`; see [`ShardSource`]."""
     return ShardSource(webdataset, columns)

@@ -13,6 +13,7 @@ from mmgem.training.data.permutation import hash_numbers, permute
 from mmgem.training.data.rows import (
     CAPTION_COLUMNS,
     COLUMNS,
+    ColumnName,
     captions_of,
     check_columns,
     check_row,
@@ -38,7 +39,7 @@ class Source(Dataset):
         prompt_name: Name of the model's prompt that the rows have where they name none themselves, or None.
     """
 
-    def __init__(self, name: str, columns: Mapping[str, str | None] | None = None, folder: str | Path = ""):
+    def __init__(self, name: str, columns: Mapping[str, ColumnName] | None = None, folder: str | Path = ""):
         self.name = name
         self.columns = dict(columns or {})
         self.folder = Path(folder)
@@ -141,7 +142,7 @@ class DatasetSource(Source):
         ValueError: If there are no rows, or their columns are not those meant.
     """
 
-    def __init__(self, dataset, name: str = "data", columns: Mapping[str, str | None] | None = None, folder=""):
+    def __init__(self, dataset, name: str = "data", columns: Mapping[str, ColumnName] | None = None, folder=""):
         super().__init__(name, columns, folder)
         self.dataset = dataset
         if not len(dataset):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from mmgem.training.data.permutation import hash_numbers
-from mmgem.training.data.rows import check_columns
+from mmgem.training.data.rows import ColumnName, check_columns
 from mmgem.training.data.sources import Source
 
 if TYPE_CHECKING:  # slow to import, and not needed to check a recipe
@@ -51,7 +51,7 @@ class StreamSource(Source):
 
     block_size = BLOCK_SIZE
 
-    def __init__(self, stream: "datasets.IterableDataset", name: str, columns: Mapping[str, str | None] | None = None):
+    def __init__(self, stream: "datasets.IterableDataset", name: str, columns: Mapping[str, ColumnName] | None = None):
         super().__init__(name, columns)
         self._features = stream.features
         self._stream = stream.decode(False) if stream.features else stream

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgem.training.data.paths import expand_paths
-from mmgem.training.data.rows import check_columns
+from mmgem.training.data.rows import ColumnName, check_columns
 from mmgem.training.data.sources import Source
 from mmgem.training.data.streams import StreamSource, named_classes
 
@@ -33,7 +33,7 @@ class TableSource(Source):
         self,
         table: "datasets.Dataset",
         name: str,
-        columns: Mapping[str, str | None] | None = None,
+        columns: Mapping[str, ColumnName] | None = None,
         files: Mapping[str, int] | None = None,
     ):
         super().__init__(name, columns)
@@ -64,7 +64,7 @@ class TableSource(Source):
         return Path(self._paths[bisect_right(self._firsts, index) - 1]).parent
 
 
-def open_parquet(parquet: str | list[str], columns: Mapping[str, str | None] | None = None) -> TableSource:
+def open_parquet(parquet: str | list[str], columns: Mapping[str, ColumnName] | None = None) -> TableSource:
     """The rows of parquet files, which `datasets` first writes to its cache in a form of which any row can be read.
 
     Images are bytes, `{"bytes", "path"}`, or paths relative to their file. A damaged file is named in `damaged`.
@@ -122,7 +122,7 @@ def open_dataset(
     name: str | None = None,
     split: str = "train",
     streaming: bool = False,
-    columns: Mapping[str, str | None] | None = None,
+    columns: Mapping[str, ColumnName] | None = None,
 ) -> Source:
     """The rows that `datasets.load_dataset` loads, or `save_to_disk` has written.
 

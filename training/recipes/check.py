@@ -86,7 +86,7 @@ def check_recipe(
 
     skipped = SkippedLog(folder / SKIPPED_NAME)
     rows = None
-    if recipe.tokenizer is not None:
+    if recipe.model.reads_data:
         rows = stage_rows(stages[0], open_sources(stages[0]), planned[0], planned[0].seed, skipped)
     set_seed(recipe.seed)
     model, processor = build_model(recipe, rows)

@@ -30,6 +30,9 @@ class ModelSection:
         vision: The folder or the name of a vision tower.
         text: The folder or the name of a language model.
         gguf_file: The file in the folder `text` to read the language model from.
+        num_hidden_layers: How many of the first layers of the language model to keep; by default all.
+        trim_vocabulary: The most tokens of its vocabulary to keep, those that the data of the first stage use most; by
+            default all.
         vision_config: The configuration of a fresh vision tower.
         text_config: The configuration of a fresh language model.
         config: Further fields of `MMGEMConfig`.
@@ -42,6 +45,8 @@ class ModelSection:
     vision: str | None = None
     text: str | None = None
     gguf_file: str | None = None
+    num_hidden_layers: int | None = None
+    trim_vocabulary: int | None = None
     vision_config: Mapping[str, Any] | None = None
     text_config: Mapping[str, Any] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +58,24 @@ class ModelSection:
         """Whether the model begins with random weights, and takes a tokenizer that learns from data."""
         return self.vision_config is not None
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether its vocabulary follows from the data of the first stage."""
+        return self.is_fresh or self.trim_vocabulary is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureCaching:
+    """How features of a frozen vision tower are computed once, and kept.
+
+    Args:
+        views: Views of each image: the whole image, and others, drawn by the `augmentation` of the collator.
+        folder: Where they are kept, perhaps for other runs too; by default in the folder of the run.
+    """
+
+    views: int = 1
+    folder: str | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -63,6 +86,7 @@ class Stage:
         image_size: The side of the images in pixels; by default as before.
         text_attention: The attention while a text is embedded; by default as before.
         embedding: Arguments of `MMGEMModel.set_embedding_tokens`; by default as before.
+        cache_features: How the features of the frozen vision tower are kept; by default the tower runs at each step.
         train_data: Data sections, each perhaps with a `weight`.
         collator: Arguments of `MMGEMCollator`.
         training: Arguments of `MMGEMTrainingArguments`.
@@ -74,6 +98,7 @@ class Stage:
     image_size: int | None = None
     text_attention: Literal["causal", "bidirectional"] | None = None
     embedding: Mapping[str, Any] | None = None
+    cache_features: FeatureCaching | None = None
     train_data: Sequence[Mapping[str, Any]]
     collator: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any]
@@ -130,10 +155,11 @@ def load_recipe(path: str | Path) -> Recipe:
     | `stages` | a list, see below |
 
     The model is `{pretrained: NAME}`, or begins as a finished VLM, `{vlm: NAME}`, or is composed of towers,
-    `{vision: NAME, text: NAME}`, with a `gguf_file` where the language model is in one, or, from nothing,
-    `{vision_config: {...}, text_config: {...}}`, which takes the sections `tokenizer` and `image_processor`. The last
-    three may have further fields of `MMGEMConfig`, each of the four an `attn_implementation` and a `dtype` to train
-    with.
+    `{vision: NAME, text: NAME}`, with a `gguf_file` where the language model is in one, and `num_hidden_layers` and
+    `trim_vocabulary` to begin with its first layers, and with the part of its vocabulary that the data use, or, from
+    nothing, `{vision_config: {...}, text_config: {...}}`, which takes the sections `tokenizer` and `image_processor`.
+    The last three may have further fields of `MMGEMConfig`, each of the four an `attn_implementation` and a `dtype` to
+    train with.
 
     | section of a stage | content |
     |---|---|
@@ -143,9 +169,14 @@ def load_recipe(path: str | Path) -> Recipe:
     | `image_size` | side of the images in pixels; by default as before |
     | `text_attention` | `causal` or `bidirectional`, while a text is embedded; by default as before |
     | `embedding` | arguments of `MMGEMModel.set_embedding_tokens`; by default as before |
+    | `cache_features` | `true`, or arguments of `FeatureCaching`, see below; by default `false` |
     | `collator` | arguments of `MMGEMCollator` |
     | `objective` | options of [`mmgem.training.trainer.contrastive_losses.build_objective`] |
     | `reconstruction` | options of [`mmgem.training.reconstruction.masking.Reconstruction`], see below |
+
+    With `cache_features` the features of the frozen vision tower are computed once, before the first step, and kept on
+    the disk for all steps and later stages. With an `augmentation` in the `collator` there are some `views` of each
+    image instead of ever new ones.
 
     A stage with a section `reconstruction`, be it empty (`{}`), learns to put back masked tokens and patches, and
     nothing else; it takes no `objective`.
@@ -249,9 +280,9 @@ def _parse_model(section: Any) -> ModelSection:
             check_type(section[name], str, f"`{name}` in `model`")
     check_type(section.get("attn_implementation", ""), str, "`attn_implementation` in `model`")
     check_type(section.get("dtype", "float32"), Literal["float32", "bfloat16", "float16"], "`dtype` in `model`")
-    optional = ["gguf_file"] if "text" in required else []
+    optional = {"gguf_file": str, "num_hidden_layers": int, "trim_vocabulary": int} if "text" in required else {}
     for name in set(optional) & set(section):
-        check_type(section[name], str, f"`{name}` in `model`")
+        check_type(section[name], optional[name], f"`{name}` in `model`")
     taken = {name: section[name] for name in (*required, *optional, *TRAINED_WITH) if name in section}
     return ModelSection(**taken, config={name: value for name, value in section.items() if name not in taken})
 
@@ -280,13 +311,28 @@ def _parse_stage(section: Any, number: int) -> Stage:
     for name in ("embedding", "collator", "training", *STAGE_KINDS):
         if name in section:
             _check_mapping(section[name], f"`{name}` {of_stage}")
+    caching = _parse_caching(section.get("cache_features"), f"`cache_features` {of_stage}")
     default, *others = kinds = [*STAGE_KINDS]
     given = [name for name in (*others, default) if name in section]
     if len(given) > 1:
         raise ValueError(f"`{given[0]}` and `{given[1]}` {of_stage} exclude each other; expected one of them.")
     kind = given[0] if given else default
     taken = {name: value for name, value in section.items() if name not in kinds}
-    return Stage(**taken | {"train_data": sources, "kind": kind, "options": section.get(kind, {})})
+    taken |= {"train_data": sources, "kind": kind, "options": section.get(kind, {}), "cache_features": caching}
+    return Stage(**taken)
+
+
+def _parse_caching(section: Any, where: str) -> FeatureCaching | None:
+    if section is None or section is False:
+        return None
+    section = {} if section is True else section
+    check_keys(section, _names_of(FeatureCaching), where)
+    caching = FeatureCaching(**section)
+    check_type(caching.views, int, f"`views` in {where}")
+    check_type(caching.folder, str | None, f"`folder` in {where}")
+    if caching.views < 1:
+        raise ValueError(f"`views` in {where} is {caching.views}; expected 1 or more.")
+    return caching
 
 
 def _names_of(dataclass_type: type, without: Iterable[str] = ()) -> list[str]:

@@ -18,7 +18,7 @@ from mmgem.training.loading import load_checkpoint
 from mmgem.training.output_lock import only_writer
 from mmgem.training.recipes.model_card import write_model_card
 from mmgem.training.recipes.recipe import Recipe, first_difference, load_recipe, read_yaml
-from mmgem.training.recipes.stage import open_sources, stage_arguments, stage_rows, stage_trainer
+from mmgem.training.recipes.stage import cached_views, open_sources, stage_arguments, stage_rows, stage_trainer
 from mmgem.training.recipes.stage_folder import LOG_NAME, save_stage, stage_folder, starting_point, write_json
 from mmgem.training.recipes.validation import check_sections, check_stages
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
@@ -142,9 +142,13 @@ def _run_stage(recipe: Recipe, number: int, out: Path, eval_dataset) -> None:
     """Train one stage, from its last whole checkpoint if there is one, and leave its folder."""
     stage, skipped = recipe.stages[number], SkippedLog(out / SKIPPED_NAME)
     arguments = stage_arguments(recipe, stage, out)
-    rows = stage_rows(stage, open_sources(stage), arguments, arguments.seed + number, skipped)
+    sources = open_sources(stage)
+    rows = stage_rows(stage, sources, arguments, arguments.seed + number, skipped)
     model, processor = starting_point(recipe, number, out, rows)
     trainer = stage_trainer(recipe, stage, model, processor, arguments, rows, eval_dataset)
+    if stage.cache_features is not None:
+        folder = Path(stage.cache_features.folder or out / "feature_cache")
+        trainer.data_collator.cached_views = cached_views(stage, model, trainer, sources, folder)
     # All rows of the stage are one epoch, so after its last step the Trainer finds nothing left to do.
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     save_stage(trainer, recipe, number, out)

@@ -1,17 +1,28 @@
 """One stage of a recipe: its arguments, its data in their order, its trainer."""
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import set_seed
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.data.feature_cache import (
+    CachedViews,
+    FeatureCache,
+    MissingViews,
+    check_frozen,
+    feature_maker,
+    fill,
+)
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.open_source import open_source
 from mmgem.training.data.skipped import SkippedLog
@@ -100,6 +111,39 @@ def stage_trainer(
     trainer = stage_kind(stage).trainer(model, arguments, processor, collator, train_dataset, eval_dataset)
     trainer.caption_judge = SCENE_JUDGE  # which leaves what is not of scenes unjudged
     return trainer
+
+
+def cached_views(
+    stage: Stage, model: MMGEMModel, trainer: MMGEMTrainer, sources: Sequence[Source], folder: Path
+) -> CachedViews:
+    """Compute, once, the features that the frozen vision tower has of all images of a stage.
+
+    Every process of a distributed run calls this, and computes its part.
+
+    Args:
+        stage: The stage, with `cache_features`.
+        model: Its plain model, set for it.
+        trainer: Its trainer.
+        sources: Its sources.
+        folder: Where features are kept, those of each tower and image processor in a folder of their own.
+
+    Raises:
+        ValueError: If there is a file of other features, or a damaged one; if a source is a stream.
+    """
+    assert stage.cache_features is not None
+    check_frozen(model)
+    collator, state, arguments = trainer.data_collator, PartialState(), trainer.args
+    image_processor, grid = collator.processor.image_processor, model.config.grid
+    made_by = feature_maker(model.vision_tower, image_processor)
+    name = hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=8).hexdigest()
+    cache = FeatureCache(folder / name, made_by)
+    views = CachedViews(cache, stage.cache_features.views, collator.augmentation_of_images, grid)
+    missing = MissingViews(views, sources, image_processor, state.process_index, state.num_processes)
+    batch_size, num_workers = arguments.per_device_eval_batch_size, arguments.dataloader_num_workers
+    fill(cache, model.vision_tower, grid, missing, arguments.device, batch_size, num_workers)
+    state.wait_for_everyone()
+    cache.refresh()
+    return views
 
 
 def _steps_of(arguments: MMGEMTrainingArguments, sources: Sequence) -> int:

@@ -3,20 +3,30 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from transformers import SiglipImageProcessorPil
+from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipImageProcessorPil
 from transformers.image_utils import SizeDict
 
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
-from mmgem.training.data.mixture import Mixture
+from mmgem.training.data.mixture import UNREADABLE, Mixture
 from mmgem.training.data.rows import CAPTION_COLUMNS
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.recipes.recipe import Recipe, Stage
 from mmgem.training.recipes.tokenizer import train_tokenizer
+from mmgem.training.recipes.trimming import keep_first_layers, trim_tokenizer, trim_vocabulary
 
 TOKENIZER_TRAINING_ROWS = 4000
-_TEXT_COLUMNS = (*CAPTION_COLUMNS, "long_caption", "region_captions", "label", "qa", "hard_negatives", "instructions")
+_TEXT_COLUMNS = (
+    *CAPTION_COLUMNS,
+    "queries",
+    "long_caption",
+    "region_captions",
+    "label",
+    "qa",
+    "hard_negatives",
+    "instructions",
+)
 
 
 def build_model(recipe: Recipe, rows: Mixture | None = None) -> tuple[MMGEMModel, MMGEMProcessor]:
@@ -40,13 +50,7 @@ def build_model(recipe: Recipe, rows: Mixture | None = None) -> tuple[MMGEMModel
             num_embedding_tokens=model.config.num_embedding_tokens,
         )
     else:
-        towers: dict = {"vision": section.vision, "text": section.text, "gguf_file": section.gguf_file}
-        model = MMGEMModel.from_towers(**towers, dtype=section.dtype, **section.config)
-        processor = MMGEMProcessor.from_towers(
-            **towers,
-            num_visual_tokens=model.config.num_visual_tokens,
-            num_embedding_tokens=model.config.num_embedding_tokens,
-        )
+        model, processor = _composed_model(recipe, rows)
     if recipe.image_processor is not None:
         changed = processor.image_processor.to_dict() | dict(recipe.image_processor)
         processor.image_processor = type(processor.image_processor)(**changed)
@@ -124,6 +128,60 @@ def set_image_size(image_processor, image_size: int) -> None:
         image_processor.crop_size = square
     else:
         image_processor.size = square
+
+
+def _composed_model(recipe: Recipe, rows: Mixture | None) -> tuple[MMGEMModel, MMGEMProcessor]:
+    """Pretrained towers, the language model perhaps with fewer layers and words."""
+    section = recipe.model
+    towers: dict = {"vision": section.vision, "text": section.text, "gguf_file": section.gguf_file}
+    if section.num_hidden_layers is None and section.trim_vocabulary is None:
+        model = MMGEMModel.from_towers(**towers, dtype=section.dtype, **section.config)
+        config = model.config
+        processor = MMGEMProcessor.from_towers(
+            **towers, num_visual_tokens=config.num_visual_tokens, num_embedding_tokens=config.num_embedding_tokens
+        )
+        return model, processor
+    gguf = {} if section.gguf_file is None else {"gguf_file": section.gguf_file}
+    language_model = AutoModelForCausalLM.from_pretrained(section.text, **gguf)
+    tokenizer = AutoTokenizer.from_pretrained(section.text, **gguf)
+    limit = getattr(language_model.config, "max_position_embeddings", None)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
+    if section.num_hidden_layers is not None:
+        language_model = keep_first_layers(language_model, section.num_hidden_layers)
+    if section.trim_vocabulary is not None:
+        assert rows is not None
+        tokenizer, old_ids = trim_tokenizer(tokenizer, _all_texts(rows), section.trim_vocabulary)
+        trim_vocabulary(language_model, old_ids)
+    config = MMGEMConfig(text_config=language_model.config.to_dict(), **section.config)
+    processor = MMGEMProcessor.from_towers(
+        section.vision,
+        tokenizer,
+        num_visual_tokens=config.num_visual_tokens,
+        num_embedding_tokens=config.num_embedding_tokens,
+    )
+    model = MMGEMModel.from_towers(
+        section.vision,
+        language_model,
+        image_token_id=processor.image_token_id,
+        dtype=section.dtype,
+        **section.config,
+    )
+    return model, processor
+
+
+def _all_texts(rows: Mixture) -> Iterator[str]:
+    """The texts of all rows of the sources of a mixture, or, of a stream, those of its first rows."""
+    if rows.has_streams:
+        return _texts(rows.texts(row) for row in range(min(len(rows), TOKENIZER_TRAINING_ROWS)))
+    return _texts(row for source in rows.sources for row in _readable(source))
+
+
+def _readable(source) -> Iterator[Mapping]:
+    for index in range(len(source)):
+        try:
+            yield source.texts(index)
+        except UNREADABLE:
+            continue  # the mixture notes it, and takes another one
 
 
 def _fresh_model(recipe: Recipe, rows: Mixture | None) -> tuple[MMGEMModel, MMGEMProcessor]:

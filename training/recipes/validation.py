@@ -12,12 +12,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, SiglipImageProcessorPil
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.argument_checks import check_arguments, check_keys, check_type
+from mmgem.training.data.augmentation import Augmentation
 from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.data.feature_cache import check_frozen
 from mmgem.training.loading import load_config
 from mmgem.training.recipes.recipe import TRAINED_WITH, ModelSection, Recipe, Stage
 from mmgem.training.recipes.stage_kinds import stage_kind
 from mmgem.training.recipes.starting_model import check_image_size
 from mmgem.training.recipes.tokenizer import train_tokenizer
+from mmgem.training.recipes.trimming import with_first_layers
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer.lora import add_lora
 from mmgem.training.trainer.parameter_selection import parameter_groups
@@ -77,6 +80,8 @@ def check_stages(recipe: Recipe) -> None:
             if stage.text_attention is not None:
                 config.text_attention = stage.text_attention
             trained = stage_kind(stage).try_on_meta(model)
+            if stage.cache_features is not None:
+                check_frozen(model)
             parameter_groups(trained, 1.0, stage.training.get("learning_rates"), 0.0, [])
         except (TypeError, ValueError, StrictDataclassError) as error:
             raise ValueError(f"stage `{stage.name}`: {' '.join(str(error).split())}") from error
@@ -105,6 +110,8 @@ def _starting_config(section: ModelSection) -> MMGEMConfig:
     for name, tower, options in (("vision_config", section.vision, {}), ("text_config", section.text, gguf)):
         tower_config = AutoConfig.from_pretrained(tower, **options)
         towers[name] = getattr(tower_config, name, tower_config).to_dict()
+    if section.num_hidden_layers is not None:
+        towers["text_config"] = with_first_layers(tower_config, section.num_hidden_layers).to_dict()
     return MMGEMConfig(**towers, **section.config)
 
 
@@ -114,7 +121,11 @@ def _check_model(recipe: Recipe) -> None:
         check_arguments(recipe.tokenizer, train_tokenizer, "`tokenizer`", given=["texts"])
     if recipe.image_processor is not None:
         check_keys(recipe.image_processor, SiglipImageProcessorPil.valid_kwargs.__annotations__, "`image_processor`")
-    composed = ("vlm",) if section.vlm is not None else ("vision", "text", "gguf_file")
+    composed = (
+        ("vlm",)
+        if section.vlm is not None
+        else ("vision", "text", "gguf_file", "num_hidden_layers", "trim_vocabulary")
+    )
     required = ("vision_config", "text_config") if section.is_fresh else composed
     own_fields = [name for name in MMGEMConfig.__annotations__ if name not in _NOT_IN_MODEL]
     check_keys(section.config, [*required, *own_fields, *TRAINED_WITH], "`model`")
@@ -144,8 +155,16 @@ def _check_stage(stage: Stage) -> None:
     of_stage = f"of stage `{stage.name}`"
     if stage.embedding is not None:
         check_arguments(stage.embedding, MMGEMModel.set_embedding_tokens, f"`embedding` {of_stage}", given=["self"])
-    given = ["processor", "prompts"]  # by the model
+    given = ["processor", "prompts", "cached_views"]  # by the run
     check_arguments(stage.collator, MMGEMCollator, f"`collator` {of_stage}", given=given)
+    if (augmentation := stage.collator.get("augmentation")) is not None:
+        check_arguments(augmentation, Augmentation, f"`augmentation` in `collator` {of_stage}")
+    if stage.cache_features is not None and (stage.cache_features.views > 1) != (augmentation is not None):
+        raise ValueError(
+            f"`cache_features` {of_stage} has {stage.cache_features.views} `views`, and the `collator` has "
+            f"{'no' if augmentation is None else 'an'} `augmentation`; expected several views, drawn by it, or one "
+            "without it."
+        )
     stage_kind(stage).check()
     training = stage.training
     # `fsdp: true` is what the library asks for, but not what its annotation says.

@@ -14,7 +14,7 @@ import torch
 from mmgem.contrastive_batch import ContrastiveBatch, default_image_ids, gather_sizes
 from mmgem.text_rows import IGNORED_LABEL, TEXT_COLUMNS, Role, pointers, select_texts
 
-PER_IMAGE = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "boxes", "image_ids")
+PER_IMAGE = ("pixel_values", "patch_features", "pixel_attention_mask", "spatial_shapes", "boxes", "image_ids")
 
 
 def split_batch(inputs: Mapping[str, Any], chunk_size: int) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def split_batch(inputs: Mapping[str, Any], chunk_size: int) -> list[dict[str, An
     """
     device, num_texts = inputs["input_ids"].device, len(inputs["input_ids"])
     inputs = {"image_index": torch.arange(num_texts, device=device), **inputs}
-    num_images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+    num_images = count_images(inputs)
     num_chunks = max(gather_sizes(-(-max(num_images, 1) // chunk_size), device))
     if "image_ids" not in inputs and num_images:
         inputs = {**inputs, "image_ids": default_image_ids(num_images, device)}
@@ -54,6 +54,11 @@ def split_batch(inputs: Mapping[str, Any], chunk_size: int) -> list[dict[str, An
             chunk |= {name: inputs[name][part.start : part.stop] for name in PER_IMAGE if name in inputs}
         chunks.append(chunk)
     return chunks
+
+
+def count_images(inputs: Mapping[str, Any]) -> int:
+    """Count the images of a batch, which may have the features of a frozen tower in place of pixels."""
+    return next((len(inputs[name]) for name in ("pixel_values", "patch_features") if name in inputs), 0)
 
 
 def _images_of_texts(inputs: Mapping[str, Any], num_images: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer.checkpoints import is_disk_full, last_complete_checkpoint, mark_complete, mark_unfinished
 from mmgem.training.trainer.contrastive_losses import build_objective
 from mmgem.training.trainer.data_position import DataPosition
-from mmgem.training.trainer.grad_cache import GradCache, split_batch
+from mmgem.training.trainer.grad_cache import GradCache, count_images, split_batch
 from mmgem.training.trainer.parameter_selection import freeze_unused, parameter_groups, set_trainable
 from mmgem.training.trainer.teacher import Teacher
 from mmgem.training.trainer.weight_average import EMACallback
@@ -374,8 +374,7 @@ def count_caption_tokens(batch: Mapping[str, Any], config) -> int:
         batch: As for `MMGEMModel.forward`.
         config: Of the model.
     """
-    num_images = len(batch["pixel_values"]) if "pixel_values" in batch else 0
-    return count_labels(TextRows.from_columns(batch, num_images, batch.get("boxes")), config)
+    return count_labels(TextRows.from_columns(batch, count_images(batch), batch.get("boxes")), config)
 
 
 @contextmanager

@@ -163,6 +163,19 @@ def test_images_of_one_sample_share_its_id_and_its_texts(tiny_processor, image):
         MMGEMCollator(tiny_processor)([{"image": image, "caption": "blue"}, {"images": [red, red], "caption": "red"}])
 
 
+def test_queries_find_the_image_but_are_not_written(tiny_processor, image):
+    row = {"image": image, "caption": "a red star", "queries": ["ein roter Stern", "stella rossa", "rouge"]}
+    collator = MMGEMCollator(tiny_processor, queries_per_image=2)
+    batch = collator([row, {"queries": ["no image to find"], "caption": "blue"}])
+    texts = texts_of(batch, tiny_processor)
+    assert texts[0] == "a red star" and set(texts[1:3]) < set(row["queries"]) and texts[3:] == ["blue"]
+    assert batch["contrastive_mask"].tolist() == [True, True, True, False]
+    assert batch["image_index"].tolist() == [0, 0, 0, -1]
+    assert [labelled_text(batch, i, tiny_processor) for i in range(4)] == ["a red star", "", "", "blue"]
+    with pytest.raises(ValueError, match="`queries`"):
+        collator([{"image": image, "queries": ["fine", ""]}])
+
+
 def test_hard_negatives_are_embedded_and_describe_nothing(tiny_processor, image):
     row = {"image": image, "caption": "a red star", "hard_negatives": ["a blue star", "a red moon", "a star"]}
     batch = MMGEMCollator(tiny_processor, hard_negatives_per_image=2)([row, {"image": image, "caption": "blue"}])

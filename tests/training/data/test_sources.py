@@ -70,6 +70,16 @@ def test_columns_are_mapped(tmp_path):
     assert rows[0]["captions"] == ["a cat", "a pet"] and rows[0]["image"].size == (8, 8)
 
 
+def test_lists_of_several_columns_are_joined(tmp_path):
+    line = {"file_name": "a.png", "captions": ["a cat"], "de": ["eine Katze", "ein Tier"], "fr": "un chat"}
+    section = {"folder": write_folder(tmp_path, line), "columns": {"queries": ["de", "fr"]}}
+    assert open_source(section)[0]["queries"] == ["eine Katze", "ein Tier", "un chat"]
+    assert load_rows(section)[0]["queries"] == ["eine Katze", "ein Tier", "un chat"]
+    assert set(open_source(section)[0]) == {"image", "file_name", "captions", "queries"}
+    with pytest.raises(ValueError, match="no column `zh`, which `columns` gives for `queries`"):
+        open_source(section | {"columns": {"queries": ["de", "zh"]}})
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
