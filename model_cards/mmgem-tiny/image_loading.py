@@ -3,6 +3,16 @@
 A picture may be a PIL image, a path, a URL, a `data:` URI or base64 text, the bytes of a file, an array or a tensor;
 its file may be grey, transparent, paletted, 16-bit, rotated by its EXIF tag or animated. Everything downstream,
 pixel boxes included, refers to the image returned here: the one a person sees.
+
+| pixels | become |
+|---|---|
+| bits | 0 and 255 |
+| 8 bits, a palette | what they are |
+| more bits, or floats above 1, in a file or as `uint16` | divided by their white: what the file says (TIFF's |
+| | `MaxSampleValue`, or bits below 16), else the least of 8, 10, 12, 14 and 16 bits that holds all of the picture |
+| floats up to 1 | times 255 |
+| transparent, also by a palette or by a grey that stands for it | laid on white |
+| CMYK, YCbCr, HSV | by Pillow's conversion, without colour profiles |
 """
 
 import base64
@@ -16,6 +26,8 @@ import torch
 from PIL import Image, ImageOps
 
 URL_TIMEOUT = 30.0  # seconds
+DEPTHS = (8, 10, 12, 14, 16)  # bits of grey that cameras and scanners give
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 SHORTEST_BASE64 = 64  # characters; no image file is smaller, and few paths are longer
 
 
@@ -26,8 +38,8 @@ def load_image(source, name: str = "image") -> Image.Image:
         source: A `PIL.Image.Image`; a path (`str` or `os.PathLike`); an `http(s)://` URL; a `data:image/...` URI or
             the base64 text of an image file; the `bytes` of an image file; a numpy array or torch tensor of shape
             `(H, W)`, `(H, W, C)` or `(C, H, W)` with C in 1..4, of floats in [0, 1], integers in [0, 255], 16-bit
-            unsigned integers in [0, 65535] or booleans. Where both layouts fit, an array is read as `(H, W, C)` and a
-            tensor as `(C, H, W)`.
+            unsigned integers (of 8, 10, 12, 14 or 16 bits, see above) or booleans. Where both layouts fit, an array is
+            read as `(H, W, C)` and a tensor as `(C, H, W)`.
         name: What error messages call the picture.
 
     Returns:
@@ -116,22 +128,41 @@ def _damaged(label: str, error: Exception) -> ValueError:
 
 def _to_rgb(image: Image.Image, label: str) -> Image.Image:
     """A PIL image of any mode as upright RGB."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
     try:
         image = ImageOps.exif_transpose(image)  # which decodes it
     except Exception as error:
         raise _damaged(label, error) from error
-    if image.mode == "F":
-        return _from_array(np.asarray(image), label)
-    if image.mode.startswith("I"):
-        # PIL holds 16-bit grey as such or as 32-bit integers; its own conversion clips both at 255.
-        pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"{label} has pixels in [{pixels.min()}, {pixels.max()}]; expected [0, 65535].")
-        return _from_array(pixels.astype(np.uint16), label)
+    if image.mode == "F" or image.mode.startswith("I"):  # which Pillow's own conversion clips at 255
+        return _from_deep_grey(image, tags, label)
     if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # which Pillow converts no further
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image, tags, label: str) -> Image.Image:
+    """A picture of 16-bit or 32-bit integers or of floats, divided by its white."""
+    pixels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(pixels).all():
+        raise ValueError(f"{label} has pixels that are NaN or infinite; expected finite values.")
+    bits = max(tags.get(BITS_PER_SAMPLE) or [0])
+    white = (tags.get(MAX_SAMPLE_VALUE) or [None])[0]
+    if white is None:
+        white = 2**bits - 1 if 8 < bits < 16 else 1 if image.mode == "F" and pixels.max() <= 1 else _white(pixels)
+    if pixels.min() < 0 or pixels.max() > white:
+        raise ValueError(f"{label} has pixels in [{pixels.min():g}, {pixels.max():g}]; expected [0, {white}].")
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        pixels[pixels == transparent] = white
+    return Image.fromarray(np.round(pixels * (255 / white)).astype(np.uint8)).convert("RGB")
+
+
+def _white(pixels: np.ndarray) -> int:
+    """The largest value of the least depth that holds all pixels."""
+    top = pixels.max()
+    return next((2**bits - 1 for bits in DEPTHS if top < 2**bits), 2 ** DEPTHS[-1] - 1)
 
 
 def _from_array(source: np.ndarray | torch.Tensor, label: str) -> Image.Image:
@@ -163,7 +194,7 @@ def _to_uint8(pixels: np.ndarray, label: str) -> np.ndarray:
     if pixels.dtype == np.bool_:
         return pixels * np.uint8(255)
     if pixels.dtype == np.uint16:
-        return (pixels >> 8).astype(np.uint8)
+        return np.round(pixels * (255 / _white(pixels))).astype(np.uint8)
     if pixels.dtype.kind not in "fiu":
         raise TypeError(f"{label} has pixels of type {pixels.dtype}; expected integers, floats or booleans.")
     if not np.isfinite(pixels).all():

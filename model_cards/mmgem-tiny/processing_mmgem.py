@@ -74,6 +74,18 @@ class MMGEMImagesKwargs(ImagesKwargs, total=False):
     boxes: object
 
 
+class MMGEMInputs(BatchFeature):
+    """A batch, whose boxes keep their precision: bfloat16 has no more than 256 places along an image."""
+
+    def to(self, *args, **kwargs) -> "MMGEMInputs":
+        """As of every batch; a type is for the pixels alone."""
+        boxes = self.get("boxes")
+        super().to(*args, **kwargs)
+        if isinstance(boxes, torch.Tensor):
+            self.data["boxes"] = boxes.to(self.data["boxes"].device)
+        return self
+
+
 class MMGEMProcessorKwargs(ProcessingKwargs, total=False):
     """Arguments of `MMGEMProcessor.__call__`, by the part they belong to."""
 
@@ -401,7 +413,7 @@ class MMGEMProcessor(ProcessorMixin):
             token. `pixel_values` (N, 3, H, W) float32; of an image processor that keeps the aspect ratio (SigLIP 2
             NaFlex) patches, (N, P, patch * patch * 3), with `spatial_shapes` (N, 2). `boxes` (N, R, 4) float32, in
             [0, 1] of the pixel values, all zeros where an image has fewer than R boxes. Of a VLM's prompts what its
-            own processor returns, padded on the left.
+            own processor returns, padded on the left. `.to(dtype)` is for the pixels; boxes stay in float32.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: An input that cannot be used, see `load_image` and `check_boxes`;
@@ -422,7 +434,7 @@ class MMGEMProcessor(ProcessorMixin):
             texts = [text] if isinstance(text, str) else text
             if any(isinstance(sample, str) and self.image_token in sample for sample in texts):
                 kwargs["max_length"] = limit + self.num_visual_tokens
-        return super().__call__(images=images, text=text, **kwargs)
+        return MMGEMInputs(super().__call__(images=images, text=text, **kwargs).data)
 
     def _has_placeholders(self, text) -> bool:
         texts = [text] if isinstance(text, str) else list(text or [])

@@ -89,10 +89,91 @@ def test_every_mode_becomes_rgb(picture, mode):
         assert np.abs(np.asarray(loaded).astype(int) - np.asarray(expected)).max() <= 8
 
 
-def test_sixteen_bit_file_keeps_its_range():
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    loaded = np.asarray(load_image(encode(Image.fromarray(ramp))))[..., 0]
-    assert np.array_equal(loaded.ravel(), np.arange(256))
+def tiff(pixels, **tags) -> bytes:
+    numbers = {"bits": 258, "white": 281}
+    return encode(Image.fromarray(pixels), "TIFF", tiffinfo={numbers[name]: value for name, value in tags.items()})
+
+
+RAMP = np.arange(256).reshape(16, 16)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_deep_grey_has_its_white_at_the_depth_that_holds_it(dtype, bits):
+    white = 2**bits - 1
+    pixels = np.round(RAMP * (white / 255)).astype(dtype)
+    expected = np.round(pixels.astype(float) * 255 / white)
+    sources = [Image.fromarray(pixels), tiff(pixels)]
+    if dtype == np.uint16:
+        sources += [pixels, encode(sources[0])]
+    for source in sources:
+        loaded = load_image(source)
+        assert loaded.mode == "RGB"
+        assert np.array_equal(np.asarray(loaded), np.stack([expected] * 3, axis=-1))
+
+
+def test_a_file_may_say_its_white():
+    dark = np.full((2, 2), 1000, dtype=np.uint16)
+    levels = [
+        load_image(source).getpixel((0, 0))[0] for source in (dark, tiff(dark, white=4095), tiff(dark, white=2000))
+    ]
+    assert levels == [round(1000 * 255 / white) for white in (1023, 4095, 2000)]
+    with pytest.raises(ValueError, match=r"has pixels in \[1000, 1000\]; expected \[0, 999\]"):
+        load_image(tiff(dark, white=999))
+
+
+def test_floats_up_to_one_are_shares_of_white():
+    pixels = (RAMP / 255).astype(np.float32)
+    assert np.array_equal(np.asarray(load_image(tiff(pixels)))[..., 0], RAMP)
+    assert np.array_equal(np.asarray(load_image(tiff(pixels / 5)))[..., 0], np.round(RAMP / 5))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((2, 2), -1, dtype=np.int32), r"\[-1, -1\]; expected \[0, 255\]"),
+        (np.full((2, 2), 70_000, dtype=np.int32), r"\[70000, 70000\]; expected \[0, 65535\]"),
+        (np.full((2, 2), np.nan, dtype=np.float32), "NaN or infinite"),
+        (np.full((2, 2), -0.5, dtype=np.float32), r"\[-0.5, -0.5\]; expected \[0, 1\]"),
+    ],
+)
+def test_deep_grey_that_is_no_picture(pixels, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(tiff(pixels))
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixel", "expected"),
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 77, (77, 77, 77)),
+        ("LA", (100, 51), (224, 224, 224)),  # 100 * 0.2 + 255 * 0.8
+        ("RGBA", (100, 0, 255, 51), (224, 204, 255)),
+        ("RGBa", (20, 0, 51, 51), (224, 204, 255)),  # colours times alpha
+        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+        ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
+        ("YCbCr", (255, 128, 128), (255, 255, 255)),
+        ("HSV", (0, 255, 255), (255, 0, 0)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16B", 65535, (255, 255, 255)),
+        ("I", 255, (255, 255, 255)),
+        ("F", 1.0, (255, 255, 255)),
+    ],
+)
+def test_one_pixel_of_every_mode(mode, pixel, expected):
+    assert load_image(Image.new(mode, (3, 2), pixel)).getpixel((1, 1)) == expected
+
+
+def test_premultiplied_grey():
+    grey = Image.new("LA", (3, 2), (100, 51)).convert("La")
+    assert abs(load_image(grey).getpixel((0, 0))[0] - 224) <= 2  # which rounds 100 * 0.2
+
+
+def test_a_grey_that_stands_for_transparency_is_white():
+    image = Image.fromarray(np.array([[0, 300, 65535]], dtype=np.uint16))
+    image.info["transparency"] = 300
+    assert [load_image(image).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 255]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -126,6 +207,8 @@ def test_exif_rotation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert same(load_image(encode(stored, exif=exif)), upright)
+    deep = Image.fromarray(np.asarray(stored.convert("L")).astype(np.uint16) * 257)
+    assert same(load_image(encode(deep, "TIFF", exif=exif)), upright.convert("L").convert("RGB"))
 
 
 def test_first_frame_of_an_animation():

@@ -188,6 +188,15 @@ def test_texts_that_are_cut_are_counted_and_said_once(image, caplog):
 # Boxes
 
 
+@pytest.mark.parametrize("args", [(torch.bfloat16,), ("cpu", torch.bfloat16), ("cpu",)])
+def test_boxes_keep_their_precision_when_pixels_do_not(processor, image, args):
+    boxes = [[[1, 2, 43, 47.3]]]
+    expected = processor(images=image, boxes=boxes, return_tensors="pt")["boxes"]
+    inputs = processor(images=image, boxes=boxes, return_tensors="pt").to(*args)
+    assert inputs["boxes"].dtype == torch.float32 and torch.equal(inputs["boxes"], expected)
+    assert inputs["pixel_values"].dtype == (torch.bfloat16 if torch.bfloat16 in args else torch.float32)
+
+
 def bright_extent(pixel_values: torch.Tensor) -> np.ndarray:
     """(3, H, W) with one bright rectangle on black -> its (x0, y0, x1, y1) as fractions of the view."""
     bright = pixel_values.mean(0)
@@ -494,7 +503,14 @@ def test_round_trip(tmp_path):
     assert loaded.tokenizer.model_max_length == 98 - N
     assert (loaded.num_visual_tokens, loaded.image_token_id) == (N, processor.image_token_id)
     assert loaded.chat_template == processor.chat_template
-    assert {path.name for path in tmp_path.glob("*.py")} == {"boxes.py", "image_loading.py", "processing_mmgem.py"}
+    code = {
+        "boxes",
+        "image_loading",
+        "processing_mmgem",
+        "sentence_transformers_inputs",
+        "sentence_transformers_mmgem",
+    }
+    assert {path.stem for path in tmp_path.glob("*.py")} == code
     assert save(loaded, tmp_path / "again") == expected
 
 
