@@ -26,7 +26,7 @@ from mmgem.training.data.sources import Source
 logger = logging.getLogger(__name__)
 
 _FILE_SIZE = 128 * 2**20  # bytes of a file; what a killed run loses
-_NOT_SETTINGS = ("image_processor_type", "processor_class", "_processor_class", "data_format", "device")
+_NOT_SETTINGS = ("auto_map", "image_processor_type", "processor_class", "_processor_class", "data_format", "device")
 
 
 class FeatureCache:
@@ -265,7 +265,8 @@ def fill(
     Raises:
         ValueError: If the features of an image say nothing about its size, without which its boxes cannot be found.
     """
-    loader = DataLoader(views, batch_size=None, num_workers=num_workers)
+    # Its own generator, so that training draws what it would have drawn without a cache.
+    loader = DataLoader(views, batch_size=None, num_workers=num_workers, generator=torch.Generator())
     kept: dict[str, torch.Tensor] = {}
     size = done = 0
     was_training = vision_tower.training
