@@ -158,15 +158,18 @@ def evaluate(
     batch_size: BatchSize = 64,
     as_json: AsJson = False,
 ):
-    """Measure retrieval, classification and captions on an image folder."""
+    """Measure retrieval, classification and captions on an image folder, with 95% confidence intervals."""
     with work():
         from mmgem.training.data.image_folder import read_image_folder
         from mmgem.training.evaluation.evaluate import evaluate_model
         from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
         dataset = read_image_folder(data)
-        figures = evaluate_model(*load_model(model), dataset, batch_size=batch_size, caption_judge=SCENE_JUDGE)
-    answer(figures, as_json, table(figures))
+        intervals: dict[str, tuple[float, float]] = {}
+        figures = evaluate_model(
+            *load_model(model), dataset, batch_size=batch_size, caption_judge=SCENE_JUDGE, intervals=intervals
+        )
+    answer(figures | ({"intervals": intervals} if intervals else {}), as_json, table(figures, intervals))
 
 
 @app.command()

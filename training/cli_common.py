@@ -54,10 +54,13 @@ def report_skipped(skipped: Iterable, passed_over: dict[str, int]) -> None:
         typer.secho(f"not read: {count} {kind}", err=True, fg=typer.colors.YELLOW)
 
 
-def table(figures: dict[str, float]) -> list[str]:
-    """A line for each figure."""
+def table(figures: dict[str, float], intervals: dict[str, tuple[float, float]] | None = None) -> list[str]:
+    """A line for each figure, with its confidence interval where it has one."""
     width = max(map(len, figures), default=0)
-    return [f"{name:{width}}  {value:.4f}" for name, value in figures.items()]
+    lines = {name: f"{name:{width}}  {value:.4f}" for name, value in figures.items()}
+    for name, (low, high) in (intervals or {}).items():
+        lines[name] += f"  {low:.4f} to {high:.4f}"
+    return list(lines.values())
 
 
 def answer(result: Any, as_json: bool, lines: Iterable[str]) -> None:

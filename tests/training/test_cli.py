@@ -188,12 +188,19 @@ def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
     figures = json.loads(run("evaluate", checkpoint, gallery, "--json").stdout)
     assert 0 <= figures["text_to_image_recall@1"] <= figures["text_to_image_recall@10"] == 1
 
-    def evaluate_model(model, processor, dataset, batch_size, caption_judge):
+    low, high = figures["intervals"]["text_to_image_recall@1"]
+    assert 0 <= low <= figures["text_to_image_recall@1"] <= high <= 1
+
+    def evaluate_model(model, processor, dataset, batch_size, caption_judge, intervals):
+        intervals["images"] = (5.5, 6.5)
         return {"images": len(dataset), "batch_size": batch_size}
 
     monkeypatch.setattr("mmgem.training.evaluation.evaluate.evaluate_model", evaluate_model)
     table = run("evaluate", checkpoint, gallery, "--batch-size", 2).stdout.splitlines()
-    assert [line.split() for line in table] == [["images", "6.0000"], ["batch_size", "2.0000"]]
+    assert [line.split() for line in table] == [
+        ["images", *"6.0000 5.5000 to 6.5000".split()],
+        ["batch_size", "2.0000"],
+    ]
 
 
 def test_json_has_no_nan(checkpoint, gallery, monkeypatch):

@@ -13,8 +13,12 @@ from mmgem.training.data.rows import captions_of
 from mmgem.training.distributed import Share
 from mmgem.training.evaluation.metrics import (
     CaptionJudge,
+    Mean,
     agreement,
     answer_accuracy,
+    bleu4,
+    caption_variety,
+    cider,
     recall_at,
     retrieval_ranks,
 )
@@ -22,8 +26,9 @@ from mmgem.training.evaluation.row_outputs import RowOutputs, RowPredictor, inst
 from mmgem.training.inference import CAPTION_TOKENS, embed_texts
 
 RECALL_AT = (1, 5, 10)
+LANGUAGE_PREFIX = "captions_"  # of columns with captions in other languages
 Embed = Callable[[list[str]], torch.Tensor]
-Figures = dict[str, float | None]
+Figures = dict[str, Mean | float | None]
 
 
 def evaluate_model(
@@ -34,6 +39,7 @@ def evaluate_model(
     max_new_tokens: int = CAPTION_TOKENS,
     samples: list[dict[str, Any]] | None = None,
     caption_judge: CaptionJudge | None = None,
+    intervals: dict[str, tuple[float, float]] | None = None,
 ) -> dict[str, float]:
     """Measures a model on rows of images; what the rows do not have is not measured.
 
@@ -46,15 +52,22 @@ def evaluate_model(
     | `zero_shot_accuracy` | `label` | among the labels of the rows, or the judge's classes if they are among these |
     | `caption_fidelity` | `captions` | generated captions that the judge finds right, of those it can judge |
     | `memory_caption_fidelity` | `captions` | as `caption_fidelity`, from the memory of the image alone |
-    | `cider` | `captions` | of the generated captions; needs evaluate and pycocoevalcap |
+    | `text_to_image_recall@k_LANGUAGE` | `captions_LANGUAGE` | as above, in another language, such as `captions_de` |
+    | `image_to_text_recall@k_LANGUAGE` | `captions_LANGUAGE` | likewise |
+    | `cider`, `bleu4` | `captions` | of the generated captions; need pycocoevalcap |
+    | `caption_distinct` | `captions` | share of different captions among the generated ones |
+    | `caption_most_repeated` | `captions` | share of the images that get the most frequent caption |
+    | `caption_length` | `captions` | words of a generated caption |
     | `answer_accuracy` | `qa` | generated answers that are the right one but for case, punctuation and articles |
     | `memory_answer_accuracy` | `qa` | as `answer_accuracy`, from the memory of the image alone |
     | `region_recall@1` | `boxes`, `region_captions` | every region caption searches all regions of all images |
+    | `region_in_image_recall@1` | `boxes`, `region_captions` | every region caption searches those of its own image |
     | `region_caption_fidelity` | `boxes`, `region_captions` | as `caption_fidelity`, for each box |
     | `instructed_region_accuracy` | `boxes`, `instructions` | an image with an instruction finds that of its boxes |
     | `composed_recall@1` | `edit`, `edited_image` | an image with the instruction finds the edited image |
 
-    A text that several images share is right for each of them; so is a region caption for regions of the same meaning.
+    A text that several images share is right for each of them; so is a region caption for regions of the same meaning,
+    and for the same box. In its own image it counts where there are several boxes.
 
     An instruction `{"text", "box"}` names a box by its number, and counts where the image has several boxes. An image
     with the instruction of its `edit` searches all images and all edited ones: itself is the nearest distractor. What
@@ -78,6 +91,8 @@ def evaluate_model(
         samples: If given, receives for each row `caption` and, with boxes, `region_captions`, as generated.
         caption_judge: The judge that tells right captions from wrong ones, such as
             [`mmgem.training.evaluation.scene_metrics.SCENE_JUDGE`]; without one, no `_fidelity` is measured.
+        intervals: If given, receives for each recall and for `cider` a 95% confidence interval, by bootstrap over
+            images.
 
     Returns:
         Metric name to value.
@@ -95,6 +110,7 @@ def evaluate_model(
 
     embed = partial(_embed_texts, model, processor, batch_size, share)
     figures = _caption_figures(outputs, embed, caption_judge)
+    figures |= _language_figures(outputs, embed)
     figures |= _long_caption_figures(outputs, embed)
     figures |= _label_figures(outputs, embed, caption_judge)
     figures |= _answer_figures(outputs)
@@ -103,7 +119,15 @@ def evaluate_model(
     figures |= _edit_figures(outputs)
     if samples is not None:
         samples += [{"caption": output.caption, "region_captions": output.region_captions} for output in outputs]
-    return {name: value for name, value in figures.items() if value is not None}
+    if intervals is not None:
+        intervals |= {name: value.interval() for name, value in figures.items() if isinstance(value, Mean)}
+    return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+def _recalls(name: str, ranks: torch.Tensor, images: Sequence[int], suffix: str = "") -> Figures:
+    """Recall at each of `RECALL_AT`, of queries that are of these images."""
+    numbers = torch.tensor(images)
+    return {f"{name}_recall@{k}{suffix}": Mean(ranks < k, numbers) for k in RECALL_AT}
 
 
 def _embed_texts(model, processor, batch_size: int, share: Share, texts: list[str]) -> torch.Tensor:
@@ -135,6 +159,16 @@ class _Captions:
         self.number = {text: row for row, text in enumerate(self.images_of_text)}
         self.embeds = embed(list(self.number))  # (different texts, ...)
 
+    def figures(self, image_embeds: torch.Tensor, suffix: str = "") -> Figures:
+        """Recall of all images by texts, and of texts by images."""
+        everywhere = range(len(self.texts_of_image))
+        asked = [image for image, texts in enumerate(self.texts_of_image) for _ in texts]
+        described = [image for image, texts in enumerate(self.texts_of_image) if texts]
+        return {
+            **_recalls("text_to_image", self.text_ranks(image_embeds, everywhere), asked, suffix),
+            **_recalls("image_to_text", self.image_ranks(image_embeds), described, suffix),
+        }
+
     def text_ranks(self, gallery: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
         """Ranks of every text of every image among a gallery that shows `images`, by their numbers."""
         place = {image: row for row, image in enumerate(images)}
@@ -153,11 +187,9 @@ def _caption_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: Caption
     references = [captions_of(output.row) for output in outputs]
     if not any(references):
         return {}
-    image_embeds, everywhere = _image_embeds(outputs), range(len(outputs))
+    image_embeds = _image_embeds(outputs)
     texts = _Captions(references, embed)
-    text_ranks, image_ranks = texts.text_ranks(image_embeds, everywhere), texts.image_ranks(image_embeds)
-    figures: Figures = {f"text_to_image_recall@{k}": recall_at(text_ranks, k) for k in RECALL_AT}
-    figures |= {f"image_to_text_recall@{k}": recall_at(image_ranks, k) for k in RECALL_AT}
+    figures = texts.figures(image_embeds)
     described = [number for number, own in enumerate(references) if own]
     fused_embeds = [output.fused_embed for output in outputs if output.fused_embed is not None]
     if fused_embeds:
@@ -168,13 +200,25 @@ def _caption_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: Caption
     originals = [references[number] for number in described]
     if judge is not None:
         figures["caption_fidelity"] = judge.caption_fidelity(captions, [first for first, *_ in originals])
-    if len(captions) > 1 and all(map(importlib.util.find_spec, ("evaluate", "pycocoevalcap"))):
-        from mmgem.training.evaluation.evaluate_metrics import CIDErD
-
-        figures |= CIDErD().compute(predictions=captions, references=originals)
+    if captions:
+        figures |= caption_variety(captions)
+    if len(captions) > 1 and importlib.util.find_spec("pycocoevalcap"):
+        figures |= {"cider": cider(captions, originals), "bleu4": bleu4(captions, originals)}
     recalled = [(one.memory_caption, captions_of(one.row)[0]) for one in outputs if one.memory_caption is not None]
     if judge is not None and recalled:
         figures["memory_caption_fidelity"] = judge.caption_fidelity(*zip(*recalled, strict=True))
+    return figures
+
+
+def _language_figures(outputs: Sequence[RowOutputs], embed: Embed) -> Figures:
+    """Of every column `captions_LANGUAGE`."""
+    columns = sorted({name for output in outputs for name in output.row if name.startswith(LANGUAGE_PREFIX)})
+    figures: Figures = {}
+    for column in columns:
+        texts = [output.row.get(column) or [] for output in outputs]
+        if any(texts):
+            suffix = f"_{column.removeprefix(LANGUAGE_PREFIX)}"
+            figures |= _Captions(texts, embed).figures(_image_embeds(outputs), suffix)
     return figures
 
 
@@ -210,20 +254,37 @@ def _answer_figures(outputs: Sequence[RowOutputs]) -> Figures:
 
 
 def _region_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJudge | None) -> Figures:
-    """A region of the same meaning is right as well."""
+    """A region of the same meaning, and the same box, is right as well."""
     captioned = [output for output in outputs if output.region_captions]
     if not captioned:
         return {}
     texts = [text for output in captioned for text in region_texts_of(output.row)]
     meanings = [(judge and judge.parse_region_caption(text)) or text.lower() for text in texts]
-    regions_of_meaning: dict[Hashable, set[int]] = defaultdict(set)
-    for region, meaning in enumerate(meanings):
-        regions_of_meaning[meaning].add(region)
-    region_embeds = torch.cat([output.region_embeds for output in captioned])
-    ranks = retrieval_ranks(embed(texts), region_embeds, [regions_of_meaning[meaning] for meaning in meanings])
+    images = [image for image, output in enumerate(captioned) for _ in output.region_captions]
+    boxes = [(image, *box) for image, output in enumerate(captioned) for box in output.row["boxes"]]
+    places: dict[Hashable, set[int]] = defaultdict(set)
+    for region, names in enumerate(zip(meanings, boxes, strict=True)):
+        for name in names:
+            places[name].add(region)
+    right = [places[meaning] | places[box] for meaning, box in zip(meanings, boxes, strict=True)]
+    region_embeds, text_embeds = torch.cat([output.region_embeds for output in captioned]), embed(texts)
+    figures: Figures = {
+        "region_recall@1": Mean(retrieval_ranks(text_embeds, region_embeds, right) < 1, torch.tensor(images))
+    }
+    in_image, asked, first = [], [], 0
+    for image, output in enumerate(captioned):
+        own = range(first, first + len(output.region_captions))
+        first = own.stop
+        if len(own) > 1:
+            own_right = [{region - own.start for region in right[query] if region in own} for query in own]
+            in_image.append(retrieval_ranks(text_embeds[own.start : own.stop], output.region_embeds, own_right))
+            asked += [image] * len(own)
+    if in_image:
+        figures["region_in_image_recall@1"] = Mean(torch.cat(in_image) < 1, torch.tensor(asked))
     captions = [caption for output in captioned for caption in output.region_captions]
-    fidelity = judge.region_caption_fidelity(captions, texts) if judge is not None else None
-    return {"region_recall@1": recall_at(ranks, 1), "region_caption_fidelity": fidelity}
+    if judge is not None:
+        figures["region_caption_fidelity"] = judge.region_caption_fidelity(captions, texts)
+    return figures
 
 
 def _instruction_figures(outputs: Sequence[RowOutputs]) -> Figures:

@@ -9,7 +9,14 @@ import evaluate
 import torch
 from datasets import Features, List, Value
 
-from mmgem.training.evaluation.metrics import answer_accuracy, cider, ranks_of_scores, recall_at
+from mmgem.training.evaluation.metrics import (
+    answer_accuracy,
+    bleu4,
+    caption_variety,
+    cider,
+    ranks_of_scores,
+    recall_at,
+)
 
 
 class _InMemory(evaluate.Metric):
@@ -54,7 +61,7 @@ class CIDErD(_InMemory):
 
     def _info(self):
         return evaluate.MetricInfo(
-            description="CIDEr-D over lower-cased words without punctuation.",
+            description="CIDEr-D over the words that the COCO evaluation cuts captions into.",
             citation="Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, 2015, arXiv:1411.5726",
             inputs_description="""
             Args:
@@ -68,7 +75,50 @@ class CIDErD(_InMemory):
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        return {"cider": cider(predictions, references)}
+        return {"cider": float(cider(predictions, references))}
+
+
+class BLEU4(_InMemory):
+    """BLEU-4 of captions, which needs pycocoevalcap."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="BLEU-4 over the words that the COCO evaluation cuts captions into.",
+            citation="Papineni et al., BLEU: a Method for Automatic Evaluation of Machine Translation, ACL 2002",
+            inputs_description="""
+            Args:
+                predictions: One caption for each image.
+                references: For each image its reference captions.
+
+            Returns:
+                `bleu4`, 0 to 1.
+            """,
+            features=Features(predictions=Value("string"), references=List(Value("string"))),
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        return {"bleu4": bleu4(predictions, references)}
+
+
+class CaptionVariety(_InMemory):
+    """How much captions differ."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="Share of different captions, share of the most frequent one, and length of captions.",
+            citation="",
+            inputs_description="""
+            Args:
+                predictions: One caption for each image.
+
+            Returns:
+                `caption_distinct` and `caption_most_repeated`, 0 to 1, and `caption_length` in words.
+            """,
+            features=Features(predictions=Value("string")),
+        )
+
+    def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
+        return caption_variety(predictions)
 
 
 class AnswerAccuracy(_InMemory):

@@ -1,6 +1,7 @@
 """Figures for embeddings, captions and answers, given what is right: no model runs here."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from mmgem.late_interaction import similarity
+from mmgem.training.evaluation.caption_words import caption_words
 
 _MAX_SCORES = 2**24  # scores held at a time
 _ARTICLES = {"a", "an", "the"}
@@ -75,6 +77,45 @@ def _check_right(right: Sequence[Collection[int]], queries: int, gallery: int) -
             raise ValueError(f"`right` is empty for query {number}; expected at least one gallery row.")
         if not 0 <= min(rows) <= max(rows) < gallery:
             raise ValueError(f"`right` is {sorted(rows)} for query {number}; expected rows from 0 to {gallery - 1}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """A figure that is a mean, and how far it may be off.
+
+    Args:
+        values: (N,) what it is the mean of.
+        images: (N,) numbers of the images that they are of, which are drawn anew; by default each has its own.
+    """
+
+    values: torch.Tensor
+    images: torch.Tensor | None = None
+
+    def __float__(self) -> float:
+        return self.values.double().mean().item()
+
+    def interval(self, level: float = 0.95, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """Return a confidence interval by bootstrap: images are drawn with replacement, each with all its values.
+
+        Args:
+            level: How often such an interval holds the mean.
+            samples: How often images are drawn.
+            seed: Decides all draws.
+        """
+        values = self.values.double()
+        if self.images is None:
+            sums, counts = values, torch.ones_like(values)
+        else:
+            numbers = self.images.unique(return_inverse=True)[1]  # (N,)
+            sums = torch.zeros(int(numbers.max()) + 1, dtype=values.dtype).index_add(0, numbers, values)  # (I,)
+            counts = torch.zeros_like(sums).index_add(0, numbers, torch.ones_like(values))  # (I,)
+        generator = torch.Generator().manual_seed(seed)
+        means = []
+        for _ in range(samples):
+            drawn = torch.randint(len(sums), (len(sums),), generator=generator)
+            means.append(sums[drawn].sum() / counts[drawn].sum())
+        low, high = torch.stack(means).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype))
+        return low.item(), high.item()
 
 
 def recall_at(ranks: torch.Tensor, k: int) -> float:
@@ -196,8 +237,8 @@ def _fidelity(captions, references, parse) -> float | None:
     return agreement(*zip(*judged, strict=True)) if judged else None
 
 
-def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726) over lower-cased words without punctuation.
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> "Mean":
+    """CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726) over the words of `caption_words`.
 
     Args:
         captions: One caption for each image.
@@ -211,19 +252,64 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float
         ValueError: If there are fewer than two images: every word is then in all of them, and weighs nothing.
         ImportError: If pycocoevalcap is not installed (`pip install mmgem[eval]`).
     """
-    if len(captions) != len(references):
-        raise ValueError(
-            f"`references` holds {len(references)} entries; expected {len(captions)}, one for each of the captions."
-        )
+    candidates, originals = _as_coco(captions, references)
     if len(captions) < 2:
         raise ValueError(
             f"`captions` is of {len(captions)} images; expected 2 or more, because CIDEr weighs words by image."
         )
     from pycocoevalcap.cider.cider import Cider
 
-    candidates = {number: [_words(caption)] for number, caption in enumerate(captions)}
-    originals = {number: [_words(text) for text in texts] for number, texts in enumerate(references)}
-    return float(Cider().compute_score(originals, candidates)[0])
+    return Mean(torch.from_numpy(Cider().compute_score(originals, candidates)[1]))
+
+
+def bleu4(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """BLEU-4 (Papineni et al., 2002, https://aclanthology.org/P02-1040) over the words of `caption_words`.
+
+    Args:
+        captions: One caption for each image.
+        references: The reference captions of each image.
+
+    Returns:
+        That of all captions together, 0 to 1.
+
+    Raises:
+        ImportError: If pycocoevalcap is not installed (`pip install mmgem[eval]`).
+    """
+    candidates, originals = _as_coco(captions, references)
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    return float(Bleu(4).compute_score(originals, candidates, verbose=0)[0][3])
+
+
+def caption_variety(captions: Sequence[str]) -> dict[str, float]:
+    """Say how much captions differ.
+
+    Args:
+        captions: One caption for each image.
+
+    Returns:
+        `caption_distinct`, the share of different captions; `caption_most_repeated`, the share of images with the most
+        frequent caption; `caption_length`, the mean number of words.
+    """
+    words = [caption_words(caption) for caption in captions]
+    counts = Counter(words)
+    return {
+        "caption_distinct": len(counts) / len(words),
+        "caption_most_repeated": max(counts.values()) / len(words),
+        "caption_length": sum(len(own.split()) for own in words) / len(words),
+    }
+
+
+def _as_coco(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Captions and references as pycocoevalcap takes them."""
+    if len(captions) != len(references):
+        raise ValueError(
+            f"`references` holds {len(references)} entries; expected {len(captions)}, one for each of the captions."
+        )
+    candidates = {number: [caption_words(caption)] for number, caption in enumerate(captions)}
+    return candidates, {number: [caption_words(text) for text in own] for number, own in enumerate(references)}
 
 
 def _words(text: str) -> str:

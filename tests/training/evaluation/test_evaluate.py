@@ -16,7 +16,7 @@ from mmgem.late_interaction import similarity
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.evaluation import evaluate as evaluate_module
 from mmgem.training.evaluation.calibration import calibrate
-from mmgem.training.evaluation.evaluate import _edit_figures, _instruction_figures
+from mmgem.training.evaluation.evaluate import _edit_figures, _instruction_figures, _region_figures
 from mmgem.training.evaluation.row_outputs import RowOutputs, RowPredictor
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
@@ -24,6 +24,13 @@ evaluate_model = partial(evaluate_module.evaluate_model, caption_judge=SCENE_JUD
 COUNT = 12
 PER_ROW = ("caption_fidelity", "memory_caption_fidelity", "answer_accuracy", "memory_answer_accuracy")
 NEW = ("fused_text_to_image_recall@1", "instructed_region_accuracy", "composed_recall@1")
+WORDING = ("bleu4", "caption_distinct", "caption_most_repeated", "caption_length")
+
+
+def without_wording(metrics):
+    """Figures without those of wording, which no model has at 1 because it knows everything."""
+    assert metrics["cider"] > 1 and metrics["bleu4"] > 0.5 and metrics["caption_length"] > 3
+    return {name: value for name, value in metrics.items() if name not in (*WORDING, "cider")}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +42,9 @@ def test_a_model_that_knows_everything_scores_one(rows):
     metrics = evaluate_model(KnowingModel(rows), KnowingProcessor(), rows, batch_size=5)
     names = {f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
     names |= {"long_text_to_image_recall@1", "zero_shot_accuracy", "caption_fidelity", "cider"}
-    names |= {"region_recall@1", "region_caption_fidelity", *PER_ROW, *NEW}
+    names |= {"region_recall@1", "region_in_image_recall@1", "region_caption_fidelity", *PER_ROW, *NEW, *WORDING}
     assert set(metrics) == names
-    assert metrics.pop("cider") > 1
-    assert metrics == {name: 1 for name in metrics}
+    assert without_wording(metrics) == {name: 1 for name in names - {*WORDING, "cider"}}
 
 
 def test_a_model_that_knows_nothing_scores_zero(rows):
@@ -78,7 +84,7 @@ def test_missing_columns_are_not_measured(rows):
     assert set(evaluate_model(model, processor, only("label"))) == {"zero_shot_accuracy"}
     assert set(evaluate_model(model, processor, only("long_caption"))) == {"long_text_to_image_recall@1"}
     regions = evaluate_model(model, processor, only("boxes", "region_captions"))
-    assert set(regions) == {"region_recall@1", "region_caption_fidelity"}
+    assert set(regions) == {"region_recall@1", "region_in_image_recall@1", "region_caption_fidelity"}
     assert set(evaluate_model(model, processor, only("boxes", "instructions"))) == {"instructed_region_accuracy"}
     assert set(evaluate_model(model, processor, only("edit", "edited_image"))) == {"composed_recall@1"}
     answers = evaluate_model(model, processor, only("qa"))
@@ -95,7 +101,7 @@ def test_rows_may_lack_captions_or_boxes(rows):
     mixed[1]["edit"] = {"instruction": None, "file_name": None}  # as image folders have it
     samples = []
     metrics = evaluate_model(KnowingModel(rows), KnowingProcessor(), mixed, batch_size=4, samples=samples)
-    assert metrics.pop("cider") > 1
+    metrics = without_wording(metrics)
     assert metrics == {name: 1 for name in metrics}
     assert samples[0] == {"caption": None, "region_captions": []}
     assert samples[1] == {"caption": rows[1]["captions"][-1], "region_captions": rows[1]["region_captions"]}
@@ -199,11 +205,39 @@ def test_the_judge_leaves_other_data_alone(rows):
     assert "zero_shot_accuracy" in figures and not any("fidelity" in name for name in figures)
 
 
-@pytest.mark.parametrize("package", ["evaluate", "pycocoevalcap"])
-def test_cider_is_left_out_where_what_it_needs_is_missing(rows, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
+def test_cider_is_left_out_where_what_it_needs_is_missing(rows, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     figures = evaluate_model(KnowingModel(rows), KnowingProcessor(), rows)
-    assert "cider" not in figures and figures["answer_accuracy"] == 1
+    assert not {"cider", "bleu4"} & figures.keys() and figures["answer_accuracy"] == 1
+
+
+def test_captions_of_each_language_are_measured(rows):
+    other = [row | {"captions_xx": row["captions"]} for row in rows]
+    other[2]["captions_xx"] = rows[1]["captions"]  # two images at once cannot be found by one embedding
+    other[3]["captions_yy"] = None
+    figures, intervals = {}, {}
+    figures = evaluate_model(KnowingModel(rows), KnowingProcessor(), other, intervals=intervals)
+    assert figures["text_to_image_recall@1"] == 1 and figures["text_to_image_recall@1_xx"] == 1
+    assert figures["image_to_text_recall@10_xx"] < 1
+    assert not any(name.endswith("_yy") for name in figures)
+    assert intervals["text_to_image_recall@1"] == (1, 1) and intervals["image_to_text_recall@10_xx"][0] < 1
+    low, high = intervals["cider"]
+    assert low < figures["cider"] < high
+    assert intervals.keys() <= figures.keys() and "bleu4" not in intervals
+
+
+def test_a_region_searches_those_of_its_own_image():
+    """Four boxes in two images, of which the first has one twice, and a text that finds the wrong image's box."""
+    boxes = [[[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]], [[0, 0, 1, 1]]]
+    texts, embeds = [["a", "b", "c"], ["d"]], torch.eye(4)
+    outputs = [
+        RowOutputs({"boxes": own, "region_captions": said}, embeds[0], region_embeds=part, region_captions=said)
+        for own, said, part in zip(boxes, texts, (embeds[[0, 0, 1]], embeds[2:3]), strict=True)
+    ]
+    vectors = {"a": embeds[0], "b": embeds[0], "c": 0.1 * embeds[1] + embeds[2], "d": embeds[3]}
+    figures = _region_figures(outputs, lambda names: torch.stack([vectors[name] for name in names]), None)
+    assert float(figures["region_recall@1"]) == 2 / 4  # "c" finds the box of "d", and "d" nothing
+    assert float(figures["region_in_image_recall@1"]) == 1  # of "a", "b" and "c"
 
 
 @pytest.mark.slow

@@ -4,8 +4,21 @@ import fresh_process
 import pytest
 import torch
 
-from mmgem.training.evaluation.evaluate_metrics import AnswerAccuracy, CIDErD, RecallAtK
-from mmgem.training.evaluation.metrics import answer_accuracy, cider, recall_at, retrieval_ranks
+from mmgem.training.evaluation.evaluate_metrics import (
+    BLEU4,
+    AnswerAccuracy,
+    CaptionVariety,
+    CIDErD,
+    RecallAtK,
+)
+from mmgem.training.evaluation.metrics import (
+    answer_accuracy,
+    bleu4,
+    caption_variety,
+    cider,
+    recall_at,
+    retrieval_ranks,
+)
 
 CAPTIONS = ["a red moon at the top", "one blue moon on this left", "two green hearts below"]
 REFERENCES = [["a red star at the top", "a star"], ["one blue moon on this left"], ["two green hearts below them"]]
@@ -52,8 +65,12 @@ def test_recall_refuses_what_is_not_in_the_gallery():
 
 
 def test_texts_are_measured_as_by_the_plain_functions():
-    assert CIDErD().compute(predictions=CAPTIONS, references=REFERENCES) == {"cider": cider(CAPTIONS, REFERENCES)}
-    assert 0 < cider(CAPTIONS, REFERENCES) < 10
+    assert CIDErD().compute(predictions=CAPTIONS, references=REFERENCES) == {
+        "cider": float(cider(CAPTIONS, REFERENCES))
+    }
+    assert 0 < float(cider(CAPTIONS, REFERENCES)) < 10
+    assert BLEU4().compute(predictions=CAPTIONS, references=REFERENCES) == {"bleu4": bleu4(CAPTIONS, REFERENCES)}
+    assert CaptionVariety().compute(predictions=CAPTIONS) == caption_variety(CAPTIONS)
     got = AnswerAccuracy().compute(predictions=ANSWERS, references=RIGHT_ANSWERS)
     assert got == {"answer_accuracy": answer_accuracy(ANSWERS, RIGHT_ANSWERS)} == {"answer_accuracy": 0.5}
 
@@ -62,7 +79,7 @@ def test_batches_add_up():
     metric = CIDErD()
     metric.add_batch(predictions=CAPTIONS[:2], references=REFERENCES[:2])
     metric.add(prediction=CAPTIONS[2], reference=REFERENCES[2])
-    assert metric.compute() == {"cider": cider(CAPTIONS, REFERENCES)}
+    assert metric.compute() == {"cider": float(cider(CAPTIONS, REFERENCES))}
     other, same = AnswerAccuracy(), AnswerAccuracy()  # which do not meet
     other.add_batch(predictions=ANSWERS[:2], references=RIGHT_ANSWERS[:2])
     same.add_batch(predictions=ANSWERS[2:], references=RIGHT_ANSWERS[2:])

@@ -1,5 +1,7 @@
 """Metrics against plain references and analytic cases."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,11 @@ from torch.nn.functional import normalize
 
 from mmgem.training.evaluation import metrics
 from mmgem.training.evaluation.metrics import (
+    Mean,
     agreement,
     answer_accuracy,
+    bleu4,
+    caption_variety,
     cider,
     recall_at,
     recall_by_budget,
@@ -85,9 +90,37 @@ def test_fidelity_judges_meaning_not_words():
 def test_cider_is_ten_for_the_reference_and_zero_for_other_words():
     references = [["a red star at the top"], ["one blue moon on this left"], ["two green hearts below them"]]
     exact = ["A red star, at the top.", "one blue moon on this left!", "two green hearts below them"]
-    assert cider(exact, references) == pytest.approx(10)
-    assert cider(["x y z w"] * 3, references) == 0
-    assert 0 < cider(["a red moon at the top", *exact[1:]], references) < 10
+    assert float(cider(exact, references)) == pytest.approx(10)
+    assert float(cider(["x y z w"] * 3, references)) == 0
+    assert 0 < float(cider(["a red moon at the top", *exact[1:]], references)) < 10
+
+
+def test_bleu_is_one_for_the_reference_and_has_the_brevity_penalty():
+    references = [["a red star at the top", "a star"], ["one blue moon on this left side"]]
+    exact = ["A red star at the top.", "one blue moon on this left side"]
+    assert bleu4(exact, references) == pytest.approx(1)
+    short = ["a red star at", "one blue moon on"]  # all of their words, pairs, ... are right; 8 words for 13
+    assert bleu4(short, [own[:1] for own in references]) == pytest.approx(math.exp(1 - 13 / 8))
+
+
+def test_variety_of_captions():
+    captions = ["A dog.", "a dog", "a cat runs", "two cats"]
+    assert caption_variety(captions) == {
+        "caption_distinct": 3 / 4,
+        "caption_most_repeated": 2 / 4,
+        "caption_length": 9 / 4,
+    }
+
+
+def test_an_interval_is_that_of_the_normal_distribution_where_values_are_many():
+    values = torch.rand(4000, generator=torch.Generator().manual_seed(0)) < 0.3
+    low, high = Mean(values).interval()
+    share, width = float(Mean(values)), 1.96 * math.sqrt(0.3 * 0.7 / 4000)
+    assert (low, high) == pytest.approx((share - width, share + width), abs=0.002)
+    # Five values of an image that are all the same tell no more than one.
+    wide = Mean(values[:800].repeat_interleave(5), torch.arange(800).repeat_interleave(5)).interval()
+    assert wide == pytest.approx(Mean(values[:800]).interval())
+    assert wide[1] - wide[0] > 2 * (high - low)
 
 
 def test_cider_refuses_what_means_nothing():
