@@ -3,6 +3,7 @@
 An embedding is one vector (D,), or k vectors (k, D) of a model with `embedding_pooling="multi_vector"`.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
+from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.distributed import is_sharded, reshard
 
 Box = Sequence[float]
@@ -300,6 +302,35 @@ def _generate(model, inputs, processor, max_new_tokens: int, **memory: torch.Ten
 def _check_as_many(images: Sequence[Any], texts: Sequence[str], name: str):
     if len(images) != len(texts):
         raise ValueError(f"`images` holds {len(images)} entries; expected {len(texts)}, one for each of the {name}.")
+
+
+@contextmanager
+def tower_runs_once(model) -> Iterator[None]:
+    """Within it, the vision tower runs once for each image, however often and in whatever company it is asked about.
+
+    Args:
+        model: An `MMGEMModel`, perhaps wrapped. The grids of all images are held until the end.
+    """
+    owner = next((module for module in model.modules() if isinstance(module, MMGEMModel)), None)
+    if owner is None:
+        yield
+        return
+    run = owner._patch_grid
+    grids: dict[bytes, torch.Tensor] = {}
+
+    def patch_grid(pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None = None) -> torch.Tensor:
+        if spatial_shapes is not None:
+            return run(pixel_values, spatial_shapes)
+        keys = [hashlib.blake2b(image.numpy().tobytes()).digest() for image in pixel_values.float().cpu()]
+        if new := {key: number for number, key in enumerate(keys) if key not in grids}:
+            grids.update(zip(new, run(pixel_values[list(new.values())]), strict=True))
+        return torch.stack([grids[key] for key in keys])
+
+    owner._patch_grid = patch_grid  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del owner._patch_grid
 
 
 def _to_model(model, inputs) -> dict[str, torch.Tensor]:

@@ -103,7 +103,9 @@ def evaluate_model(
             is not there.
     """
     share = Share.for_model(model)
-    predictor = RowPredictor(model, processor, batch_size, max_new_tokens, caption_judge)
+    # Captions of boxes are long to write, and of no use to anybody if nobody reads them.
+    writes_regions = samples is not None
+    predictor = RowPredictor(model, processor, batch_size, max_new_tokens, caption_judge, writes_regions)
     outputs = share.gather(predictor.predict(share.of(dataset)))
     if len(outputs) < 2:
         raise ValueError(f"`dataset` has {len(outputs)} rows; expected 2 or more.")
@@ -255,12 +257,12 @@ def _answer_figures(outputs: Sequence[RowOutputs]) -> Figures:
 
 def _region_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJudge | None) -> Figures:
     """A region of the same meaning, and the same box, is right as well."""
-    captioned = [output for output in outputs if output.region_captions]
+    captioned = [output for output in outputs if region_texts_of(output.row)]
     if not captioned:
         return {}
     texts = [text for output in captioned for text in region_texts_of(output.row)]
     meanings = [(judge and judge.parse_region_caption(text)) or text.lower() for text in texts]
-    images = [image for image, output in enumerate(captioned) for _ in output.region_captions]
+    images = [image for image, output in enumerate(captioned) for _ in region_texts_of(output.row)]
     boxes = [(image, *box) for image, output in enumerate(captioned) for box in output.row["boxes"]]
     places: dict[Hashable, set[int]] = defaultdict(set)
     for region, names in enumerate(zip(meanings, boxes, strict=True)):
@@ -273,7 +275,7 @@ def _region_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJ
     }
     in_image, asked, first = [], [], 0
     for image, output in enumerate(captioned):
-        own = range(first, first + len(output.region_captions))
+        own = range(first, first + len(region_texts_of(output.row)))
         first = own.stop
         if len(own) > 1:
             own_right = [{region - own.start for region in right[query] if region in own} for query in own]
@@ -281,9 +283,11 @@ def _region_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJ
             asked += [image] * len(own)
     if in_image:
         figures["region_in_image_recall@1"] = Mean(torch.cat(in_image) < 1, torch.tensor(asked))
-    captions = [caption for output in captioned for caption in output.region_captions]
-    if judge is not None:
-        figures["region_caption_fidelity"] = judge.region_caption_fidelity(captions, texts)
+    written = [output for output in captioned if output.region_captions]
+    if judge is not None and written:
+        captions = [caption for output in written for caption in output.region_captions]
+        said = [text for output in written for text in region_texts_of(output.row)]
+        figures["region_caption_fidelity"] = judge.region_caption_fidelity(captions, said)
     return figures
 
 

@@ -22,6 +22,7 @@ from mmgem.training.inference import (
     embed_regions,
     generate_answers,
     generate_region_captions,
+    tower_runs_once,
 )
 
 _PICTURES = (*IMAGE_COLUMNS, "edited_image")
@@ -117,11 +118,19 @@ class RowPredictor:
         batch_size: Images, questions or instructions at a time.
         max_new_tokens: The length at which a caption is cut; answers are cut at `ANSWER_TOKENS` at the latest.
         caption_judge: The judge of captions, as for `evaluate_model`; only what it can judge is written from memories.
+        writes_regions: Whether captions of boxes are written that it cannot judge.
     """
 
     def __init__(
-        self, model, processor, batch_size: int, max_new_tokens: int, caption_judge: CaptionJudge | None = None
+        self,
+        model,
+        processor,
+        batch_size: int,
+        max_new_tokens: int,
+        caption_judge: CaptionJudge | None = None,
+        writes_regions: bool = True,
     ):
+        self.writes_regions = writes_regions
         self.model, self.processor, self.caption_judge = model, processor, caption_judge
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.max_answer_tokens = min(max_new_tokens, ANSWER_TOKENS)
@@ -146,10 +155,11 @@ class RowPredictor:
             batch = [self._visible(_checked(row, len(outputs) + number)) for number, row in enumerate(unchecked)]
             images = [images_of(row)[0] for row in batch]
             columns = [{name: value for name, value in row.items() if name not in _PICTURES} for row in batch]
-            new = self._embed_images(columns, images)
-            self._write_from_images(new, images)
-            self._predict_regions(new, images)
-            self._embed_edits(new, images, [edit_of(row) for row in batch])
+            with tower_runs_once(self.model):
+                new = self._embed_images(columns, images)
+                self._write_from_images(new, images)
+                self._predict_regions(new, images)
+                self._embed_edits(new, images, [edit_of(row) for row in batch])
             outputs += new
         return outputs
 
@@ -212,6 +222,12 @@ class RowPredictor:
         judge = self.caption_judge
         return judge is not None and bool(captions) and judge.parse_caption(captions[0]) is not None
 
+    def _is_written(self, region_texts: Sequence[str]) -> bool:
+        if self.writes_regions or not region_texts:
+            return bool(region_texts)
+        judge = self.caption_judge
+        return judge is not None and any(judge.parse_region_caption(text) is not None for text in region_texts)
+
     def _write(self, answer: Callable, sources: Sequence, outputs: Sequence[RowOutputs], has_caption: Sequence[bool]):
         """For each row a caption, if it has one, and its answers, all from its source, by the function `answer`."""
         answer = partial(answer, self.model, self.processor)
@@ -229,7 +245,7 @@ class RowPredictor:
             embeds = embed_regions(self.model, self.processor, [images[number] for number in boxed], boxes)
             for number, own_embeds in zip(boxed, embeds.split([len(own) for own in boxes]), strict=True):
                 outputs[number].region_embeds = own_embeds.clone()
-        captioned = [number for number in boxed if region_texts_of(outputs[number].row)]
+        captioned = [number for number in boxed if self._is_written(region_texts_of(outputs[number].row))]
         if captioned:
             boxes = [outputs[number].row["boxes"] for number in captioned]
             own_images = [images[number] for number in captioned]

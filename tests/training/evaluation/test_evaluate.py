@@ -1,6 +1,7 @@
 """The evaluation against a model that knows everything, one that knows nothing, and outputs made by hand."""
 
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import fresh_process
@@ -327,6 +328,31 @@ def test_captions_from_memory_are_only_written_where_they_can_be_judged(rows):
     scenes = [{"image": row["image"], "captions": row["captions"]} for row in rows[2:5]]
     evaluate_model(model, KnowingProcessor(), [*cats[:2], *scenes])
     assert dict(model.calls)["recall"] == 3
+
+
+def test_captions_of_boxes_are_only_written_where_they_can_be_judged_or_are_asked_for(rows):
+    cats = [{name: row[name] for name in ("image", "boxes", "region_captions")} for row in rows]
+    model = KnowingModel(rows)
+    figures = evaluate_module.evaluate_model(model, KnowingProcessor(), cats)
+    assert figures["region_recall@1"] == 1 and "describe regions" not in dict(model.calls)
+    samples = []
+    evaluate_module.evaluate_model(model, KnowingProcessor(), cats, samples=samples)
+    assert samples[0]["region_captions"] == rows[0]["region_captions"]
+
+
+def test_the_vision_tower_runs_once_for_each_image(rows, tiny_processor):
+    model, seen = build_model(), []
+    model.vision_tower.register_forward_pre_hook(lambda module, inputs, kwargs: seen.append(inputs), with_kwargs=True)
+    twice = [*rows[:3], rows[0]]
+    figures = evaluate_model(model, tiny_processor, twice, max_new_tokens=2)
+    pictures = [row.get(name) for row in twice for name in ("image", "edited_image")]
+    different = {picture.tobytes() for picture in pictures if picture is not None}
+    assert 3 < len(different) == sum(len(inputs[0]) for inputs in seen)
+    assert "_patch_grid" not in vars(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmgem.training.evaluation.row_outputs.tower_runs_once", lambda model: nullcontext())
+        expected = evaluate_model(model, tiny_processor, twice, max_new_tokens=2)
+    assert figures == pytest.approx(expected)
 
 
 def test_no_batch_is_larger_than_it_may_be(rows):

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from gguf_files import write_gguf
+from image_folders import write_noise
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import build_towers
+from transformers import SiglipImageProcessorPil
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
@@ -93,6 +97,42 @@ def test_the_recipes_of_the_repository_run_from_beginning_to_end(name, pytestcon
     log = json.loads((out / "training_log.json").read_text())
     assert [entry["stage"] for entry in log if "loss" in entry] == [s["name"] for s in recipe["stages"] for _ in "12"]
     assert all(math.isfinite(float(entry["loss"])) and float(entry["loss"]) > 0 for entry in log if "loss" in entry)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_mmgem_photo_runs_on_any_folder_of_the_same_form(pytestconfig, tmp_path):
+    text = Path(pytestconfig.rootpath, "model_cards", "mmgem-photo", "recipe.yaml").read_text()
+    text = text.replace("../shared/photos", str(tmp_path)).replace("runs/towers", str(tmp_path / "towers"))
+    recipe = yaml.safe_load(text)
+    for stage in recipe["stages"]:
+        stage["training"] |= TRAINING | {"warmup_steps": 0, "logging_steps": 1, "dataloader_num_workers": 0}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    vision, language = Path(recipe["model"]["vision"]), Path(recipe["model"]["text"])
+    build_towers()[0].save_pretrained(vision)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(vision)
+    language.mkdir(parents=True)
+    write_gguf(language / recipe["model"]["gguf_file"], num_layers=5)
+    boxed = {"boxes": [[0, 0, 20, 20], [4, 4, 40, 30]], "region_captions": ["the sky", "a dog"]}
+    words = {
+        "captions_de": ["ein Hund"],
+        "captions_zh": ["\u72d7"],
+        "captions_fr": ["un chien"],
+        "captions_cs": ["pes"],
+    }
+    for split, fields in {
+        "flickr8k/train": {"captions": ["a dog runs"] * 5} | boxed | words,
+        "flickr8k/val": {"captions": ["a dog runs"] * 5} | boxed | words,
+        "daquar/train": {"qa": [{"question": "what is it?", "answer": "a chair"}]},
+    }.items():
+        for number in range(6):
+            write_noise(tmp_path / split / f"{number}.png", number)
+        lines = [json.dumps({"file_name": f"{number}.png"} | fields) for number in range(6)]
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
+    report = train(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert {"text_to_image_recall@1_zh", "region_in_image_recall@1", "caption_most_repeated"} <= report.metrics.keys()
+    config = MMGEMModel.from_pretrained(report.model).config
+    assert config.text_config.num_hidden_layers == recipe["model"]["num_hidden_layers"]
+    assert not report.skipped and any((tmp_path / "out" / "feature_cache").iterdir())
 
 
 @pytest.mark.slow
