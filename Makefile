@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-families test-oldest test-newest clients fast lint types format retrain picture hub-code clean
+.PHONY: help install demo test test-families test-oldest test-newest clients fast lint types format retrain picture hub-code hub-photo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
@@ -79,6 +79,10 @@ picture: demo ## take the README's picture of the demo page (needs Chromium)
 
 hub-code: $(STAMP) ## copy the code that travels into model_cards/mmgem-tiny again
 	$(BIN)/python -c "from mmgem.processing.hub_code import copy_code; copy_code('model_cards/mmgem-tiny')"
+
+hub-photo: $(STAMP) ## assemble the Hub folder of mmgem-photo, with the code that travels, in build/mmgem-photo
+	rm -rf build/mmgem-photo && mkdir -p build && cp -r model_cards/mmgem-photo build/mmgem-photo
+	$(BIN)/python -c "from mmgem.processing.hub_code import copy_code; copy_code('build/mmgem-photo')"
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
