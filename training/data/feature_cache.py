@@ -26,7 +26,7 @@ from mmgem.training.data.sources import Source
 logger = logging.getLogger(__name__)
 
 _FILE_SIZE = 128 * 2**20  # bytes of a file; what a killed run loses
-_NOT_SETTINGS = ("auto_map", "image_processor_type", "processor_class", "_processor_class", "data_format", "device")
+_NOT_SETTINGS = ("auto_map", "processor_class", "_processor_class", "data_format", "device")
 
 
 class FeatureCache:
@@ -74,7 +74,9 @@ class FeatureCache:
     def add(self, features: Mapping[str, torch.Tensor]) -> None:
         """Keep features, (C, rows, columns) by key, in a file of their own."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{next(iter(features))}.safetensors"
+        # By all keys: a run that was killed writes the same file again, other processes never do.
+        name = hashlib.blake2b(" ".join(features).encode(), digest_size=16).hexdigest()
+        path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(".partial")
         save_file({key: value.contiguous() for key, value in features.items()}, partial, metadata=self.made_by)
         partial.replace(path)
@@ -114,7 +116,7 @@ def feature_maker(vision_tower: nn.Module, image_processor) -> dict[str, str]:
     for name, weight in sorted(vision_tower.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    settings = image_processor.to_dict()
+    settings = image_processor.to_dict() | {"image_processor_type": type(image_processor).__name__}
     settings = {name: value for name, value in settings.items() if name not in _NOT_SETTINGS and value is not None}
     return {"weights": digest.hexdigest(), "image_processor": json.dumps(settings, sort_keys=True, default=str)}
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tiny_models import build_model
 from torch.utils.data import DataLoader
-from transformers import EfficientNetConfig, EfficientNetModel
+from transformers import EfficientNetConfig, EfficientNetModel, SiglipImageProcessorPil
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.patch_grid import image_size_of
@@ -126,6 +126,9 @@ def test_features_of_another_tower_or_processor_are_refused_by_name(model, tiny_
         other.embeddings.patch_embedding.bias[0] += 1e-6
     with pytest.raises(ValueError, match="vision tower with other weights"):
         FeatureCache(tmp_path, feature_maker(other, processor))
+    otherwise = type("OtherProcessor", (SiglipImageProcessorPil,), {})(**processor.to_dict())
+    with pytest.raises(ValueError, match="`image_processor_type` SiglipImageProcessorPil instead of OtherProcessor"):
+        FeatureCache(tmp_path, feature_maker(model.vision_tower, otherwise))
     processor.image_mean = [0.4, 0.5, 0.5]
     with pytest.raises(ValueError, match=r"`image_mean` \[0.5, 0.5, 0.5\] instead of \[0.4"):
         FeatureCache(tmp_path, feature_maker(model.vision_tower, processor))
