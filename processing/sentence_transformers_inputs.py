@@ -45,7 +45,7 @@ def read_input(item, prompt: str, processor, modalities: list) -> tuple[object, 
     image_token = processor.image_token
     if modality == "text":
         # Without an image there is nothing a placeholder could stand for: it is a word that happens to be there.
-        return {"text": prompt + text.replace(image_token, image_token.strip("<>"))}, None
+        return {"text": prompt + processor.plain_text(text)}, None
     if modality == ("image", "text"):
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if image_token not in text and not processor.is_plain:

@@ -161,15 +161,29 @@ def evaluate(
     """Measure retrieval, classification and captions on an image folder, with 95% confidence intervals."""
     with work():
         from mmgem.training.data.image_folder import read_image_folder
+        from mmgem.training.data.skipped import SkippedLog
         from mmgem.training.evaluation.evaluate import evaluate_model
         from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
-        dataset = read_image_folder(data)
+        dataset, skipped = read_image_folder(data), SkippedLog(rows_name=str(data))
         intervals: dict[str, tuple[float, float]] = {}
+        loaded, processor = load_model(model)
         figures = evaluate_model(
-            *load_model(model), dataset, batch_size=batch_size, caption_judge=SCENE_JUDGE, intervals=intervals
+            loaded,
+            processor,
+            dataset,
+            batch_size,
+            caption_judge=SCENE_JUDGE,
+            intervals=intervals,
+            skipped=skipped,
         )
-    answer(figures | ({"intervals": intervals} if intervals else {}), as_json, table(figures, intervals))
+    lines = [*table(figures, intervals), *_left_out(skipped)]
+    answer(figures | ({"intervals": intervals} if intervals else {}), as_json, lines)
+
+
+def _left_out(skipped) -> list[str]:
+    """A line for each source of which rows could not be used; each was said when it was met."""
+    return [f"{count} rows of {source} were left out" for source, count in skipped.counts().items()]
 
 
 @app.command()
@@ -183,12 +197,15 @@ def calibrate(
 ):
     """Close the gap between image, text and fused embeddings, without training, for mixed corpora."""
     with work(wait):
+        from mmgem.training.data.skipped import SkippedLog
         from mmgem.training.evaluation.calibration import write_calibrated
 
-        report = write_calibrated(*load_model(model), data, out, batch_size)
+        skipped = SkippedLog(rows_name=str(data))
+        report = write_calibrated(*load_model(model), data, out, batch_size, skipped)
     lines = [f"{modality:6} mean of {count}" for modality, count in report.counts.items()]
     gap = f"gap {report.gap_before:.4f} before, {report.gap_after:.4f} after"
-    answer({"folder": str(out), **report._asdict()}, as_json, [*lines, gap, "", f"The model is in {out}"])
+    lines += [gap, *_left_out(skipped), "", f"The model is in {out}"]
+    answer({"folder": str(out), **report._asdict()}, as_json, lines)
 
 
 app.command(cls=cli_index.IndexCommand)(cli_index.index)

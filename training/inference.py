@@ -101,7 +101,7 @@ def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) ->
         for start in tqdm(
             range(0, len(order), batch_size), desc="texts", unit="batch", leave=False, disable=len(order) <= batch_size
         ):
-            batch = [texts[row] for row in order[start : start + batch_size]]
+            batch = [processor.plain_text(texts[row]) for row in order[start : start + batch_size]]
             inputs = _to_model(model, processor(text=batch, padding=True, return_tensors="pt"))
             parts.append(_unit(model.get_text_features(**inputs).pooler_output))
     embeddings = torch.cat(parts)
@@ -266,7 +266,7 @@ def answer_from_memory(
             f"`memory` holds {len(memory)} memories; expected {len(questions)}, one for each of the questions."
         )
     if processor.is_plain:
-        inputs = processor(text=questions, padding=True, return_tensors="pt")
+        inputs = processor(text=[processor.plain_text(text) for text in questions], padding=True, return_tensors="pt")
     else:  # the memory takes the place of the image
         prompts = [processor.prompt_ids(question, is_vlm_view=False) for question in questions]
         inputs = processor.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")

@@ -1,4 +1,5 @@
-"""JSON that every reader takes: a figure that is not a number is null, which Python alone would write as `NaN`."""
+"""JSON that every reader takes: a figure that is not a number is null, which Python alone would write as `NaN`; and
+JSON of others, which may be anything."""
 
 import json
 import math
@@ -8,6 +9,21 @@ from typing import Any
 def to_json(value: Any, **options: Any) -> str:
     """Returns a value as JSON text; options as for `json.dumps`."""
     return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def read_json(text: str | bytes) -> Any:
+    """Read JSON text.
+
+    Args:
+        text: UTF-8.
+
+    Raises:
+        ValueError: If it is no JSON, or nested more deeply than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply; expected JSON that can be read.") from error
 
 
 def _finite(value: Any) -> Any:

@@ -17,6 +17,7 @@ pixel boxes included, refers to the image returned here: the one a person sees.
 
 import base64
 import os
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -75,7 +76,7 @@ def _read(source: str | os.PathLike, label: str) -> bytes:
             # Some hosts refuse the default agent of urllib.
             with urlopen(Request(source, headers={"User-Agent": "mmgem"}), timeout=URL_TIMEOUT) as response:
                 return response.read()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise ValueError(f"{label} cannot be fetched: {error}; expected the URL of an image.") from error
     try:
         return Path(source).read_bytes()

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -287,9 +288,23 @@ class MMGEMProcessor(ProcessorMixin):
         Returns:
             The prompt with a placeholder for each image. Give it to the processor with `prompt_kwargs`.
         """
+        text = self.plain_text(text)
         if not self.has_chat_template:
             return self.image_token * num_images + text
         return self._conversation([_user_turn(text, num_images)], add_generation_prompt=True)
+
+    def plain_text(self, text: str) -> str:
+        """A text of a person or of data in which no placeholder stands for an image, as if it were typed.
+
+        Args:
+            text: Questions of LLaVA's data begin or end with a placeholder; there it goes, with the space around it.
+                Anywhere else it becomes the word in it.
+        """
+        if self.image_token not in text:
+            return text
+        place = re.escape(self.image_token)
+        kept = re.sub(rf"^(?:\s*{place}\s*)+|(?:\s*{place}\s*)+$", "", text)
+        return (kept or text.strip()).replace(self.image_token, self.image_token.strip("<>"))
 
     def _conversation(self, messages: list[dict], **kwargs) -> str:
         """In the chat template; of models that think before they answer, without."""
@@ -542,20 +557,27 @@ class MMGEMProcessor(ProcessorMixin):
         self.note_cut_texts(text_inputs)
 
     def note_cut_texts(self, text_inputs):
-        """Counts the texts of a batch that were cut in `cut_texts`, and logs the first.
+        """Counts the texts that a tokenizer cut, of which it returned `text_inputs`."""
+        for encoding in text_inputs.encodings or []:
+            if encoding.overflowing:
+                kept, *rest = (sum(part.attention_mask) for part in (encoding, *encoding.overflowing))
+                self.note_cut_text(kept + sum(rest), kept)
+
+    def note_cut_text(self, length: int, kept: int):
+        """Counts a text that was cut in `cut_texts`; the first is logged.
 
         Args:
-            text_inputs: What the tokenizer returned for them.
+            length, kept: How many tokens it had, and has.
         """
-        cut = [encoding for encoding in text_inputs.encodings or [] if encoding.overflowing]
-        if cut and not self.cut_texts:
+        if not self.cut_texts:
             logger.warning(
-                "A text was cut to %d tokens. Further ones are counted in `cut_texts` of the processor; "
+                "A text of %d tokens was cut to %d. Further ones are counted in `cut_texts` of the processor; "
                 "`model_max_length` of its tokenizer, now %d, says how long a text may be.",
-                sum(cut[0].attention_mask),
+                length,
+                kept,
                 self.tokenizer.model_max_length,
             )
-        self.cut_texts += len(cut)
+        self.cut_texts += 1
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Image tokens of images of these sizes, which do not matter here."""

@@ -39,6 +39,9 @@ class KnowingProcessor:
     def prompt(self, text="", num_images=1):
         return self.image_token * num_images + text
 
+    def plain_text(self, text):
+        return text
+
     @property
     def tokenizer(self):
         return self

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from mmgem.processing.boxes import boxes_in_view, check_boxes, is_in_view, model_views
 from mmgem.processing.image_loading import load_image
@@ -17,7 +18,7 @@ from mmgem.training.data.augmentation import Augmentation, View, may_be_augmente
 from mmgem.training.data.drawn_texts import NONE, DrawnText, TextDrawing
 from mmgem.training.data.feature_cache import CachedViews
 from mmgem.training.data.permutation import hash_numbers
-from mmgem.training.data.rows import ID_COLUMNS, check_row, edited_file_of, images_of, row_name
+from mmgem.training.data.rows import ID_COLUMNS, check_row, edit_of, edited_file_of, images_of, row_name
 
 
 @dataclass(eq=False, repr=False)
@@ -186,11 +187,32 @@ class MMGEMCollator(TextDrawing):
             )
         return None
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Refuse a row that would end a run when it is drawn from.
+
+        Args:
+            row: A row that `check_row` has passed.
+
+        Raises:
+            ValueError: If it names a prompt that the model does not have, or has more images before its instruction
+                than leave room for it.
+        """
+        self.check_prompt(row)
+        room = self.processor.text_limit + self.processor.num_visual_tokens
+        most = int((room - 1) // self.processor.num_visual_tokens)
+        if self.edits_per_image and edit_of(row) is not None and len(images_of(row)) > most:
+            raise ValueError(
+                f"{row_name(row, 0)} has {len(images_of(row))} images before the instruction of its `edit`; expected "
+                f"at most {most}, beside which a text fits."
+            )
+
     def tokenize(self, texts: list[DrawnText]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` (T, L) of T texts."""
         tokenizer = self.processor.tokenizer
         if not texts:
             return {name: torch.zeros(0, 0, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+        plain = self.processor.plain_text  # what stands for an image in the text of a row stands for nothing here
+        texts = [replace(text, text=plain(text.text), prompt=plain(text.prompt)) for text in texts]
         rows, labels = [], []
         for prompt, answer in self._prompts_and_answers(texts):
             ids = torch.tensor(prompt + answer, dtype=torch.long)
@@ -205,23 +227,40 @@ class MMGEMCollator(TextDrawing):
     def _prompts_and_answers(self, texts: list[DrawnText]) -> list[tuple[list[int], list[int]]]:
         """For each text the tokens that nobody learns to write, and those that the model does."""
         tokenizer, limit = self.processor.tokenizer, self.processor.text_limit
-        truncation = self.processor.text_defaults["truncation"]
-        plain = tokenizer([text.prompt or text.text for text in texts], truncation=truncation)["input_ids"]
+        encoded = tokenizer([text.prompt or text.text for text in texts], truncation=limit < LARGE_INTEGER)
+        self.processor.note_cut_texts(encoded)
+        plain = encoded["input_ids"]
         parts, prompts = [], {}
         for text, ids in zip(texts, plain, strict=True):
             images, is_view = _images_before(text)
-            asked = text.prompt if text.is_generated else text.text
             if images and not self.processor.is_plain:
+                asked = self._cut_text(text.prompt if text.is_generated else text.text, limit // 2)
                 key = asked, images, is_view
                 if key not in prompts:
                     prompts[key] = self.processor.prompt_ids(*key)
                 answer = self.processor.answer_ids(text.text, asked, images) if text.is_generated else []
-                parts.append((prompts[key], answer[: max(0, limit - len(prompts[key]))]))
+                parts.append((prompts[key], self._cut(answer, max(0, limit - len(prompts[key])))))
             elif text.prompt:
-                parts.append((ids, tokenizer(text.text, add_special_tokens=False)["input_ids"]))
+                answer = tokenizer(text.text, add_special_tokens=False)["input_ids"]
+                asked_ids = self._cut(ids, limit - min(len(answer), limit // 2))
+                parts.append((asked_ids, self._cut(answer, limit - len(asked_ids))))
             else:
+                further = self.processor.num_visual_tokens * (len(text.columns.get("fused_index", [0])) - 1)
+                ids = self._cut(ids, limit - further)
                 parts.append(([], ids) if text.is_generated else (ids, []))
         return parts
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        if len(ids) > room:
+            self.processor.note_cut_text(len(ids), room)
+        return ids[:room]
+
+    def _cut_text(self, text: str, room: int) -> str:
+        """A text that a chat template is to be put around, cut where its tokens end."""
+        encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if len(self._cut(encoded["input_ids"], room)) == len(encoded["input_ids"]):
+            return text
+        return text[: encoded["offset_mapping"][room - 1][1]]
 
 
 def _images_before(text: DrawnText) -> tuple[int, bool]:
@@ -262,4 +301,4 @@ def _column(name: str, texts: list[DrawnText]) -> torch.Tensor:
 
 def _number(name: str) -> int:
     """The same 40-bit number for the same name, on every process."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=5).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=5).digest(), "big")

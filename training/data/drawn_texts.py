@@ -115,6 +115,18 @@ class TextDrawing:
         edit = edit_of(row) if self.edits_per_image else None
         return images_of(row) if edit is None else [*images_of(row), edit[1]]
 
+    def check_prompt(self, row: Mapping[str, Any]) -> str:
+        """Return the prompt that a row names, or "".
+
+        Raises:
+            ValueError: If the model has none of that name.
+        """
+        name, prompts = row.get("prompt_name"), self.prompts or {}
+        if name is not None and name not in prompts:
+            known = f"one of {', '.join(prompts)}" if prompts else "None, since the model has no prompts"
+            raise ValueError(f"`prompt_name` of {row_name(row, 0)} is {name!r}; expected {known}.")
+        return "" if name is None else prompts[name]
+
     def draw_texts(
         self, row: Mapping[str, Any], in_view: Sequence[bool], first_image: int = 0, first_text: int = 0
     ) -> tuple[list[DrawnText], list[int]]:
@@ -152,7 +164,7 @@ class _RowDraw:
 
     def __init__(self, options: TextDrawing, row: Mapping[str, Any], first_image: int, first_text: int):
         self.options, self.row, self.prompts = options, row, options.prompts or {}
-        self.prompt = self._prompt(row.get("prompt_name"))
+        self.prompt = options.check_prompt(row)
         self.images = range(first_image, first_image + len(images_of(row)))
         self.first_text = first_text
         seed = row.get("draw_seed")
@@ -241,12 +253,6 @@ class _RowDraw:
 
     def _add(self, text: str, is_generated: bool = True, **columns):
         self.texts.append(DrawnText(text, is_generated=is_generated, columns=columns))
-
-    def _prompt(self, name: str | None) -> str:
-        if name is not None and name not in self.prompts:
-            known = f"one of {', '.join(self.prompts)}" if self.prompts else "None, since the model has no prompts"
-            raise ValueError(f"`prompt_name` of {row_name(self.row, 0)} is {name!r}; expected {known}.")
-        return "" if name is None else self.prompts[name]
 
     def _place_of(self, box: int) -> int:
         """Its number among the boxes drawn, of which it becomes one."""

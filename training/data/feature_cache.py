@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from mmgem.configuration_mmgem import VisionGrid
 from mmgem.patch_grid import image_size_of, patch_grid
 from mmgem.training.data.augmentation import Augmentation, View, may_be_augmented
-from mmgem.training.data.mixture import UNREADABLE
 from mmgem.training.data.permutation import hash_numbers
 from mmgem.training.data.rows import edit_of, images_of
+from mmgem.training.data.skipped import UNREADABLE
 from mmgem.training.data.sources import Source
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """Image folders with a `metadata.jsonl` or `.csv`: the data of users, and scenes once they are written."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 from mmgem.processing.image_loading import load_image
 from mmgem.training.data.rows import CAPTION_COLUMNS, ColumnName, check_columns, edited_file_of, map_columns
 from mmgem.training.data.sources import Source
+from mmgem.training.json_text import read_json
 
 METADATA_NAME = "metadata.jsonl"
 METADATA_NAMES = (METADATA_NAME, "metadata.csv")
@@ -129,7 +129,7 @@ def _read_json_lines(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | str
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line.decode("utf-8-sig"))
+                fields = read_json(line.decode("utf-8-sig"))
             except ValueError as error:
                 yield number, f"is no JSON object; expected one with a `file_name`: {error}"
                 continue
@@ -159,8 +159,8 @@ def _read_cell(cell: str) -> Any:
     """A list or mapping where a cell holds one as JSON, else its text."""
     if cell[0] in "[{":
         try:
-            return json.loads(cell)
-        except json.JSONDecodeError:
+            return read_json(cell)
+        except ValueError:
             pass
     return cell
 

@@ -1,7 +1,7 @@
 """Several sources as one data set of fixed order, in which each has its share: what a run sees, from first to last."""
 
 import heapq
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,10 @@ from torch.utils.data import Dataset
 
 from mmgem.training.data.permutation import hash_numbers
 from mmgem.training.data.rows import ID_COLUMNS, edited_file_of, images_of
-from mmgem.training.data.skipped import SkippedLog
+from mmgem.training.data.skipped import UNREADABLE, SkippedLog
 from mmgem.training.data.sources import Source
 
 MAX_FAILURES = 100  # rows in a row that may be unreadable
-UNREADABLE = (OSError, ValueError, TypeError, KeyError)
 
 
 class Mixture(Dataset):
@@ -38,6 +37,9 @@ class Mixture(Dataset):
         num_samples: Rows of the run.
         skipped: Where to note what cannot be read.
 
+    Attributes:
+        check: Raises a ValueError for a row of which no batch can be made; None to take all.
+
     Raises:
         ValueError: If there are no sources, a weight is below 0, or the number of weights is not that of the sources;
             while reading, if `MAX_FAILURES` rows of a source in succession cannot be read.
@@ -59,6 +61,7 @@ class Mixture(Dataset):
         self.seed = seed
         self.num_samples = num_samples
         self.skipped = SkippedLog() if skipped is None else skipped
+        self.check: Callable[[Mapping[str, Any]], object] | None = None
         self._turns = Turns(weights)
         self._seeds = [hash_numbers(seed, number) for number in range(len(sources))]
         self.sources = [source.shuffled(own) for source, own in zip(sources, self._seeds, strict=True)]
@@ -139,8 +142,10 @@ class Mixture(Dataset):
             index = source.order(block, place, self._seeds[number])
             try:
                 row = source[index] if with_images else source.texts(index)
+                if self.check is not None:
+                    self.check(row)
             except UNREADABLE as error:
-                reason = str(error)
+                reason = str(error) or type(error).__name__
                 self.skipped.add(source.name, source.key(index), reason)
                 continue
             if images_of(row):

@@ -68,6 +68,8 @@ def check_row(row: Mapping[str, Any], name: str) -> None:
     if not images_of(row) and not captions and not row.get("qa"):
         raise ValueError(f"{name} has columns {sorted(row)}; expected an `image`, one of {CAPTION_COLUMNS}, or both.")
 
+    if isinstance(row.get("label"), str):
+        _check_texts([row["label"]], f"{name} has `label`")
     if row.get("prompt_name") is not None:
         _check_texts([row["prompt_name"]], f"{name} has `prompt_name`")
     if row.get("long_caption"):
@@ -120,6 +122,11 @@ def _check_texts(texts: object, found: str) -> None:
     is_list = isinstance(texts, list | tuple) and len(texts) > 0
     if not is_list or not all(isinstance(text, str) and text.strip() for text in texts):  # type: ignore[attr-defined]
         raise ValueError(f"{found} {texts!r:.80}; expected text that is not empty.")
+    for text in texts:  # type: ignore[attr-defined]
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{found} {ascii(text):.80}; expected text without half a surrogate pair.") from error
 
 
 def names_of(theirs: str | Sequence[str] | None) -> list[str]:

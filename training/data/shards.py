@@ -1,6 +1,5 @@
 """WebDataset shards: tar files in which files of one name make up a sample. Any sample is read by where it stands."""
 
-import json
 import tarfile
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -13,11 +12,14 @@ import numpy as np
 from mmgem.training.data.paths import expand_paths
 from mmgem.training.data.rows import ColumnName, check_columns
 from mmgem.training.data.shard_index import is_part, read_shard_index, split_name
+from mmgem.training.data.skipped import UNREADABLE
 from mmgem.training.data.sources import Source
+from mmgem.training.json_text import read_json
 
 _TEXT_SUFFIXES = ("txt", "text", "caption", "cls")
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
 _SAMPLES_CHECKED = 10  # at most, to see the columns
+_MAX_SAMPLE_BYTES = 2**30  # a sparse file of a few bytes in the shard may say that it has any number of them
 
 
 class ShardSource(Source):
@@ -73,7 +75,7 @@ class ShardSource(Source):
             extension = split_name(name)[1]
             suffix = extension.rpartition(".")[2]
             if suffix == "json":
-                content = json.loads(data)
+                content = read_json(data)
                 if not isinstance(content, dict):
                     raise ValueError(f"{name} holds {content!r:.80}; expected a JSON object.")
             elif suffix in _TEXT_SUFFIXES:
@@ -91,13 +93,16 @@ class ShardSource(Source):
         if self._last is None or self._last[0] != index:
             path = self.paths[bisect_right(self._firsts, index) - 1]
             start, end = int(self._starts[index]), int(self._ends[index])
+            _check_size(end - start, path, start)
             # Opened anew each time: an open file would be shared with the processes that are forked from this one.
             with open(path, "rb") as shard:
                 shard.seek(start)
                 data = shard.read(end - start)
             try:
                 with tarfile.open(fileobj=BytesIO(data), mode="r:") as sample:
-                    files = [(part.name, sample.extractfile(part)) for part in sample if is_part(part)]
+                    members = [part for part in sample if is_part(part)]
+                    _check_size(sum(part.size for part in members), path, start)
+                    files = [(part.name, sample.extractfile(part)) for part in members]
                     parts = [(name, file.read()) for name, file in files if file is not None]
             except tarfile.TarError as error:
                 raise ValueError(f"{path} cannot be read at byte {start}: {error}") from error
@@ -108,9 +113,16 @@ class ShardSource(Source):
         for index in range(min(len(self), _SAMPLES_CHECKED)):
             try:
                 return set(self.fields(index))
-            except ValueError as error:
+            except UNREADABLE as error:
                 reason = error
         raise ValueError(f"{self.name} cannot be read: its first samples failed, the last one with: {reason}")
+
+
+def _check_size(size: int, path: str, start: int) -> None:
+    if size > _MAX_SAMPLE_BYTES:
+        raise ValueError(
+            f"{path} has a sample of {size:,} bytes at byte {start}; expected at most {_MAX_SAMPLE_BYTES:,}."
+        )
 
 
 def open_webdataset(webdataset: str | list[str], columns: Mapping[str, ColumnName] | None = None) -> ShardSource:

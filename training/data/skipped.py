@@ -4,9 +4,17 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
+from typing import Any
+
+from mmgem.processing.image_loading import load_image
 
 logger = logging.getLogger(__name__)
+
+# What a row may raise that is read, or made part of a batch, whatever libraries do with it.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, MemoryError, EOFError)
+_PICTURES = ("image", "edited_image")
 
 
 class SkippedLog:
@@ -18,10 +26,12 @@ class SkippedLog:
     Args:
         path: The file, made when there is something to write; None to keep none, so that only the rows that this
             process adds count.
+        rows_name: The source of rows that have none, as those of an evaluation.
     """
 
-    def __init__(self, path: str | Path | None = None):
+    def __init__(self, path: str | Path | None = None, rows_name: str = "rows"):
         self.path = None if path is None else Path(path)
+        self.rows_name = rows_name
         self._added: set[tuple[str, str]] = set()
 
     def add(self, source: str, key: str, reason: str) -> None:
@@ -56,3 +66,37 @@ class SkippedLog:
                     continue  # the machine went down while it was written
                 skipped.add((entry["source"], entry["key"]))
         return dict(Counter(source for source, _ in sorted(skipped)))
+
+
+def readable_rows(
+    rows: Iterable[Mapping[str, Any]],
+    skipped: SkippedLog,
+    check: Callable[[Mapping[str, Any], int], object] = lambda row, number: None,
+) -> Iterator[Mapping[str, Any] | None]:
+    """Read rows for evaluation as training does: one that cannot be used is left out, and noted by its number.
+
+    Args:
+        rows: The rows; with a length and an index, or an iterable that itself does not fail.
+        skipped: Where to note those that are left out.
+        check: Raises an error for a row, given with its number, that cannot be used.
+
+    Yields:
+        A row, its images decoded; None for one that is left out.
+    """
+    has_index = isinstance(rows, Sized) and hasattr(rows, "__getitem__")
+    items: Iterable[Any] = range(len(rows)) if has_index else rows  # type: ignore[arg-type]
+    for place, item in enumerate(items):
+        number = getattr(rows, "indices", range(place + 1))[place]  # a subset has those of all rows
+        try:
+            row = dict(rows[place] if has_index else item)  # type: ignore[index]
+            check(row, number)
+            for column in _PICTURES:
+                if row.get(column) is not None:
+                    row[column] = load_image(row[column], f"{column} of row {number}")
+            if row.get("images"):
+                row["images"] = [load_image(image, f"image of row {number}") for image in row["images"]]
+        except UNREADABLE as error:
+            skipped.add(skipped.rows_name, str(number), " ".join(str(error).split()) or type(error).__name__)
+            yield None
+        else:
+            yield row

@@ -13,6 +13,7 @@ from mmgem.modality_calibrator import ModalityCalibrator
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 from mmgem.training.data.image_folder import read_image_folder
 from mmgem.training.data.rows import captions_of, check_row, images_of, row_name
+from mmgem.training.data.skipped import SkippedLog, readable_rows
 from mmgem.training.inference import EMBEDDING_MODES, uncalibrated
 from mmgem.training.output_lock import one_writer
 
@@ -30,7 +31,9 @@ class CalibrationReport(NamedTuple):
     gap_after: float
 
 
-def calibrate(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: int = 64) -> CalibrationReport:
+def calibrate(
+    model, processor, rows: Iterable[Mapping[str, Any]], batch_size: int = 64, skipped: SkippedLog | None = None
+) -> CalibrationReport:
     """Fits a `ModalityCalibrator` (GR-CLIP, arXiv:2507.19054), through which a model's embeddings go from then on.
 
     It is saved with the model. A model that has one gets a new one, fitted on what the model gives without it, so that
@@ -42,16 +45,17 @@ def calibrate(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: i
         rows: A sample of what will be searched; some hundred rows are enough. Of each row its images, its first
             caption, and where it has both, images and caption together, as the fused modality.
         batch_size: Rows at a time.
+        skipped: Where to note rows that cannot be used (see [`mmgem.training.data.rows.check_row`]) or read, which are
+            left out; they are logged in any case.
 
     Returns:
         How many embeddings there were, and the gap before and after.
 
     Raises:
-        ValueError: If the rows have fewer than two modalities, or less than two different examples of one; or a row
-            cannot be used, see [`mmgem.training.data.rows.check_row`].
+        ValueError: If the rows have fewer than two modalities, or less than two different examples of one.
     """
     with uncalibrated(model):
-        embeds = embed_modalities(model, processor, rows, batch_size)
+        embeds = embed_modalities(model, processor, rows, batch_size, skipped)
     if len(embeds) < 2:
         raise ValueError(f"`rows` is of {' and '.join(embeds) or 'no'} inputs only; expected images and captions.")
     *num_vectors, dim = next(iter(embeds.values())).shape[1:]  # (k, D) or (D,)
@@ -65,7 +69,9 @@ def calibrate(model, processor, rows: Iterable[Mapping[str, Any]], batch_size: i
 
 
 @one_writer
-def write_calibrated(model, processor, data: str | Path, out: str | Path, batch_size: int = 64) -> CalibrationReport:
+def write_calibrated(
+    model, processor, data: str | Path, out: str | Path, batch_size: int = 64, skipped: SkippedLog | None = None
+) -> CalibrationReport:
     """Calibrates a model, see `calibrate`, and leaves it in a new folder.
 
     Args:
@@ -73,6 +79,7 @@ def write_calibrated(model, processor, data: str | Path, out: str | Path, batch_
         data: An image folder, see `read_image_folder`.
         out: A new or empty folder.
         batch_size: Rows at a time.
+        skipped: As for `calibrate`.
 
     Raises:
         BlockingIOError: If another job writes `out`.
@@ -82,13 +89,13 @@ def write_calibrated(model, processor, data: str | Path, out: str | Path, batch_
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or empty folder.")
-    report = calibrate(model, processor, read_image_folder(data), batch_size)
+    report = calibrate(model, processor, read_image_folder(data), batch_size, skipped)
     save_sentence_transformer(model, processor, out)
     return report
 
 
 def embed_modalities(
-    model, processor, rows: Iterable[Mapping[str, Any]], batch_size: int = 64
+    model, processor, rows: Iterable[Mapping[str, Any]], batch_size: int = 64, skipped: SkippedLog | None = None
 ) -> dict[str, torch.Tensor]:
     """Embeddings of the images, first captions and fused inputs of rows, see `calibrate`, by modality.
 
@@ -96,11 +103,11 @@ def embed_modalities(
         (N, D) or (N, k, D) unit vectors, float32, on the CPU, of those modalities that occur; N is each one's own.
     """
     parts: dict[str, list[torch.Tensor]] = {modality: [] for modality in EMBEDDING_MODES}
-    remaining = enumerate(tqdm(rows, desc="sample", unit="row", leave=False))
+    skipped = SkippedLog() if skipped is None else skipped
+    readable = readable_rows(rows, skipped, lambda row, number: check_row(row, row_name(row, number)))
+    remaining = (row for row in tqdm(readable, desc="sample", unit="row", leave=False) if row is not None)
     while batch := list(islice(remaining, batch_size)):
-        for number, row in batch:
-            check_row(row, row_name(row, number))
-        of_rows = [{"images": images_of(row), "texts": captions_of(row)[:1]} for _, row in batch]
+        of_rows = [{"images": images_of(row), "texts": captions_of(row)[:1]} for row in batch]
         for modality, mode in EMBEDDING_MODES.items():
             if inputs := [one for of_row in of_rows for one in _inputs(of_row, mode.takes)]:
                 parts[modality].append(mode.embed(model, processor, *zip(*inputs, strict=True)))

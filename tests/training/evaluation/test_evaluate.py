@@ -253,7 +253,7 @@ print([name for name in sys.modules if name.startswith("mmgem.training.scenes")]
 
 
 def test_one_row_is_refused(rows):
-    with pytest.raises(ValueError, match="`dataset` has 1 rows; expected 2 or more"):
+    with pytest.raises(ValueError, match="`dataset` has 1 rows that can be read; expected 2 or more"):
         evaluate_model(KnowingModel(rows), KnowingProcessor(), rows[:1])
 
 
