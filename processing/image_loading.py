@@ -13,13 +13,19 @@ pixel boxes included, refers to the image returned here: the one a person sees.
 | floats up to 1 | times 255 |
 | transparent, also by a palette or by a grey that stands for it | laid on white |
 | CMYK, YCbCr, HSV | by Pillow's conversion, without colour profiles |
+
+Nothing but regular files is opened, and a picture has limits in bytes and in pixels. One that a model sees at a small
+size need not be decoded in full: see `shorter_side`.
 """
 
 import base64
 import os
+import stat
+import struct
+from collections.abc import Mapping
 from http.client import HTTPException
 from io import BytesIO
-from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -29,10 +35,15 @@ from PIL import Image, ImageOps
 URL_TIMEOUT = 30.0  # seconds
 DEPTHS = (8, 10, 12, 14, 16)  # bits of grey that cameras and scanners give
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
+MAX_PIXELS = 1 << 28  # 268 megapixels; phones take pictures of 200
+MAX_BYTES = 1 << 29  # of a file, before it is decoded
+_ORIENTATION = 0x0112  # in EXIF
 SHORTEST_BASE64 = 64  # characters; no image file is smaller, and few paths are longer
 
 
-def load_image(source, name: str = "image") -> Image.Image:
+def load_image(
+    source, name: str = "image", max_pixels: int = MAX_PIXELS, shorter_side: int | None = None
+) -> Image.Image:
     """Loads one picture.
 
     Args:
@@ -42,6 +53,10 @@ def load_image(source, name: str = "image") -> Image.Image:
             unsigned integers (of 8, 10, 12, 14 or 16 bits, see above) or booleans. Where both layouts fit, an array is
             read as `(H, W, C)` and a tensor as `(C, H, W)`.
         name: What error messages call the picture.
+        max_pixels: The most pixels that a file may have. PIL's own limit is not asked.
+        shorter_side: Lets the picture be scaled down by a whole number, by as much as leaves its shorter side this
+            many pixels or more; by default it is not. JPEG is decoded at 1/2, 1/4 or 1/8, which takes a fraction of
+            the time and memory; of all else, and of what is still too large, blocks of pixels are averaged.
 
     Returns:
         An RGB image, decoded, EXIF rotation applied, transparency laid on white; of an animation the current frame,
@@ -50,20 +65,20 @@ def load_image(source, name: str = "image") -> Image.Image:
     Raises:
         FileNotFoundError: The path is not there.
         TypeError: `source` is none of the kinds above.
-        ValueError: The file is empty, truncated, not an image or larger than `PIL.Image.MAX_IMAGE_PIXELS` (PIL itself
-            only warns up to twice that), the URL does not answer, or the array has NaN, a wrong shape or range.
+        ValueError: The file is empty, truncated, not an image, no regular file, larger than `MAX_BYTES` or than
+            `max_pixels`, the URL does not answer, or the array has NaN, a wrong shape or range.
     """
     label = f"`{name}`"
     if isinstance(source, Image.Image):
-        return _to_rgb(source, label)
+        return _reduce(_to_rgb(_upright(source, label), label, _tags(source)), shorter_side)
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _from_array(source, label)
-    if isinstance(source, (bytes, bytearray)):
-        return _from_file(bytes(source), label)
+        return _reduce(_from_array(source, label), shorter_side)
     if isinstance(source, (str, os.PathLike)):
         shown = repr(os.fspath(source))
         label = f"{label} ({shown if len(shown) <= 200 else shown[:100] + '…'})"
-        return _from_file(_read(source, label), label)
+        source = _read(source, label)
+    if isinstance(source, (bytes, bytearray)):
+        return open_picture(bytes(source), label, max_pixels, shorter_side).decode()
     raise TypeError(
         f"{label} is a {type(source).__name__}; expected a PIL image, a path, a URL, bytes, an array or a tensor."
     )
@@ -79,7 +94,7 @@ def _read(source: str | os.PathLike, label: str) -> bytes:
         except (OSError, ValueError, HTTPException) as error:
             raise ValueError(f"{label} cannot be fetched: {error}; expected the URL of an image.") from error
     try:
-        return Path(source).read_bytes()
+        return read_file(source)
     except (OSError, ValueError) as error:  # base64 text is no possible file name
         data = _from_base64(source) if isinstance(source, str) else None
         if data is not None:
@@ -87,6 +102,30 @@ def _read(source: str | os.PathLike, label: str) -> bytes:
         if os.path.exists(source):
             raise ValueError(f"{label} cannot be read: {error}; expected an image file.") from error
         raise FileNotFoundError(f"{label} is not there; expected the path of an image file.") from error
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Reads a file, if it is one: a pipe or a device might not end, or not begin.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file, or is larger than `MAX_BYTES`.
+    """
+    _check_regular(os.stat(path))
+    # It may have become something else, whose opening would wait.
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(number, "rb") as file:
+        _check_regular(os.fstat(number))
+        data = file.read(MAX_BYTES + 1)  # in some systems there are files that do not say how long they are
+    if len(data) > MAX_BYTES:
+        raise OSError(f"it has more than {MAX_BYTES:,} bytes")
+    return data
+
+
+def _check_regular(status: os.stat_result):
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is no regular file, but a directory, a pipe or a device")
+    if status.st_size > MAX_BYTES:
+        raise OSError(f"it has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
 
 
 def _from_base64(text: str) -> bytes | None:
@@ -101,25 +140,93 @@ def _from_base64(text: str) -> bytes | None:
         return None
 
 
-def _from_file(data: bytes, label: str) -> Image.Image:
-    """Decodes an image file held in memory."""
+class Picture(NamedTuple):
+    """A picture that is open, but not decoded yet. Made by `open_picture`.
+
+    Args:
+        image: The file, as PIL opens it.
+        size: Width and height in the file, in pixels, as it is decoded in full.
+        label: What error messages call it.
+        shorter_side: As for `load_image`.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    label: str
+    shorter_side: int | None
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels are in memory while it is decoded."""
+        return self.image.width * self.image.height
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height of the picture as a person sees it, not scaled down; once it is decoded."""
+        return self.size[::-1] if self.image.getexif().get(_ORIENTATION) in (5, 6, 7, 8) else self.size
+
+    def decode(self) -> Image.Image:
+        """Returns what `load_image` does."""
+        image = _upright(self.image, self.label)
+        if image.mode in ("L", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:
+            image = _reduce(image, self.shorter_side)  # before there are copies of it
+        return _reduce(_to_rgb(image, self.label, _tags(self.image)), self.shorter_side)
+
+
+def open_picture(data: bytes, label: str, max_pixels: int = MAX_PIXELS, shorter_side: int | None = None) -> Picture:
+    """Opens an image file held in memory.
+
+    Args:
+        data: The file.
+        label: What error messages call it.
+        max_pixels, shorter_side: As for `load_image`.
+
+    Raises:
+        ValueError: As for `load_image`.
+    """
     if not data:
         raise ValueError(f"{label} is empty, 0 bytes; expected an image file.")
-    limit = Image.MAX_IMAGE_PIXELS
     try:
-        image = Image.open(BytesIO(data))
-        if limit is not None and image.width * image.height > limit:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{label} is too large: {error}; expected at most {limit} pixels. For a picture that is trusted, raise "
-            "`PIL.Image.MAX_IMAGE_PIXELS`."
-        ) from error
+        image = _open(data)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{label} holds {len(data)} bytes that are no image; expected an image file.") from error
     except Exception as error:
         raise _damaged(label, error) from error
-    return _to_rgb(image, label)
+    size = image.size
+    if size[0] * size[1] > max_pixels:
+        raise ValueError(
+            f"{label} is too large: {size[0]} x {size[1]} pixels; expected at most {max_pixels:,} in all "
+            "(`max_pixels`)."
+        )
+    scale = _scale(size, shorter_side)
+    if scale > 1:
+        image.draft(image.mode, (-(-size[0] // scale), -(-size[1] // scale)))  # nothing, for all but JPEG
+    return Picture(image, size, label, shorter_side)
+
+
+def _open(data: bytes) -> Image.Image:
+    """`Image.open` without its limit of pixels, which is one setting for all of a process."""
+    for register in (Image.preinit, Image.init):
+        register()
+        for name in Image.ID:
+            factory, accept = Image.OPEN[name]
+            try:
+                accepted = accept is None or accept(data[:16])
+                if accepted and not isinstance(accepted, str):  # a text says what is missing to read it
+                    return factory(BytesIO(data), "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue  # so they say that it is of another format
+    raise Image.UnidentifiedImageError("cannot identify image file")
+
+
+def _scale(size: tuple[int, int], shorter_side: int | None) -> int:
+    """The whole number by which a picture is scaled down."""
+    return 1 if shorter_side is None else max(1, min(size) // shorter_side)
+
+
+def _reduce(image: Image.Image, shorter_side: int | None) -> Image.Image:
+    scale = _scale(image.size, shorter_side)
+    return image.reduce(scale) if scale > 1 else image
 
 
 def _damaged(label: str, error: Exception) -> ValueError:
@@ -127,13 +234,23 @@ def _damaged(label: str, error: Exception) -> ValueError:
     return ValueError(f"{label} cannot be decoded: {error}; expected a whole and undamaged image.")
 
 
-def _to_rgb(image: Image.Image, label: str) -> Image.Image:
-    """A PIL image of any mode as upright RGB."""
-    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+def _upright(image: Image.Image, label: str) -> Image.Image:
+    """A PIL image, decoded, EXIF rotation applied."""
     try:
-        image = ImageOps.exif_transpose(image)  # which decodes it
+        image.load()
+        # Another image even where there is nothing to turn: only then is it needed.
+        return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
     except Exception as error:
         raise _damaged(label, error) from error
+
+
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    """The tags of a TIFF file, which only the image has that was opened."""
+    return getattr(image, "tag_v2", {})
+
+
+def _to_rgb(image: Image.Image, label: str, tags: Mapping[int, Any]) -> Image.Image:
+    """An upright PIL image of any mode as RGB, with the tags that it has as a TIFF file."""
     if image.mode == "F" or image.mode.startswith("I"):  # which Pillow's own conversion clips at 255
         return _from_deep_grey(image, tags, label)
     if image.has_transparency_data:
@@ -174,7 +291,9 @@ def _from_array(source: np.ndarray | torch.Tensor, label: str) -> Image.Image:
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
     pixels = _to_uint8(_channels_last(source, channel_axes, label), label)
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)), label)
+    return _to_rgb(
+        Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)), label, {}
+    )
 
 
 def _channels_last(pixels: np.ndarray, channel_axes: tuple[int, int], label: str) -> np.ndarray:

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from mmgem.training.data.image_files import ImageFile, Skipped, apply_to_batch, find_images, read_batches
+from mmgem.processing.image_loading import MAX_PIXELS
+from mmgem.training.data.image_files import (
+    ImageFile,
+    ImageReader,
+    Skipped,
+    apply_to_batch,
+    find_images,
+    shorter_side_for,
+)
 from mmgem.training.data.image_folder import find_metadata, read_metadata
 from mmgem.training.inference import generate_captions, generate_region_captions
 from mmgem.training.output_lock import one_writer
@@ -31,7 +39,13 @@ class CaptionReport(NamedTuple):
 
 @one_writer
 def caption_folder(
-    folder: str | Path, model, processor, out: str | Path, with_boxes: bool = False, batch_size: int = 32
+    folder: str | Path,
+    model,
+    processor,
+    out: str | Path,
+    with_boxes: bool = False,
+    batch_size: int = 32,
+    max_pixels: int = MAX_PIXELS,
 ) -> CaptionReport:
     """Captions every image below a folder into a file of JSON lines `{"file_name": …, "caption": …}`.
 
@@ -46,6 +60,7 @@ def caption_folder(
         with_boxes: Whether to caption regions too: those that the metadata of `folder` (see `read_image_folder`) gives
             as `"boxes": [[x0, y0, x1, y1], …]`, in pixels. Lines then have `boxes` and `region_captions`, one each.
         batch_size: Images at a time.
+        max_pixels: The most pixels of an image that is read.
 
     Returns:
         How many images there are, and were captioned, and what was left out.
@@ -63,6 +78,8 @@ def caption_folder(
     todo = [file_name for file_name in file_names if file_name not in done]
     skipped = [Skipped(name, reason) for name, reason in found.unseen.items()]
     captioned = 0
+    # Boxes are pixels of the image as it is, and what is in them may be small.
+    reader = ImageReader(folder, None if with_boxes else shorter_side_for(processor), max_pixels)
 
     def write_lines(files: list[ImageFile]) -> list[dict[str, Any]]:
         return _caption(model, processor, files, boxes)
@@ -72,12 +89,12 @@ def caption_folder(
         open(out, "a", encoding="utf-8") as lines,
         tqdm(total=len(file_names), initial=len(file_names) - len(todo), desc="captions", unit="image") as progress,
     ):
-        for batch in read_batches(folder, todo, batch_size, skipped):
+        for batch in reader.read_batches(todo, batch_size, skipped):
             captions = apply_to_batch(write_lines, batch, skipped)
             lines.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in captions)
             lines.flush()
             captioned += len(captions)
-            progress.update(min(batch_size, progress.total - progress.n))
+            progress.update(len(batch))
     return CaptionReport(len(done) + captioned, captioned, skipped, found.passed_over)
 
 

@@ -15,6 +15,7 @@ from mmgem.training.cli_common import (
     AsJson,
     BatchSize,
     ImageFolder,
+    MaxPixels,
     ModelArgument,
     ModelOption,
     Wait,
@@ -221,6 +222,7 @@ def caption(
     out: Annotated[Path, typer.Option(help="File of JSON lines; captions it has are kept.")],
     boxes: Annotated[bool, typer.Option("--boxes", help="Caption the boxes of FOLDER's metadata.jsonl too.")] = False,
     batch_size: BatchSize = 32,
+    max_pixels: MaxPixels = 1 << 28,
     wait: Wait = False,
     as_json: AsJson = False,
 ):
@@ -228,7 +230,7 @@ def caption(
     with work(wait):
         from mmgem.training.captioning import caption_folder
 
-        report = caption_folder(folder, *load_model(model), out, with_boxes=boxes, batch_size=batch_size)
+        report = caption_folder(folder, *load_model(model), out, boxes, batch_size, max_pixels)
     report_skipped(report.skipped, report.passed_over)
     counts = {"images": report.images, "captioned": report.captioned}
     skipped = [file._asdict() for file in report.skipped]

@@ -18,6 +18,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a
 ModelOption = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a name on the Hub.")]
 ImageFolder = Annotated[Path, typer.Argument(help="Folder of images, at any depth.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+MaxPixels = Annotated[int, typer.Option(min=1, help="The most pixels of an image that is read.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for a job that writes OUT, instead of giving up.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -10,6 +10,7 @@ from mmgem.training.cli_common import (
     AsJson,
     BatchSize,
     ImageFolder,
+    MaxPixels,
     ModelOption,
     Wait,
     answer,
@@ -59,6 +60,7 @@ def index(
         bool,
         typer.Option("--moved", help="OUT is the index of a folder from which the images have moved here."),
     ] = False,
+    max_pixels: MaxPixels = 1 << 28,
     wait: Wait = False,
     as_json: AsJson = False,
 ):
@@ -68,7 +70,7 @@ def index(
         from mmgem.training.search.building import build_index
 
         report = build_index(
-            folder, *load_model(model), out, batch_size, vectors, dimensions, precision, memory, moved
+            folder, *load_model(model), out, batch_size, vectors, dimensions, precision, memory, moved, max_pixels
         )
     report_skipped(report.skipped, report.passed_over)
     result = {"index": str(out), **report._asdict(), "skipped": [file._asdict() for file in report.skipped]}

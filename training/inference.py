@@ -16,6 +16,7 @@ from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.distributed import is_sharded, reshard
 
 Box = Sequence[float]
+BOXES_AT_A_TIME = 256  # of all images of a batch together
 CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get captions as short as answers
 
 
@@ -72,10 +73,13 @@ def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Seque
     Returns:
         (N, D) or (N, k, D), N the number of all boxes, normalised, float32, on the CPU; image after image.
     """
-    inputs = _to_model(model, processor(images=list(images), boxes=list(boxes), return_tensors="pt"))
-    with inference(model):
-        embeddings = model.get_image_features(**inputs).pooler_output  # (B, R, D) or (B, R, k, D), padded
-    return _unit(torch.cat([row[: len(own)] for row, own in zip(embeddings, boxes, strict=True)]))
+    parts = []
+    for some, their_boxes in _with_some_boxes(images, boxes):
+        inputs = _to_model(model, processor(images=some, boxes=their_boxes, return_tensors="pt"))
+        with inference(model):
+            embeddings = model.get_image_features(**inputs).pooler_output  # (B, R, D) or (B, R, k, D), padded
+        parts += [_unit(row[: len(own)]) for row, own in zip(embeddings, their_boxes, strict=True)]
+    return torch.cat(parts)
 
 
 def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
@@ -220,11 +224,13 @@ def generate_region_captions(
     model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
     """Writes the caption of each box of one batch of images, greedily; `boxes` and order as in `embed_regions`."""
-    prompts = [processor.prompt()] * sum(map(len, boxes))
-    inputs = processor(
-        images=list(images), boxes=list(boxes), text=prompts, return_tensors="pt", **processor.prompt_kwargs
-    )
-    return _generate(model, inputs, processor, max_new_tokens)
+    captions: list[str] = []
+    for some, their_boxes in _with_some_boxes(images, boxes):
+        prompts = [processor.prompt()] * sum(map(len, their_boxes))
+        options = {"return_tensors": "pt", **processor.prompt_kwargs}
+        inputs = processor(images=some, boxes=their_boxes, text=prompts, **options)
+        captions += _generate(model, inputs, processor, max_new_tokens)
+    return captions
 
 
 def generate_answers(
@@ -271,6 +277,20 @@ def answer_from_memory(
         prompts = [processor.prompt_ids(question, is_vlm_view=False) for question in questions]
         inputs = processor.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     return _generate(model, inputs, processor, max_new_tokens, embedding_tokens=memory.to(model.device, model.dtype))
+
+
+def _with_some_boxes(images: Sequence[Any], boxes: Sequence[Sequence[Box]]) -> Iterator[tuple[list, list]]:
+    """Images with their boxes, `BOXES_AT_A_TIME`; one with more than that comes several times."""
+    some: list[tuple[Any, Sequence[Box]]] = []
+    for image, own in zip(images, boxes, strict=True):
+        for start in range(0, max(1, len(own)), BOXES_AT_A_TIME):
+            part = own[start : start + BOXES_AT_A_TIME]
+            if some and sum(len(other) for _, other in some) + len(part) > BOXES_AT_A_TIME:
+                yield [one for one, _ in some], [other for _, other in some]
+                some = []
+            some.append((image, part))
+    if some:
+        yield [one for one, _ in some], [other for _, other in some]
 
 
 def _fused_features(model, processor, images, texts, boxes=None):

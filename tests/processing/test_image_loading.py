@@ -3,6 +3,7 @@
 import base64
 import http.server
 import io
+import os
 import threading
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmgem.processing.image_loading import load_image
+from mmgem.processing.image_loading import load_image, open_picture
 
 
 @pytest.fixture
@@ -291,12 +292,78 @@ def test_truncated_image_opened_before_is_refused():
         load_image(Image.open(io.BytesIO(data[: len(data) // 2])))
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("limit", [34, 3])  # beyond the first PIL warns, beyond twice the second it refuses
-def test_decompression_bomb_is_refused(picture, monkeypatch, limit):
+def test_decompression_bomb_is_refused_by_a_limit_of_our_own(picture, monkeypatch):
     data = encode(picture)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match=f"`image` is too large: .*expected at most {limit} pixels"):
-        load_image(data)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 35)
+    with pytest.raises(ValueError, match=r"`image` is too large: .*expected at most 34 in all \(`max_pixels`\)"):
+        load_image(data, max_pixels=34)
+    assert same(load_image(data, max_pixels=35), picture)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)  # which is of the process, and not asked
     assert same(load_image(data), picture)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_every_format_is_opened_as_by_pil(file_format):
+    image = Image.effect_noise((20, 10), 50).convert("RGB")
+    data = encode(image, file_format)
+    assert same(load_image(data), Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+def test_a_picture_is_scaled_down_as_far_as_it_may_be(file_format, mode):
+    if (file_format, mode) in {("JPEG", "RGBA"), ("JPEG", "P"), ("PNG", "CMYK")}:
+        return  # there are none
+    wave = np.sin(np.linspace(0, 6, 320)) * np.cos(np.linspace(0, 4, 160))[:, None] * 120 + 128
+    image = Image.fromarray(np.stack([wave, wave[::-1], wave[:, ::-1]], axis=-1).astype(np.uint8)).convert(mode)
+    data = encode(image, file_format)
+    smallest = (80, 40) if file_format == "JPEG" else (64, 32)  # by 4, of 1, 2, 4 and 8; and by 5
+    for shorter_side, size in [(None, (320, 160)), (161, (320, 160)), (80, (160, 80)), (30, smallest)]:
+        reduced = load_image(data, shorter_side=shorter_side)
+        assert reduced.mode == "RGB" and reduced.size == size
+        expected = np.asarray(load_image(data).resize(size, Image.Resampling.BOX), np.float32)
+        assert np.abs(np.asarray(reduced, np.float32) - expected).mean() < 2
+
+
+def test_a_turned_picture_is_scaled_down_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for file_format in ("JPEG", "PNG", "TIFF"):
+        data = encode(Image.linear_gradient("L").resize((320, 160)), file_format, exif=exif)
+        reduced = load_image(data, shorter_side=80)
+        assert reduced.size == (80, 160) and reduced.getpixel((75, 80))[0] < 60 < 200 < reduced.getpixel((4, 80))[0]
+        opened = open_picture(data, "it", shorter_side=80)
+        opened.decode()
+        assert opened.upright_size == (160, 320)
+    image = Image.new("RGB", (320, 160))
+    assert load_image(image, shorter_side=30).size == (64, 32) and image.size == (320, 160)
+
+
+def test_a_large_jpeg_is_not_decoded_in_full():
+    """109 megapixels, more than PIL opens without a warning."""
+    data = encode(Image.new("L", (12100, 9000)), "JPEG")
+    picture = open_picture(data, "it", shorter_side=448)
+    assert picture.pixels < 12100 * 9000 / 60
+    assert picture.decode().size == (757, 563)
+
+
+def test_nothing_but_regular_files_of_a_limited_size_is_opened(tmp_path, monkeypatch, picture):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(1 << 40)
+    for name, reason in [
+        ("pipe.png", "no regular file"),
+        ("endless.png", "no regular file"),
+        ("sparse.png", "1,099,511,627,776 bytes, more than 536,870,912"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name}'\\) cannot be read: .*{reason}"):
+            load_image(tmp_path / name)
+    with pytest.raises(FileNotFoundError):  # as of any link to nothing
+        load_image(tmp_path / "loop.png")
+    (tmp_path / "a.png").write_bytes(encode(picture))
+    monkeypatch.setattr("mmgem.processing.image_loading.MAX_BYTES", (tmp_path / "a.png").stat().st_size)
+    assert same(load_image(tmp_path / "a.png"), picture)
+    monkeypatch.setattr("mmgem.processing.image_loading.MAX_BYTES", 10)
+    with pytest.raises(ValueError, match="has more than 10 bytes"):
+        load_image("/proc/self/maps")  # of 0 bytes, as the system says

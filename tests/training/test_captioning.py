@@ -44,6 +44,7 @@ def echo(monkeypatch):
 
     monkeypatch.setattr(captioning, "generate_captions", captions)
     monkeypatch.setattr(captioning, "generate_region_captions", region_captions)
+    monkeypatch.setattr(captioning, "shorter_side_for", lambda processor: 100)
     return calls
 
 
@@ -93,6 +94,7 @@ def test_a_killed_run_goes_on_where_it_stopped(folder, out, echo):
 def test_text_is_kept_as_it_is(folder, out, monkeypatch):
     odd = 'ein "Stern"\u2028\x85\nüber allem ★'
     monkeypatch.setattr(captioning, "generate_captions", lambda model, processor, images: [odd] * len(images))
+    monkeypatch.setattr(captioning, "shorter_side_for", lambda processor: 100)
     caption_folder(folder, None, None, out)
     assert [json.loads(line)["caption"] for line in out.read_text(encoding="utf-8").split("\n")[:-1]] == [odd] * 5
     assert caption_folder(folder, None, None, out).captioned == 0

@@ -7,6 +7,7 @@ from tiny_models import build_model
 from torch.nn.functional import normalize
 
 from mmgem.configuration_mmgem import EMBEDDING_METHODS
+from mmgem.training import inference
 from mmgem.training.inference import (
     EMBEDDING_MODES,
     answer_from_memory,
@@ -17,6 +18,7 @@ from mmgem.training.inference import (
     embed_texts,
     generate_answers,
     generate_captions,
+    generate_region_captions,
     remember,
 )
 from mmgem.training.search.fingerprint import KINDS as KINDS_OF_PROBES
@@ -250,6 +252,18 @@ def test_texts_are_batched_by_length_and_returned_in_order(rows):
     assert padding < 0.1 * sum(mask.numel() for mask in model.text_batches)
     with pytest.raises(ValueError, match="`texts` is empty; expected at least one"):
         embed_texts(model, processor, [])
+
+
+def test_many_boxes_go_through_the_model_some_at_a_time(tiny_model, tiny_processor, images, monkeypatch):
+    boxes = [[[0, 0, 9 + number, 20] for number in range(count)] for count in (1, 7, 2, 3)]
+    embeds = embed_regions(tiny_model, tiny_processor, images, boxes)
+    captions = generate_region_captions(tiny_model, tiny_processor, images, boxes, max_new_tokens=4)
+    monkeypatch.setattr(inference, "BOXES_AT_A_TIME", 3)
+    parts = list(inference._with_some_boxes(images, boxes))
+    assert [[len(own) for own in their_boxes] for _, their_boxes in parts] == [[1], [3], [3], [1, 2], [3]]
+    assert sum((box for _, their_boxes in parts for box in their_boxes), []) == sum(boxes, [])
+    torch.testing.assert_close(embed_regions(tiny_model, tiny_processor, images, boxes), embeds, atol=1e-5, rtol=0)
+    assert generate_region_captions(tiny_model, tiny_processor, images, boxes, max_new_tokens=4) == captions
 
 
 def test_regions_come_without_padding(rows):

@@ -1,17 +1,24 @@
 """Image files below a folder: finding them, and reading them in batches without those that cannot be read."""
 
+import math
 import os
 import stat
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b, file_digest
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
+from threading import Condition
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from mmgem.processing.image_loading import load_image
+from mmgem.processing.image_loading import MAX_PIXELS, open_picture, read_file
+
+# Of all pictures that are decoded ahead, and of one batch; 4 bytes each, or 8 while they are decoded.
+PIXELS_IN_MEMORY, PIXELS_TO_A_BATCH = 1 << 27, 1 << 26
+# From here on images are decoded one at a time, in one thread: what a thread has had is kept for it by the system.
+PIXELS_OF_A_LARGE_IMAGE = 1 << 24
 
 # Extensions of pictures, out of the many that PIL opens (".pdf", ".h5", ".mpg" ...).
 SUFFIXES = (
@@ -66,12 +73,14 @@ class ImageFile(NamedTuple):
 
     Args:
         file_name: Relative to the folder.
-        image: The picture.
+        image: The picture, scaled down if the reader may do that.
+        size: Its width and height as it is not scaled down, in pixels.
         content: A hash of the file.
     """
 
     file_name: str
     image: Image.Image
+    size: tuple[int, int]
     content: str
 
 
@@ -161,57 +170,143 @@ def _look_at(entry: os.DirEntry, name: str, found: FoundImages) -> None:
         found.versions[name] = f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def read_batches(
-    folder: str | Path,
-    file_names: Sequence[str],
-    batch_size: int,
-    skipped: list[Skipped],
-    known: Container[str] = (),
-    recognized: dict[str, str] | None = None,
-) -> Iterator[list[ImageFile]]:
-    """Read images, one batch ahead of the caller so that decoding goes on while a model works.
+class _PixelBudget:
+    """Lets threads have pictures in memory only as far as all of them together do not exceed a limit.
+
+    The file that is needed next may exceed it: others wait for that one.
 
     Args:
-        folder: The folder that the names are relative to.
-        file_names: The images, as `find_images` names them.
-        batch_size: Files to a batch; a batch has fewer images where some cannot be read, possibly none.
-        skipped: Receives the files that cannot be read.
-        known: Contents of files that need not be decoded.
-        recognized: Receives the contents of those, by name.
-
-    Raises:
-        ValueError: If `batch_size` is below 1.
+        limit: Pixels.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}; expected 1 or more.")
-    folder = Path(folder)
 
-    def read(file_name: str) -> ImageFile | Skipped | None:
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._condition = Condition()
+        self._used = 0
+        self._needed = 0
+
+    def take(self, number: int, pixels: int) -> None:
+        """Waits until there is room for the pixels of a file, by its number."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._used + pixels <= self.limit or number <= self._needed)
+            self._used += pixels
+
+    def give(self, pixels: int, needed: int = 0) -> None:
+        """Gives room back, and says which file is needed next."""
+        with self._condition:
+            self._used -= pixels
+            self._needed = max(self._needed, needed)
+            self._condition.notify_all()
+
+
+class ImageReader:
+    """Reads image files of a folder.
+
+    Args:
+        folder: The folder that names are relative to.
+        shorter_side: As for `load_image`, see [`shorter_side_for`].
+        max_pixels: As for `load_image`.
+        known: Contents of files that need not be decoded.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        shorter_side: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        known: Container[str] = (),
+    ):
+        self.folder, self.shorter_side, self.max_pixels, self.known = Path(folder), shorter_side, max_pixels, known
+        self.recognized: dict[str, str] = {}  # the contents of known files that were met, by name
+        self._budget = _PixelBudget(PIXELS_IN_MEMORY)
+        self._for_large = ThreadPoolExecutor(1)
+
+    def read_batches(
+        self, file_names: Sequence[str], batch_size: int, skipped: list[Skipped]
+    ) -> Iterator[list[ImageFile]]:
+        """Read images ahead of the caller, so that decoding goes on while a model works.
+
+        Args:
+            file_names: The images, as `find_images` names them.
+            batch_size: Files to a batch; a batch has fewer images where some cannot be read, possibly none, and where
+                they have more than `PIXELS_TO_A_BATCH`.
+            skipped: Receives the files that cannot be read.
+
+        Raises:
+            ValueError: If `batch_size` is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; expected 1 or more.")
+        pool = ThreadPoolExecutor()
+        try:
+            waiting: deque[Future] = deque()
+            submitted = 0
+            batch: list[ImageFile] = []
+            files = held = 0
+            for number in range(len(file_names)):
+                while submitted < min(len(file_names), number - files + 2 * batch_size):
+                    waiting.append(pool.submit(self._read, submitted, file_names[submitted]))
+                    submitted += 1
+                self._budget.give(0, needed=number)
+                file = waiting.popleft().result()
+                files += 1
+                if isinstance(file, Skipped):
+                    skipped.append(file)
+                elif file is not None:
+                    batch.append(file)
+                    held += _pixels(file.image)
+                if files == batch_size or held >= PIXELS_TO_A_BATCH or number == len(file_names) - 1:
+                    yield batch
+                    self._budget.give(held)
+                    batch, files, held = [], 0, 0
+        finally:
+            self._budget.give(0, needed=len(file_names))  # nobody waits any more
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, number: int, file_name: str) -> ImageFile | Skipped | None:
         try:
             file_name.encode()  # a name that is not valid UTF-8 can be neither stored nor printed
-            content = content_hash(folder / file_name)
-            if recognized is not None and content in known:
-                recognized[file_name] = content
+            data = read_file(self.folder / file_name)
+            content = content_hash(data)
+            if content in self.known:
+                self.recognized[file_name] = content
                 return None
-            return ImageFile(file_name, load_image(folder / file_name), content)
+            picture = open_picture(data, "the file", self.max_pixels, self.shorter_side)
+            self._budget.take(number, picture.pixels)
+            kept = 0
+            try:
+                if picture.pixels > PIXELS_OF_A_LARGE_IMAGE:
+                    image = self._for_large.submit(picture.decode).result()
+                else:
+                    image = picture.decode()
+                kept = _pixels(image)
+            finally:
+                self._budget.give(picture.pixels - kept)
+            return ImageFile(file_name, image, picture.upright_size, content)
         except Exception as error:  # whatever a broken file makes a decoder raise, the others shall still be read
             return Skipped(os.fsencode(file_name).decode(errors="replace"), _reason(error))
 
-    with ThreadPoolExecutor() as pool:
-        starts = range(0, len(file_names), batch_size)
-        batches = ([pool.submit(read, name) for name in file_names[start : start + batch_size]] for start in starts)
-        ahead = next(batches, None)
-        while ahead is not None:
-            current, ahead = ahead, next(batches, None)
-            files = [future.result() for future in current]
-            skipped += [file for file in files if isinstance(file, Skipped)]
-            yield [file for file in files if isinstance(file, ImageFile)]
+
+def shorter_side_for(processor) -> int:
+    """How many pixels the shorter side of a picture needs, so that the model sees all that it would: twice as many as
+    a square with the pixels that it sees.
+
+    The rule holds wherever pictures are embedded or captioned as a whole; regions are cut from pictures in full.
+
+    Args:
+        processor: An `MMGEMProcessor`, which is asked for its view of a large picture.
+    """
+    inputs = processor(images=[Image.new("RGB", (2048, 2048))], return_tensors="pt")
+    return 2 * math.isqrt(inputs["pixel_values"].numel() // 3)
 
 
-def content_hash(path: Path) -> str:
+def content_hash(data: bytes) -> str:
     """Returns a hash of what is in a file, 32 digits."""
-    with open(path, "rb") as file:
-        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+def _pixels(image: Image.Image) -> int:
+    return image.width * image.height
 
 
 def apply_to_batch(

@@ -1,6 +1,5 @@
 """A search index of a folder of images is made, or brought up to date."""
 
-from collections.abc import Container
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -10,7 +9,16 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from mmgem.training.data.image_files import FoundImages, ImageFile, Skipped, apply_to_batch, find_images, read_batches
+from mmgem.processing.image_loading import MAX_PIXELS
+from mmgem.training.data.image_files import (
+    FoundImages,
+    ImageFile,
+    ImageReader,
+    Skipped,
+    apply_to_batch,
+    find_images,
+    shorter_side_for,
+)
 from mmgem.training.inference import embed_and_remember, embed_images
 from mmgem.training.output_lock import one_writer
 from mmgem.training.search.fingerprint import Fingerprint
@@ -70,6 +78,7 @@ def build_index(
     precision: Precision = "float32",
     memory: int | bool = False,
     moved: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> IndexReport:
     """Embeds every image below a folder into an index, or brings an index up to date.
 
@@ -90,6 +99,7 @@ def build_index(
         memory: Whether to keep what `mmgem ask` needs, the states of the k [EMB] vectors after each image; a number
             keeps the first of them.
         moved: Whether `out` may be the index of another folder, from which the images have moved to this one.
+        max_pixels: The most pixels of an image that is read.
 
     Returns:
         How many images there are, and were embedded, and what was left out.
@@ -127,13 +137,12 @@ def build_index(
     places, by_content = current_rows(runs, found), rows_by_content(runs)
     todo = [file_name for file_name in found.versions if file_name not in places]
     skipped: list[Skipped] = []
-    recognized = _embed_files(
-        folder, todo, found, model, processor, unfinished, batch_size, settings, by_content, skipped
-    )
+    reader = ImageReader(folder, shorter_side_for(processor), max_pixels, by_content)
+    _embed_files(reader, todo, found, model, processor, unfinished, batch_size, settings, skipped)
     runs = finished + runs_of_parts(unfinished, facts)
     rows = current_rows(runs, found)
     embedded = len(rows) - len(places)
-    for file_name, content in recognized.items():
+    for file_name, content in reader.recognized.items():
         rows[file_name] = by_content[content]._replace(version=found.versions[file_name])
     skipped = _unseen(found, rows) + skipped
     if not rows:
@@ -207,7 +216,7 @@ def _unseen(found: FoundImages, rows: dict[str, Place]) -> list[Skipped]:
 
 
 def _embed_files(
-    folder: Path,
+    reader: ImageReader,
     file_names: list[str],
     found: FoundImages,
     model,
@@ -215,15 +224,9 @@ def _embed_files(
     place: Path,
     batch_size: int,
     settings: IndexSettings,
-    known: Container[str],
     skipped: list[Skipped],
-) -> dict[str, str]:
-    """Embeds files into parts, each of which is there as a whole or not at all.
-
-    Returns:
-        The contents of the files that were not embedded, because these are known, by name.
-    """
-    recognized: dict[str, str] = {}
+) -> None:
+    """Embeds files into parts, each of which is there as a whole or not at all."""
     rows: list[dict[str, Any]] = []
     part_numbers = count(count_parts(place))
 
@@ -247,17 +250,17 @@ def _embed_files(
     images = len(found.versions)
     with tqdm(total=images, initial=images - len(file_names), desc="images", unit="image") as progress:
         try:
-            for batch in read_batches(folder, file_names, batch_size, skipped, known, recognized):
-                for (file_name, image, content), arrays in apply_to_batch(embed, batch, skipped):
-                    facts = {"file_name": file_name, "width": image.width, "height": image.height, "content": content}
-                    rows.append({**facts, "version": found.versions[file_name], **arrays})
-                progress.update(min(batch_size, progress.total - progress.n))
+            for batch in reader.read_batches(file_names, batch_size, skipped):
+                for file, arrays in apply_to_batch(embed, batch, skipped):
+                    facts = {"file_name": file.file_name, "width": file.size[0], "height": file.size[1]}
+                    facts |= {"content": file.content, "version": found.versions[file.file_name]}
+                    rows.append(facts | arrays)
+                progress.update(len(batch))
                 if len(rows) >= ROWS_PER_PART:
                     write_rows()
         finally:  # also of a run that is interrupted
             if rows:
                 write_rows()
-    return recognized
 
 
 def _check_unit(embeddings: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from mmgem.processing.image_loading import load_image
+from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.inference import Box, embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.search.fingerprint import Fingerprint
@@ -197,7 +198,9 @@ class SearchIndex:
         images = list(image) if isinstance(image, list | tuple) else [image]
         if boxes is not None and len(images) > 1:
             raise ValueError(f"`image` holds {len(images)} images, with `boxes`; expected the one that they lie in.")
-        return self._embed_with_images(text, _load_all(images), boxes)
+        # As the images of the index were read.
+        shorter_side = None if boxes is not None else shorter_side_for(self.processor)
+        return self._embed_with_images(text, _load_all(images, shorter_side), boxes)
 
     def _embed_with_images(
         self, text: str | None, images: list[Image.Image], boxes: Sequence[Box] | None
@@ -213,8 +216,8 @@ class SearchIndex:
         return embed_regions(self.model, self.processor, images, [boxes])
 
 
-def _load_all(images: Iterable[Any]) -> list[Image.Image]:
-    images = [load_image(image) for image in images]
+def _load_all(images: Iterable[Any], shorter_side: int | None) -> list[Image.Image]:
+    images = [load_image(image, shorter_side=shorter_side) for image in images]
     if not images:
         raise ValueError("`image` is empty; expected at least one picture.")
     return images

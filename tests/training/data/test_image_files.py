@@ -2,8 +2,10 @@ import os
 
 import pytest
 from PIL import Image
+from tiny_models import IMAGE_SIZE
 
-from mmgem.training.data.image_files import apply_to_batch, content_hash, find_images, read_batches
+from mmgem.training.data import image_files
+from mmgem.training.data.image_files import ImageReader, apply_to_batch, content_hash, find_images, shorter_side_for
 
 
 def write_image(path, size=(8, 6), color="red"):
@@ -89,7 +91,7 @@ def test_batches_hold_every_readable_image_once_in_order(tmp_path, batch_size):
         write_image(tmp_path / name, size=(number + 1, 1))
     (tmp_path / names[3]).write_bytes(b"")
     skipped = []
-    batches = list(read_batches(tmp_path, names, batch_size, skipped))
+    batches = list(ImageReader(tmp_path).read_batches(names, batch_size, skipped))
     files = [file for batch in batches for file in batch]
     assert [file.file_name for file in files] == names[:3] + names[4:]
     assert [file.image.width for file in files] == [1, 2, 3, 5, 6, 7]
@@ -99,13 +101,55 @@ def test_batches_hold_every_readable_image_once_in_order(tmp_path, batch_size):
 
 def test_one_batch_is_read_ahead_and_no_more(tmp_path, monkeypatch):
     names = [f"{number}.png" for number in range(12)]
-    seen = []
-    monkeypatch.setattr(
-        "mmgem.training.data.image_files.load_image", lambda path: seen.append(path.name) or Image.new("RGB", (1, 1))
-    )
-    batches = read_batches(tmp_path, names, 3, [])
+    write_image(tmp_path / "image.png")
+    data, seen = (tmp_path / "image.png").read_bytes(), []
+    monkeypatch.setattr(image_files, "read_file", lambda path: seen.append(path.name) or data)
+    batches = ImageReader(tmp_path).read_batches(names, 3, [])
     next(batches)
     assert set(seen) <= set(names[:6])
+    batches.close()
+
+
+def test_pixels_in_memory_are_limited_and_every_image_comes_in_order(tmp_path, monkeypatch):
+    """Some pictures alone have more than all are allowed together."""
+    names = [f"{number:02}.png" for number in range(30)]
+    for number, name in enumerate(names):
+        write_image(tmp_path / name, size=(10, 60 if number in (7, 8, 20) else 10))
+    monkeypatch.setattr(image_files, "PIXELS_IN_MEMORY", 500)
+    monkeypatch.setattr(image_files, "PIXELS_TO_A_BATCH", 250)
+    reader, skipped = ImageReader(tmp_path), []
+    batches, most = [], 0
+    for batch in reader.read_batches(names, 8, skipped):
+        most = max(most, reader._budget._used)
+        batches.append([file.file_name for file in batch])
+    assert sum(batches, []) == names and skipped == []
+    assert [len(batch) for batch in batches[:5]] == [3, 3, 2, 1, 3]
+    assert most <= 500 + 2 * 600 and reader._budget._used == 0
+
+
+def test_a_reader_that_is_given_up_waits_for_nothing(tmp_path, monkeypatch):
+    names = [f"{number:02}.png" for number in range(30)]
+    for name in names:
+        write_image(tmp_path / name, size=(10, 10))
+    monkeypatch.setattr(image_files, "PIXELS_IN_MEMORY", 150)
+    batches = ImageReader(tmp_path).read_batches(names, 8, [])
+    next(batches)
+    batches.close()
+
+
+def test_reduced_pictures_say_how_large_they_are(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (900, 600)).save(tmp_path / "a.jpg", exif=exif)
+    [[file]] = ImageReader(tmp_path, shorter_side=100).read_batches(["a.jpg"], 8, [])
+    assert file.size == (600, 900) and file.image.size == (150, 225)
+    skipped = []
+    assert list(ImageReader(tmp_path, max_pixels=539_999).read_batches(["a.jpg"], 8, skipped)) == [[]]
+    assert "900 x 600 pixels; expected at most 539,999" in skipped[0].reason
+
+
+def test_the_view_of_a_processor_is_found_by_asking_it(tiny_processor):
+    assert shorter_side_for(tiny_processor) == 2 * IMAGE_SIZE
 
 
 def test_whatever_is_wrong_with_a_file_is_reported_and_never_fatal(tmp_path):
@@ -116,7 +160,7 @@ def test_whatever_is_wrong_with_a_file_is_reported_and_never_fatal(tmp_path):
     undecodable = os.fsdecode(b"caf\xe9.png")
     (tmp_path / undecodable).write_bytes((tmp_path / "good.png").read_bytes())
     skipped = []
-    [batch] = read_batches(tmp_path, list(find_images(tmp_path).versions), 10, skipped)
+    [batch] = ImageReader(tmp_path).read_batches(list(find_images(tmp_path).versions), 10, skipped)
     assert [file.file_name for file in batch] == ["good.png"]
     assert sorted(file.file_name for file in skipped) == [
         "caf\ufffd.png",
@@ -127,20 +171,21 @@ def test_whatever_is_wrong_with_a_file_is_reported_and_never_fatal(tmp_path):
     assert all(file.reason and "\n" not in file.reason for file in skipped)
 
 
-def test_files_of_known_content_are_recognized_and_not_decoded(tmp_path, monkeypatch):
+def test_files_of_known_content_are_recognized_and_not_decoded(tmp_path):
     for number in range(4):
         write_image(tmp_path / f"{number}.png", size=(number + 1, 1))
-    known, recognized, skipped = {content_hash(tmp_path / "2.png")}, {}, []
-    names = [f"{number}.png" for number in range(4)]
-    [batch] = read_batches(tmp_path, names, 10, skipped, known, recognized)
+    contents = [content_hash((tmp_path / f"{number}.png").read_bytes()) for number in range(4)]
+    names, skipped = [f"{number}.png" for number in range(4)], []
+    reader = ImageReader(tmp_path, known={contents[2]})
+    [batch] = reader.read_batches(names, 10, skipped)
     assert [file.file_name for file in batch] == ["0.png", "1.png", "3.png"] and skipped == []
-    assert recognized == {"2.png": content_hash(tmp_path / "2.png")}
-    assert batch[0].content == content_hash(tmp_path / "0.png") != batch[1].content
+    assert reader.recognized == {"2.png": contents[2]}
+    assert [file.content for file in batch] == contents[:2] + contents[3:] and len(set(contents)) == 4
 
 
 def test_a_batch_size_of_zero_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`batch_size` is 0; expected 1 or more"):
-        next(read_batches(tmp_path, ["a.png"], 0, []))
+        next(ImageReader(tmp_path).read_batches(["a.png"], 0, []))
 
 
 def test_an_image_that_fails_takes_no_other_with_it(tmp_path):
@@ -148,7 +193,7 @@ def test_an_image_that_fails_takes_no_other_with_it(tmp_path):
     for number, name in enumerate(names):
         write_image(tmp_path / name, size=(number + 1, 1))
     skipped = []
-    [batch] = read_batches(tmp_path, names, 10, skipped)
+    [batch] = ImageReader(tmp_path).read_batches(names, 10, skipped)
 
     def width(files):
         if any(file.image.width == 2 for file in files):
