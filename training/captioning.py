@@ -1,6 +1,7 @@
 """Captions for a folder of images, as JSON lines: of each image, and of the boxes in it if they are given."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -70,8 +71,8 @@ def caption_folder(
         FileNotFoundError: If `folder` is not there, or, with boxes, its metadata.
         ValueError: If there are no images, or the metadata or `out` does not hold what is expected.
     """
-    folder, out = Path(folder), Path(out)
     found = find_images(folder)
+    folder, out = Path(folder), Path(out)
     file_names = list(found.versions)
     boxes = _read_boxes(folder) if with_boxes else None
     done = _read_done(out, with_boxes)
@@ -93,6 +94,7 @@ def caption_folder(
             captions = apply_to_batch(write_lines, batch, skipped)
             lines.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in captions)
             lines.flush()
+            os.fsync(lines.fileno())
             captioned += len(captions)
             progress.update(len(batch))
     return CaptionReport(len(done) + captioned, captioned, skipped, found.passed_over)
@@ -160,5 +162,5 @@ def _read_done(out: Path, with_boxes: bool) -> set[str]:
                 "written the same way, to go on from, or no file."
             )
     if complete != content:
-        out.write_bytes(complete)
+        os.truncate(out, len(complete))
     return done

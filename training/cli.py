@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +22,22 @@ from mmgem.training.cli_common import (
     Wait,
     answer,
     load_model,
+    path,
     report_skipped,
     table,
     work,
 )
+from mmgem.training.printable import printable
 
 # Errors that a user can cause and mend take a line; any other is a defect and comes with its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
+
+# What is said to whoever interrupts a command.
+GOING_ON = {
+    "index": "; what is embedded is kept, and the same command goes on from there",
+    "caption": "; what is captioned is kept, and the same command goes on from there",
+    "train": "; the same command with --resume goes on from the last checkpoint",
+}
 
 
 class _Commands(TyperGroup):
@@ -39,9 +49,13 @@ class _Commands(TyperGroup):
         except USER_ERRORS as error:
             if ctx.params["traceback"]:
                 raise
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = printable(" ".join(str(error).split()) or type(error).__name__)
             typer.secho(f"mmgem: {message}", err=True, fg=typer.colors.RED)
             raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            after = GOING_ON.get(ctx.invoked_subcommand, "")
+            typer.secho(f"mmgem: interrupted{after}", err=True, fg=typer.colors.YELLOW)
+            raise typer.Exit(130) from error  # as of a program that the signal ends
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -50,11 +64,14 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pre
 @app.callback()
 def main(traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False):
     """One model that embeds images and text for search, and writes about images."""
+    for stream in (sys.stdout, sys.stderr):  # so that no name of a file costs the result
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the page and all it was made from.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the page and its parts.")] = Path("demo"),
     count: Annotated[int, typer.Option(min=12, help="Scenes in the gallery.")] = 500,
     model: ModelOption = str(TINY),
     wait: Wait = False,
@@ -71,7 +88,7 @@ def demo(
 
 @app.command()
 def scenes(
-    out: Annotated[Path, typer.Argument(help="New folder for the images and their metadata.jsonl.")],
+    out: Annotated[Path, typer.Argument(parser=path, help="New folder for the images and their metadata.jsonl.")],
     seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 96,
@@ -88,8 +105,10 @@ def scenes(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file that says everything about the run.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the checkpoint; by default runs/ and its name.")] = None,
+    recipe: Annotated[Path, typer.Argument(parser=path, help="YAML file that says everything about the run.")],
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder for the checkpoint; by default runs/ and its name.")
+    ] = None,
     stage: Annotated[
         str | None, typer.Option(help="Name or number of the only stage to run, from where the one before it ended.")
     ] = None,
@@ -137,8 +156,8 @@ def _check(recipe: Path, out: Path, stage: str | None, wait: bool, as_json: bool
 
 @app.command()
 def soup(
-    out: Annotated[Path, typer.Argument(help="New folder for the averaged model.")],
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Models to average.")],
+    out: Annotated[Path, typer.Argument(parser=path, help="New folder for the averaged model.")],
+    folders: Annotated[list[Path], typer.Argument(parser=path, metavar="FOLDER...", help="Models to average.")],
     weights: Annotated[list[float] | None, typer.Option("--weight", help="Of each folder, in their order.")] = None,
     wait: Wait = False,
     as_json: AsJson = False,
@@ -155,7 +174,7 @@ def soup(
 @app.command()
 def evaluate(
     model: ModelArgument,
-    data: Annotated[Path, typer.Argument(help="Image folder with metadata.jsonl.")],
+    data: Annotated[Path, typer.Argument(parser=path, help="Image folder with metadata.jsonl.")],
     batch_size: BatchSize = 64,
     as_json: AsJson = False,
 ):
@@ -190,8 +209,10 @@ def _left_out(skipped) -> list[str]:
 @app.command()
 def calibrate(
     model: ModelArgument,
-    data: Annotated[Path, typer.Argument(help="Image folder with metadata.jsonl: a sample of what is searched.")],
-    out: Annotated[Path, typer.Option(help="New folder for the calibrated model.")],
+    data: Annotated[
+        Path, typer.Argument(parser=path, help="Image folder with metadata.jsonl: a sample of what is searched.")
+    ],
+    out: Annotated[Path, typer.Option(parser=path, help="New folder for the calibrated model.")],
     batch_size: BatchSize = 64,
     wait: Wait = False,
     as_json: AsJson = False,
@@ -219,7 +240,7 @@ app.command()(cli_index.verify)
 def caption(
     folder: ImageFolder,
     model: ModelOption,
-    out: Annotated[Path, typer.Option(help="File of JSON lines; captions it has are kept.")],
+    out: Annotated[Path, typer.Option(parser=path, help="File of JSON lines; captions it has are kept.")],
     boxes: Annotated[bool, typer.Option("--boxes", help="Caption the boxes of FOLDER's metadata.jsonl too.")] = False,
     batch_size: BatchSize = 32,
     max_pixels: MaxPixels = 1 << 28,

@@ -14,9 +14,17 @@ from mmgem.training.printable import printable
 
 TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
 
+
+def path(text: str) -> Path:
+    """Parses a path; an empty one, such as of a variable that is not set, would be the current folder."""
+    if not str(text):
+        raise typer.BadParameter("is empty; expected a path")
+    return Path(text)
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or a name on the Hub.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a name on the Hub.")]
-ImageFolder = Annotated[Path, typer.Argument(help="Folder of images, at any depth.")]
+ImageFolder = Annotated[Path, typer.Argument(parser=path, help="Folder of images, at any depth.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 MaxPixels = Annotated[int, typer.Option(min=1, help="The most pixels of an image that is read.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for a job that writes OUT, instead of giving up.")]
@@ -40,6 +48,8 @@ def work(wait: bool = False) -> Iterator[None]:
 
 def load_model(model: str) -> tuple[Any, Any]:
     """Loads model and processor; raises what `load_checkpoint` does."""
+    if not model:
+        raise ValueError("`model` is ''; expected the folder of a checkpoint, or a name on the Hub.")
     if model == str(TINY) and not TINY.exists():
         raise FileNotFoundError("`model` is mmgem-tiny, which comes with a source checkout only; expected --model.")
     from mmgem.training.loading import load_checkpoint

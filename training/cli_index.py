@@ -15,11 +15,12 @@ from mmgem.training.cli_common import (
     Wait,
     answer,
     load_model,
+    path,
     report_skipped,
     work,
 )
 
-IndexArgument = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder that `mmgem index` wrote.")]
+IndexArgument = Annotated[Path, typer.Argument(parser=path, metavar="INDEX", help="Folder that `mmgem index` wrote.")]
 MovedModel = Annotated[str | None, typer.Option("--model", help="The model of the index, if it has moved.")]
 PromptName = Annotated[
     str | None, typer.Option("--prompt", help="Name of the model's prompt to put before the text that is searched.")
@@ -41,7 +42,7 @@ class IndexCommand(TyperCommand):
 def index(
     folder: ImageFolder,
     model: ModelOption,
-    out: Annotated[Path, typer.Option(help="Folder for the index.")],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the index.")],
     batch_size: BatchSize = 32,
     vectors: Annotated[
         int | None, typer.Option(min=1, help="Vectors kept of each image, of a model with several; by default all.")

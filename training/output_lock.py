@@ -41,7 +41,10 @@ def only_writer(out: str | Path) -> Iterator[None]:
     Raises:
         BlockingIOError: If another job holds it, unless within `waiting`. A job that is gone holds nothing, however it
             ended.
+        ValueError: If `out` is empty.
     """
+    if not str(out):
+        raise ValueError("`out` is ''; expected a path.")
     out = Path(out).resolve()
     place = out.with_name(f"{out.name}.lock")
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -89,6 +90,36 @@ def test_a_killed_run_goes_on_where_it_stopped(folder, out, echo):
     assert out.read_bytes() == reference and echo == [2, 1]
     assert caption_folder(folder, None, None, out) == (5, 0, [], {})
     assert out.read_bytes() == reference
+
+
+@pytest.mark.parametrize("left", [b'{"file_name', bytes(500)])
+def test_a_full_disk_or_a_power_cut_loses_no_line(folder, out, echo, monkeypatch, left):
+    """What the disk took of a line is cut off, without writing again what was there."""
+    caption_folder(folder, None, None, out.with_name("reference"), batch_size=2)
+    calls, fsync = [], os.fsync
+
+    def full(number):
+        calls.append(number)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        caption_folder(folder, None, None, out, batch_size=2)
+    with open(out, "ab") as file:
+        file.write(left)
+    monkeypatch.setattr("pathlib.Path.write_bytes", None)
+    assert caption_folder(folder, None, None, out, batch_size=2)[:2] == (5, 1)
+    assert out.read_bytes() == out.with_name("reference").read_bytes()
+
+
+def test_an_empty_path_is_not_the_current_folder(folder, out, echo, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="`folder` is ''; expected a folder of images"):
+        caption_folder("", None, None, out)
+    with pytest.raises(ValueError, match="`out` is ''; expected a path"):
+        caption_folder(folder, None, None, "")
 
 
 def test_text_is_kept_as_it_is(folder, out, monkeypatch):

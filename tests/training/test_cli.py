@@ -1,5 +1,6 @@
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.cli import app
+from mmgem.training.printable import printable
 from mmgem.training.recipes.check import StageCheck
 from mmgem.training.recipes.run import TrainingReport
 from mmgem.training.recipes.step_memory import StepMemory
@@ -289,9 +291,59 @@ def test_a_defect_keeps_its_traceback(monkeypatch, tmp_path):
     assert isinstance(CliRunner().invoke(app, ["scenes", str(tmp_path / "out")]).exception, ZeroDivisionError)
 
 
+@pytest.mark.parametrize("name", ["a\x1b[2Jb\n★.png", "caf\u00e9\u202e.png"])
+def test_names_are_printed_without_steering_the_terminal(checkpoint, gallery, tmp_path, name):
+    shutil.copy(next(gallery.glob("scene*.png")), gallery / name)
+    (gallery / f"bad{name}").touch()
+    lines = run("index", gallery, "--model", checkpoint, "--out", tmp_path / "index").stderr.splitlines()
+    [line] = [line for line in lines if line.startswith("left out")]
+    found = run("search", tmp_path / "index", "--image", gallery / name, "--top", 2)
+    for text in (line, found.stdout.replace("\n", "")):
+        assert printable(name) in text and not {"\x1b", "\u202e"} & set(text)
+    rows = json.loads(run("search", tmp_path / "index", "--image", gallery / name, "--top", 2, "--json").stdout)
+    assert str(gallery / name) in [row["path"] for row in rows]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_no_name_costs_the_result(encoding):
+    names = ["★.png", "caf\u00e9.png", "caf\udce9.png"]
+    script = (
+        "import sys; from mmgem.training.cli import app, answer\n"
+        "@app.command()\n"
+        f"def echo(as_json: bool = False): answer({names!r}, as_json, {names!r})\n"
+        "app(sys.argv[1:])"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    for option in ("--as-json", "--no-as-json"):
+        command = [sys.executable, "-c", script, "echo", option]
+        written = subprocess.run(command, capture_output=True, env=environment, check=True).stdout
+        out = written.decode("utf-8" if encoding == "ascii" else encoding)  # click takes ASCII for a mistake
+        assert json.loads(out) == names if option == "--as-json" else out.splitlines()[2] == r"caf\udce9.png"
+
+
+def test_who_interrupts_is_told_how_to_go_on(checkpoint, gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmgem.training.search.building.embed_images", lambda *arguments: interrupt())
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    result = run("index", gallery, "--model", checkpoint, "--out", tmp_path / "index", exit_code=130)
+    assert result.stderr.splitlines()[-1].startswith("mmgem: interrupted; what is embedded is kept, and the same")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("index", "", "--model", "model", "--out", "out"),
+        ("index", "images", "--model", "model", "--out", ""),
+        ("caption", "", "--model", "model", "--out", "out"),
+        ("search", "", "star"),
+        ("verify", ""),
+        ("train", ""),
+        ("train", "recipe.yaml", "--out", ""),
+        ("soup", "out", "", "model"),
+        ("scenes", ""),
+        ("demo", "--out", ""),
         ("search", "index"),
         ("search",),
         ("search", "index", "star", "--boxes", "1,2,3"),

@@ -118,6 +118,8 @@ def find_images(folder: str | Path) -> FoundImages:
         OSError: If it cannot be listed.
         ValueError: If it is a file, or there are no images below it.
     """
+    if not str(folder):
+        raise ValueError("`folder` is ''; expected a folder of images.")
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"`folder` is {str(folder)!r}, which is not there; expected a folder of images.")

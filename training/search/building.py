@@ -112,8 +112,8 @@ def build_index(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; expected 1 or more.")
-    folder, out = Path(folder).resolve(), Path(out).resolve()
     found = find_images(folder)
+    folder, out = Path(folder).resolve(), Path(out).resolve()
     settings = IndexSettings.settle(model, vectors, dimensions, precision, memory)
     kinds = ["weights", *model.config.embedded_kinds, *([] if settings.memory is None else ["memory"])]
     name = model.name_or_path
