@@ -16,7 +16,8 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-families test-oldest test-newest clients fast lint types format retrain picture hub-code hub-photo clean
+.PHONY: help install demo test test-families compatibility test-oldest test-newest clients fast lint types format retrain \
+	picture hub-code hub-photo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
@@ -40,6 +41,9 @@ test: lint types ## ruff, mypy and the tests; of models one family for each mech
 
 test-families: $(STAMP) ## the same tests on every other family of vision towers, language models and VLMs
 	$(PYTEST) -m families --durations=10
+
+compatibility: $(STAMP) ## write docs/compatibility.md again, by the test that checks it
+	$(BIN)/python -m pytest -q tests/test_compatibility.py --write-pages
 
 test-oldest: ## what meets other libraries, with the oldest versions that pyproject.toml allows
 	$(MAKE) clients VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

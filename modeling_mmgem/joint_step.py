@@ -38,7 +38,7 @@ class JointStep:
     token_projection: Any
     vlm: Any
     _vlm_image_tokens: Any
-    _check_vlm_attention: Any
+    _refuse_to_show_images: Any
     get_input_embeddings: Any
     get_output_embeddings: Any
     _embed_visual_tokens: Any
@@ -75,9 +75,13 @@ class JointStep:
         # Language: captions after their visual tokens, and what is embedded before [EMB], packed into the same rows.
         embedding_tokens, n = self.embedding_tokens, self.config.num_visual_tokens  # (k, H)
         k = len(embedding_tokens)
-        vlm_tokens = None if self.vlm is None else self._vlm_image_tokens(pixel_values)  # (I, p, H)
-        if vlm_tokens is not None and self._shows_images(rows):
-            self._check_vlm_attention()
+        vlm_tokens = None
+        if self.vlm is not None and self.config.vlm_attention == "unknown":
+            if self._shows_images(rows):
+                self._refuse_to_show_images()
+            vlm_tokens = embedding_tokens.new_empty(len(image_tokens), 0, embedding_tokens.shape[1])  # (I, 0, H)
+        elif self.vlm is not None:
+            vlm_tokens = self._vlm_image_tokens(pixel_values)  # (I, p, H)
         image_length = n if vlm_tokens is None else vlm_tokens.shape[1]
         captions = caption_sequences(rows, image_length, n, self.config)
         texts = embedded_sequences(rows, image_length, k, self.config)

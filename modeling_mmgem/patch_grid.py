@@ -160,7 +160,8 @@ def find_grid(vision_tower: PreTrainedModel) -> VisionGrid:
     parameters = inspect.signature(vision_tower.forward).parameters.values()
     required = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if "pixel_values" not in {p.name for p in parameters} or required - IMAGE_INPUTS:
-        raise ValueError(f"`vision` is a `{name}`, which takes {sorted(required)}; expected an encoder of images.")
+        takes = sorted(required) or list(inspect.signature(vision_tower.forward).parameters)[:1]
+        raise ValueError(f"`vision` is a `{name}`, which takes {takes}; expected an encoder of images.")
     was_training = vision_tower.training
     vision_tower.eval()  # nothing is drawn at random
     try:

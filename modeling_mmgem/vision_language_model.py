@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from operator import attrgetter
@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .language_model_probe import agree, probe_language_model
 from .patch_grid import find_grid
@@ -53,6 +53,10 @@ class LanguageModelOfVLM(PreTrainedModel):
         name = next(name for name, module in decoder.named_modules() if module is words)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # where the decoder has experts; the library looks for them in this file
 
     def get_decoder(self) -> PreTrainedModel:
         return self.model
@@ -142,7 +146,9 @@ class VisionLanguageModel:
         pixel_values = pixel_values.to(model.dtype)
         if config.vlm_pixel_dims == 5:
             pixel_values = pixel_values[:, None]  # (I, 1, channels, H, W)
-        outputs = self.of(model).get_image_features(pixel_values=pixel_values, return_dict=True)
+        vlm = self.of(model)
+        inputs = whole_images(vlm, pixel_values)
+        outputs = _image_features_of(vlm)(**inputs, return_dict=True)
         tokens = outputs.pooler_output
         tokens = torch.cat(list(tokens)) if isinstance(tokens, list | tuple) else tokens
         return tokens.reshape(len(pixel_values), -1, tokens.shape[-1])
@@ -151,6 +157,20 @@ class VisionLanguageModel:
         """(M, H) -> (M, vocabulary), by whatever the VLM does to the states of its decoder."""
         with without_layers(model.get_decoder()):
             return self.of(model)(inputs_embeds=hidden_states[:, None], use_cache=False).logits[:, 0]
+
+
+def _image_features_of(vlm: PreTrainedModel) -> Callable:
+    return getattr(vlm, "get_image_features", None) or vlm.base_model.get_image_features
+
+
+def whole_images(vlm: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(I, ..., H, W) pixels as inputs of a VLM; some have to be told `image_sizes`, (I, 2)."""
+    inputs = {"pixel_values": pixel_values}
+    parameters = inspect.signature(_image_features_of(vlm)).parameters
+    if "image_sizes" in parameters and parameters["image_sizes"].default is inspect.Parameter.empty:
+        sizes = [pixel_values.shape[-2:]] * len(pixel_values)
+        inputs["image_sizes"] = torch.tensor(sizes, device=pixel_values.device)
+    return inputs
 
 
 def compose_from_vlm(
@@ -221,7 +241,7 @@ def find_image_reading(model: Any, processor: Any):
     )  # (1, p + 2)
     is_image = prompt == config.image_token_id
     inputs = {"attention_mask": torch.ones_like(prompt)}
-    inputs["pixel_values"] = (image if config.vlm_pixel_dims == 4 else image[:, None]).to(model.dtype)
+    inputs |= whole_images(vlm, (image if config.vlm_pixel_dims == 4 else image[:, None]).to(model.dtype))
     parameters = inspect.signature(vlm.forward).parameters
     if "mm_token_type_ids" in parameters:
         inputs["mm_token_type_ids"] = is_image.long()
@@ -325,8 +345,8 @@ def _refusal(config: PreTrainedConfig, reason: str) -> ValueError:
 def without_layers(decoder: nn.Module) -> Iterator[None]:
     """Within, a decoder answers with the vectors it is given, so that whatever runs around it can be had alone."""
 
-    def give_back(inputs_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def give_back(inputs_embeds: torch.Tensor, **kwargs) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # with all that some read
 
     decoder.forward = give_back  # type: ignore[method-assign]
     try:

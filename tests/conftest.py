@@ -25,6 +25,10 @@ from mmgem.training.recipes.tokenizer import train_tokenizer
 TEXTS = ["a red star at the top left", "a large blue circle in the center and a striped green moon on the right"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-pages", action="store_true", help="write docs/compatibility.md again")
+
+
 def pytest_collection_finish():
     """What the libraries hold stays; a trainer collects garbage at each of its ends, half a second of it otherwise."""
     gc.freeze()

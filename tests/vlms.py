@@ -3,26 +3,39 @@
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AriaConfig,
     AutoModelForImageTextToText,
+    AyaVisionConfig,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Cohere2Config,
+    DeepseekVLConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
     Gemma3TextConfig,
+    GotOcr2Config,
     GotOcr2ImageProcessorPil,
+    Idefics2Config,
     Idefics3Config,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     InternVLConfig,
     InternVLProcessor,
     InternVLVideoProcessor,
+    JanusConfig,
     LlamaConfig,
     LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
     LlavaProcessor,
+    Mistral3Config,
+    MistralConfig,
+    Ovis2Config,
     PaliGemmaConfig,
     PaliGemmaProcessor,
+    PixtralVisionConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -35,6 +48,7 @@ from transformers import (
     SmolVLMImageProcessorPil,
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
+    VipLlavaConfig,
 )
 
 IMAGE, START, END = 290, 291, 292  # image token, and what stands around it where a family has that
@@ -61,6 +75,7 @@ _TEXT = {
     "pad_token_id": 0,
 }
 _TIED = {"tie_word_embeddings": True}
+_TILES = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 VLM_CONFIGS = {
@@ -93,6 +108,70 @@ VLM_CONFIGS = {
         image_token_id=IMAGE,
         downsample_ratio=0.5,
     ),
+    "llava_next": lambda: LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**_VISION), text_config=LlamaConfig(**_TEXT), image_token_index=IMAGE, **_TILES
+    ),
+    "llava_onevision": lambda: LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**_VISION),
+        text_config=Qwen2Config(**_TEXT),
+        image_token_index=IMAGE,
+        video_token_index=IMAGE - 1,
+        **_TILES,
+    ),
+    "vipllava": lambda: VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**_VISION),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layers=[-1, -2],
+    ),
+    "mistral3": lambda: Mistral3Config(
+        vision_config=PixtralVisionConfig(**_VISION, head_dim=8),
+        text_config=MistralConfig(**_TEXT, head_dim=8),
+        image_token_index=IMAGE,
+    ),
+    "aya_vision": lambda: AyaVisionConfig(
+        vision_config=SiglipVisionConfig(**_VISION),
+        text_config=Cohere2Config(**_TEXT, head_dim=8, sliding_window=16),
+        image_token_index=IMAGE,
+    ),
+    "idefics2": lambda: Idefics2Config(
+        vision_config=_VISION,
+        perceiver_config={"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4}
+        | {"num_key_value_heads": 2, "resampler_head_dim": 8},
+        text_config=MistralConfig(**_TEXT).to_dict(),
+        image_token_id=IMAGE,
+    ),
+    "got_ocr2": lambda: GotOcr2Config(
+        vision_config={"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"image_size": SIDE, "patch_size": 4, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 64},
+        text_config=Qwen2Config(**_TEXT).to_dict(),
+        image_token_id=IMAGE,
+    ),
+    "janus": lambda: JanusConfig(
+        vision_config={**_VISION, "projection_dim": 32},
+        vq_config={"embed_dim": 8, "num_embeddings": 16, "latent_channels": 8, "base_channels": 32}
+        | {"channel_multiplier": [1, 1], "num_res_blocks": 1, "image_token_embed_dim": 32, "projection_dim": 32},
+        text_config=LlamaConfig(**_TEXT).to_dict(),
+        image_token_id=IMAGE,
+    ),
+    "deepseek_vl": lambda: DeepseekVLConfig(
+        vision_config=_VISION, text_config=LlamaConfig(**_TEXT).to_dict(), image_token_id=IMAGE
+    ),
+    "ovis2": lambda: Ovis2Config(
+        vision_config={**_VISION, "vocab_size": 40, "hidden_stride": 2},
+        text_config=Qwen2Config(**_TEXT).to_dict(),
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=[280, 281, 282, 283, 284],
+        hidden_size=32,
+        vocab_size=300,
+    ),
+    "aria": lambda: AriaConfig(
+        vision_config={**_VISION, "model_type": "idefics3_vision"},
+        text_config={**_TEXT, "model_type": "aria_text", "moe_num_experts": 2, "moe_topk": 1}
+        | {"moe_num_shared_experts": 1},
+        image_token_index=IMAGE,
+        projector_patch_to_query_dict={16: 4},
+    ),
     "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
         vision_config={
             "hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 4, "out_hidden_size": 32,
@@ -110,7 +189,11 @@ VLM_CONFIGS = {
         image_token_id=IMAGE,
     ),
 }  # fmt: skip
-TOKENS_OF_IMAGE = {"llava": 16, "paligemma": 16, "qwen2_5_vl": 4, "qwen3_vl": 4}  # of the others 4
+REFUSED_VLMS = "qwen2_5_vl", "qwen3_vl"
+# Of two tiles in rows that end with a token of their own, and of the whole.
+_TILED = dict.fromkeys(["llava_next", "llava_onevision"], 16 + 4 * (8 + 1))
+# Of the others 4.
+TOKENS_OF_IMAGE = dict.fromkeys(["llava", "paligemma", "vipllava", "janus", "deepseek_vl"], 16) | _TILED
 
 
 def build_vlm(family: str) -> PreTrainedModel:
@@ -143,7 +226,12 @@ def vlm_inputs(family: str, seed: int = 0, texts: tuple[int, ...] = (5, 3)) -> d
         "pixel_values": torch.randn(len(rows), 3, SIDE, SIDE, generator=generator),
     }
     is_image = (inputs["input_ids"] == IMAGE).long()
-    if family in ("idefics3", "smolvlm"):
+    if family in _TILED:
+        inputs["pixel_values"] = torch.randn(len(rows), 3, 3, SIDE, SIDE, generator=generator)  # (I, tiles, 3, H, W)
+        inputs["image_sizes"] = torch.tensor([[SIDE, 2 * SIDE]] * len(rows))
+    elif family == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[SIDE, SIDE]] * len(rows))
+    elif family in ("idefics2", "idefics3", "smolvlm"):
         inputs["pixel_values"] = inputs["pixel_values"][:, None]
     elif family == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(is_image)

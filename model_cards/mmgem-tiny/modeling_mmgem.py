@@ -606,7 +606,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self._check_length(inputs["input_ids"].shape[1] + len(self._read_out_embeds()))
         vlm = self.vlm.of(self)
         if self.config.text_attention == "bidirectional":
-            self._check_vlm_attention()
+            if self.config.vlm_attention == "unknown":
+                self._refuse_to_show_images()
             with without_layers(self.get_decoder()):
                 inputs_embeds = vlm.base_model(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
             return self._embed_sequences(inputs_embeds, inputs["attention_mask"])
@@ -615,13 +616,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             last_hidden_state=hidden_states, pooler_output=self._read_out(hidden_states)
         )  # (B, k, H), (B, D) or (B, k, D)
 
-    def _check_vlm_attention(self):
-        if self.config.vlm_attention == "unknown":
-            raise ValueError(
-                f"`vlm_attention` is 'unknown': a `{self.config.vlm_config.model_type}` reads prompts with images in "
-                "a way of its own, which packed rows do not; expected texts alone, boxes, or, if it tells kinds of "
-                "tokens apart, its `processor` for `from_vlm`."
-            )
+    def _refuse_to_show_images(self):
+        raise ValueError(
+            f"`vlm_attention` is 'unknown': a `{self.config.vlm_config.model_type}` reads prompts with images in a "
+            "way of its own, such as in tiles, which packed rows do not; expected texts alone, boxes, or, if it tells "
+            "kinds of tokens apart, its `processor` for `from_vlm`."
+        )
 
     @torch.no_grad()
     def _with_rationale(
