@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import every
 from peft import LoraConfig, get_peft_model
+from tiny_models import build_towers
 from transformers import (
     AutoModelForImageTextToText,
     Blip2Config,
@@ -240,6 +241,11 @@ def test_refuses_what_is_no_vision_encoder_and_causal_language_model(config, rea
         vlm = AutoModelForImageTextToText.from_config(config())
     with pytest.raises(ValueError, match=f"{vlm.config.model_type}.*({reason})"):
         MMGEMModel.from_vlm(vlm)
+
+
+def test_refuses_what_is_no_vlm():
+    with pytest.raises(ValueError, match="`vlm` is a `llama`, which is no image-text-to-text model of transformers"):
+        MMGEMModel.from_vlm(build_towers()[1])
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
