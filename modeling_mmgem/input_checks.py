@@ -24,7 +24,7 @@ def check_boxes(boxes: torch.Tensor | None, num_images: int):
 def checked_mask(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, allow_empty: bool = False
 ) -> torch.Tensor:
-    if input_ids.ndim != 2 or (len(input_ids) == 0 and not allow_empty):
+    if input_ids.ndim != 2 or (input_ids.shape[0] == 0 and not allow_empty):
         raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; expected (B, L) with B at least 1.")
     if attention_mask is None:
         return torch.ones_like(input_ids)

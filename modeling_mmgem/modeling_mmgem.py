@@ -19,7 +19,12 @@ from transformers import AutoModelForCausalLM, AutoProcessor, GenerationMixin, P
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import PROCESSOR_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple
+from transformers.utils import (
+    PROCESSOR_NAME,
+    TRANSFORMERS_DYNAMIC_MODULE_NAME,
+    can_return_tuple,
+    torch_compilable_check,
+)
 
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids
@@ -364,7 +369,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self, pixel_values: torch.Tensor, boxes: torch.Tensor | None, spatial_shapes: torch.Tensor | None
     ) -> torch.Tensor:
         """-> (B, n, C), or (B, R, n, C) with boxes."""
-        check_boxes(boxes, len(pixel_values))
+        check_boxes(boxes, pixel_values.shape[0])
         return self._pool(self._patch_grid(pixel_values, spatial_shapes), pixel_values, boxes, spatial_shapes)
 
     def _embed_visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -459,7 +464,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def _check_length(self, length: int):
         limit = self.config.max_sequence_length
-        if limit is not None and length > limit:
+        # An export takes texts of any length, or would refuse to be one.
+        if limit is not None and not torch.compiler.is_exporting() and length > limit:
             raise ValueError(
                 f"`input_ids` with its image, [EMB] and end tokens is {length} tokens long; the language model takes "
                 f"at most {limit}. Truncate the text when tokenizing."
@@ -486,7 +492,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor
     ) -> BaseModelOutputWithPooling:
         """(B, L, H) padded on either side -> read-out of the [EMB] vectors appended to each row."""
-        embedding_tokens = self._read_out_embeds().to(inputs_embeds.dtype).expand(len(inputs_embeds), -1, -1)
+        embedding_tokens = self._read_out_embeds().to(inputs_embeds.dtype).expand(inputs_embeds.shape[0], -1, -1)
         batch, k, _ = embedding_tokens.shape
         inputs_embeds = torch.cat([inputs_embeds, embedding_tokens], dim=1)  # (B, L + k, H)
         width = inputs_embeds.shape[1]
@@ -662,6 +668,13 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         is_rationale = (is_end.cumsum(-1) == 0) & has_text[:, None]  # (B, m)
         return torch.cat([input_ids, written], dim=1), torch.cat([attention_mask, is_rationale.to(attention_mask)], 1)
 
+    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
+        """Whether it is a prompt; a compiled graph is for prompts or for texts, and refuses the other."""
+        found = _holds(input_ids, self.config.image_token_id)
+        if torch.compiler.is_compiling():
+            torch_compilable_check((input_ids == self.config.image_token_id).any() == found, "")
+        return found
+
     def _check_placeholders(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, boxes: torch.Tensor | None
     ):
@@ -693,8 +706,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         if visual_tokens is None:
             return inputs_embeds
         tokens = visual_tokens.flatten(0, 1)  # (units * n, C)
-        if placeholders.sum() != len(tokens):
-            raise self._wrong_number(int(placeholders.sum()), len(visual_tokens))
+        num_tokens, num_units = tokens.shape[0], visual_tokens.shape[0]
+        if torch.compiler.is_compiling():
+            torch_compilable_check(placeholders.sum() == num_tokens, "")
+        elif placeholders.sum() != num_tokens:
+            raise self._wrong_number(int(placeholders.sum()), num_units)
         visual_embeds = self.token_projection(tokens).to(inputs_embeds.dtype)  # (units * n, H)
         return inputs_embeds.masked_scatter(placeholders[..., None], visual_embeds)
 
@@ -773,8 +789,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 raise ValueError("`input_ids` and `pixel_values` are both None; expected at least one of them.")
             return self.get_image_features(pixel_values, boxes, spatial_shapes, return_dict=True)
 
-        has_placeholders = input_ids is None or (input_ids == self.config.image_token_id).any()
-        if not return_loss and (has_placeholders or pixel_values is None):
+        if not return_loss and (input_ids is None or pixel_values is None or self._has_placeholders(input_ids)):
             cache = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
             if inputs_embeds is None and self.vlm is not None and boxes is None:
                 given = {"spatial_shapes": spatial_shapes, "pixel_attention_mask": pixel_attention_mask}
@@ -783,7 +798,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             elif inputs_embeds is None:
                 # States have no length; they are there from the second step on.
                 has_length = cache is not None and not self._is_state_space
-                if cache is None or (has_length and cache.get_seq_length() == 0):
+                is_first = (
+                    torch.compiler.is_compiling() or cache is None or (has_length and not cache.get_seq_length())
+                )
+                if is_first:
                     self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
                 images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
                 inputs_embeds = self._embed_prompt(input_ids, **images)  # (B, L, H)
@@ -894,9 +912,17 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             Token ids; with `embedding_tokens` only the new ones.
 
         Raises:
-            ValueError: If `embedding_tokens` are not those of this model, or come with images.
+            ValueError: If `embedding_tokens` are not those of this model, or come with images; if images come with
+                a prompt that has no place for them.
         """
         if embedding_tokens is None:
+            prompt_ids = kwargs.get("input_ids", inputs)
+            has_images = kwargs.get("pixel_values") is not None and prompt_ids is not None
+            if has_images and not (prompt_ids == self.config.image_token_id).any():
+                raise ValueError(
+                    "`pixel_values` came, but `input_ids` has no image placeholders; expected a prompt with one "
+                    "`<image>` for each image, as `processor.prompt(text)` writes it."
+                )
             # A VLM writes in its own way, but knows no boxes.
             writes_itself = self.vlm is not None and kwargs.get("boxes") is None
             generate = self.vlm.of(self).generate if writes_itself else super().generate
@@ -1005,6 +1031,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         except (OSError, ValueError):  # none there
             return
         processor.save_pretrained(folder)
+
+
+@torch.compiler.assume_constant_result
+def _holds(input_ids: torch.Tensor, token_id: int) -> bool:
+    return bool((input_ids == token_id).any())
 
 
 def _refuse_text_columns(text_columns: dict):

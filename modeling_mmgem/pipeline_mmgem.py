@@ -1,9 +1,19 @@
-"""The image-to-text pipeline, which transformers 5 no longer has: pictures in, captions or answers out."""
+"""Pipelines: image-to-text, which transformers 5 no longer has, and what stock ones do otherwise than this model.
+
+A stock pipeline decodes pictures by itself, 16-bit and transparent ones otherwise than the processor; here the
+processor reads them all.
+"""
 
 # The parent's attributes are annotated as None, and its methods take whatever a subclass makes of them.
 # mypy: disable-error-code="assignment, misc, operator, override, union-attr"
 
 from transformers import GenerationConfig, Pipeline
+from transformers.pipelines import (
+    FeatureExtractionPipeline,
+    ImageFeatureExtractionPipeline,
+    ImageTextToTextPipeline,
+    ZeroShotImageClassificationPipeline,
+)
 
 
 class MMGEMImageToTextPipeline(Pipeline):
@@ -94,3 +104,60 @@ class MMGEMImageToTextPipeline(Pipeline):
         """Token ids as text."""
         texts = self.processor.batch_decode(model_outputs["generated"].flatten(0, 1), skip_special_tokens=True)
         return [{"generated_text": text.strip()} for text in texts]
+
+
+def _read(pipeline: Pipeline, pictures) -> list:
+    """As upright RGB images."""
+    return pipeline.processor.prepare_inputs_layout(images=pictures)[0]
+
+
+class MMGEMImageTextToTextPipeline(ImageTextToTextPipeline):
+    """The stock pipeline, with the pictures as the processor reads them."""
+
+    def preprocess(self, inputs=None, **kwargs):
+        """Prompts and pictures, or a conversation, as model inputs."""
+        if isinstance(inputs, dict) and inputs.get("images") is not None:
+            images = inputs["images"] if isinstance(inputs["images"], list | tuple) else [inputs["images"]]
+            inputs = inputs | {"images": _read(self, images)}
+        return super().preprocess(inputs, **kwargs)
+
+
+class MMGEMZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
+    """The stock pipeline, with the pictures as the processor reads them."""
+
+    _load_processor = True
+
+    def preprocess(self, image, *args, **kwargs):
+        """A picture and its labels as model inputs."""
+        return super().preprocess(*_read(self, [image]), *args, **kwargs)
+
+
+class MMGEMImageFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
+    """Pictures to visual tokens, (1, n, C); with `pool=True` to their embedding, (1, D), of several vectors the first.
+
+    Pictures are as the processor reads them.
+    """
+
+    _load_processor = True
+
+    def preprocess(self, image, *args, **kwargs):
+        """A picture as model inputs."""
+        return super().preprocess(*_read(self, [image]), *args, **kwargs)
+
+    def _forward(self, model_inputs):
+        outputs = super()._forward(model_inputs)
+        if self.model.config.is_multi_vector:
+            outputs.pooler_output = outputs.pooler_output[:, 0]  # (B, D)
+        return outputs
+
+
+class MMGEMFeatureExtractionPipeline(FeatureExtractionPipeline):
+    """Texts to their embeddings, (1, D) or (1, k, D), where the stock pipeline has vocabulary logits."""
+
+    def _forward(self, model_inputs):
+        return {"embeddings": self.model.get_text_features(**model_inputs).pooler_output}
+
+    def postprocess(self, model_outputs, return_tensors=False):
+        """As a list, or as a tensor."""
+        embeddings = model_outputs["embeddings"]
+        return embeddings if return_tensors else embeddings.tolist()

@@ -122,8 +122,10 @@ class PoolAggregator(nn.Module):
         weights = valid / valid.sum(-1, keepdim=True)  # (n, W)
         pooled = torch.einsum("bnwc,nw->bnc", windows, weights.to(windows.dtype))  # (B, n, C)
 
-        query = self.query(self.norm(pooled)).view(batch, g * g, heads, 1, -1)  # (B, n, H, 1, d)
-        key_value = self.key_value(self.norm(windows)).view(batch, g * g, valid.shape[-1], 2, heads, -1)
-        key, value = key_value.permute(3, 0, 1, 4, 2, 5)  # (B, n, H, W, d) each
-        looked_up = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :])
+        # A row for each token, since exports take no attention of five dimensions.
+        query = self.query(self.norm(pooled)).view(batch * g * g, heads, 1, -1)  # (B * n, H, 1, d)
+        key_value = self.key_value(self.norm(windows)).view(batch * g * g, valid.shape[-1], 2, heads, -1)
+        key, value = key_value.permute(2, 0, 3, 1, 4)  # (B * n, H, W, d) each
+        mask = valid.expand(batch, -1, -1).reshape(batch * g * g, 1, 1, -1)  # (B * n, 1, 1, W)
+        looked_up = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B * n, H, 1, d)
         return pooled + self.output(looked_up.reshape(batch, g * g, -1))  # (B, n, A) -> (B, n, C)

@@ -114,7 +114,7 @@ class MMGEMTransformer(Transformer):
 
         Returns:
             `token_embeddings` (B, k, D), not normalised, in the order of the inputs; k is 1 unless the model keeps
-            several vectors. `attention_mask` (B, k): all of them count.
+            several vectors. `attention_mask` (B, k): all of them count. `is_image` (B,): images alone.
 
         Raises:
             ValueError: A mixed batch was cut into pieces, as losses with a gradient cache do; and as the model.
@@ -122,6 +122,7 @@ class MMGEMTransformer(Transformer):
         modality = features.get("modality", "text")
         if modality != MIXED:
             vectors = self._vectors(features, modality, max_rationale_tokens)
+            is_image = torch.full(vectors.shape[:1], modality == "image", device=vectors.device)  # (B,)
         else:
             parts = []
             for i, modality_of_part in enumerate(features["parts"]):
@@ -134,9 +135,16 @@ class MMGEMTransformer(Transformer):
                     f"`features` has {len(vectors)} inputs in its parts for a batch of {len(order)}; expected a mixed "
                     "batch as `preprocess` returned it. Losses with a gradient cache need columns of one kind each."
                 )
+            kinds = [len(part) * [kind == "image"] for part, kind in zip(parts, features["parts"], strict=True)]
+            is_image = torch.tensor(sum(kinds, []), device=vectors.device)[order]  # (B,)
             vectors = vectors[order]
         mask = torch.ones(vectors.shape[:2], dtype=torch.long, device=vectors.device)
-        return {"modality": modality, self.module_output_name: vectors, "attention_mask": mask}
+        return {
+            "modality": modality,
+            self.module_output_name: vectors,
+            "attention_mask": mask,
+            "is_image": is_image,
+        }
 
     def _vectors(self, features: dict, modality, max_rationale_tokens: int) -> torch.Tensor:
         """The embeddings of inputs of one kind, (B, k, D)."""
@@ -176,6 +184,9 @@ class NestedVectors(Dense):
     `encode(..., num_vectors=r)`, with another r for documents than for queries, or for all of what is encoded by
     `config_kwargs={"num_vectors": r}` when the encoder is loaded.
 
+    MaxSim lets the query ask, and in training texts did. So where an image is the query (`encode_query`), its first
+    vector asks, that of the whole, unless a number is given.
+
     To `MultiVectorEncoder` it is the projection of the vectors, which has happened in the model: where it finds no
     `Dense`, it adds a random one.
 
@@ -188,7 +199,7 @@ class NestedVectors(Dense):
     """
 
     config_keys = ["embedding_dimension", "num_vectors"]
-    forward_kwargs = {"num_vectors"}
+    forward_kwargs = {"num_vectors", "task"}
 
     def __init__(self, embedding_dimension: int, num_vectors: int | None = None):
         super(Dense, self).__init__()  # without the weights of a `Dense`
@@ -197,12 +208,13 @@ class NestedVectors(Dense):
         self.num_vectors = num_vectors
         self.module_input_name = self.module_output_name = "token_embeddings"
 
-    def forward(self, features: dict, num_vectors: int | None = None) -> dict:
+    def forward(self, features: dict, num_vectors: int | None = None, task: str | None = None) -> dict:
         """Cuts `token_embeddings` (B, k, D) and `attention_mask` (B, k) to (B, r, D) and (B, r).
 
         Args:
             features: With both.
             num_vectors: R, by default that of the module, or k.
+            task: `"query"` for what is to find documents.
 
         Returns:
             The features, and the first vector as the `sentence_embedding` (B, D), of length 1.
@@ -213,6 +225,12 @@ class NestedVectors(Dense):
         num_vectors = self.num_vectors if num_vectors is None else num_vectors
         _check_num_vectors(num_vectors, features[self.module_input_name].shape[1])
         cut = {name: features[name][:, :num_vectors] for name in (self.module_input_name, "attention_mask")}
+        if task == "query" and num_vectors is None and "is_image" in features:
+            mask = cut["attention_mask"]
+            is_further = features["is_image"][:, None] & (
+                torch.arange(mask.shape[1], device=mask.device) > 0
+            )  # (B, r)
+            cut["attention_mask"] = mask.masked_fill(is_further, 0)
         first = F.normalize(features[self.module_input_name][:, 0], dim=-1)  # (B, D)
         return {**features, **cut, "sentence_embedding": first}
 

@@ -230,6 +230,37 @@ def calibrate(
     answer({"folder": str(out), **report._asdict()}, as_json, lines)
 
 
+@app.command()
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="Folder for the ONNX graphs and the processor.")],
+    int8: Annotated[bool, typer.Option("--int8", help="Write graphs with quantized weights, too.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Image folder with captions to compare on; by default 200 drawn scenes."),
+    ] = None,
+    as_json: AsJson = False,
+):
+    """Export image and text vectors as ONNX, for any batch and length, and compare them with the model's."""
+    with work():
+        from mmgem.training.data.image_folder import read_image_folder
+        from mmgem.training.data.rows import captions_of
+        from mmgem.training.onnx_export import export_onnx
+        from mmgem.training.scenes.dataset import SceneDataset
+
+        dataset = SceneDataset(2_000_000, 200) if data is None else read_image_folder(data)
+        rows = [dataset[number] for number in range(len(dataset))]
+        pairs = [(row["image"], captions_of(row)[0]) for row in rows if captions_of(row)]
+        loaded, processor = load_model(model)
+        images, texts = [image for image, _ in pairs], [text for _, text in pairs]
+        report = export_onnx(loaded.cpu(), processor, out, images, texts, int8)
+    result = report._asdict() | {"files": [str(file) for file in report.files]}
+    lines = [*result["files"], f"At most {report.difference:.1e} from the model, on {len(pairs)} images and texts"]
+    if int8:
+        lines.append(f"recall@1 {report.recall:.3f}, with int8 {report.int8_recall:.3f}")
+    answer(result, as_json, lines)
+
+
 app.command(cls=cli_index.IndexCommand)(cli_index.index)
 app.command()(cli_index.search)
 app.command()(cli_index.ask)

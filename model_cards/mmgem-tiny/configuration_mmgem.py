@@ -16,15 +16,25 @@ AUTO_MAP = {
     "AutoModel": MODEL_CLASS,
     "AutoModelForCausalLM": MODEL_CLASS,
     "AutoModelForImageTextToText": MODEL_CLASS,
+    "AutoModelForMultimodalLM": MODEL_CLASS,
     "AutoModelForZeroShotImageClassification": MODEL_CLASS,
 }
-# transformers 5 has no stock image-to-text task; `pipeline` looks here before it looks among its own.
+# transformers 5 has no stock image-to-text task, and some of the others do not fit; `pipeline` looks here first.
 CUSTOM_PIPELINES = {
-    "image-to-text": {
-        "impl": "pipeline_mmgem.MMGEMImageToTextPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-        "type": "multimodal",
-    }
+    task: {"impl": f"pipeline_mmgem.MMGEM{name}Pipeline", "pt": [auto_class], "type": kind}
+    for task, name, auto_class, kind in (
+        ("image-to-text", "ImageToText", "AutoModelForImageTextToText", "multimodal"),
+        ("image-text-to-text", "ImageTextToText", "AutoModelForImageTextToText", "multimodal"),
+        ("any-to-any", "ImageTextToText", "AutoModelForMultimodalLM", "multimodal"),  # the stock one needs torchvision
+        (
+            "zero-shot-image-classification",
+            "ZeroShotImageClassification",
+            "AutoModelForZeroShotImageClassification",
+            "multimodal",
+        ),
+        ("image-feature-extraction", "ImageFeatureExtraction", "AutoModel", "image"),
+        ("feature-extraction", "FeatureExtraction", "AutoModel", "text"),
+    )
 }
 DEPTHS, MAX_DEPTH = re.compile("layers|depth|blocks|experts"), 10_000  # parts of a model that are made one by one
 GridLayout = Literal["tokens", "channels_first", "channels_last"]

@@ -28,8 +28,9 @@ class ImageVectors(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., n, C) visual tokens -> (..., k, C)"""
         keys = self.key(self.norm(tokens))  # (..., n, C)
-        scores = (self.queries @ keys.mT).float() / keys.shape[-1] ** 0.5  # (..., k - 1, n)
-        leaves = F.logsigmoid(-scores)  # (..., k - 1, n)
+        scores = (self.queries @ keys.transpose(-1, -2)).float() / keys.shape[-1] ** 0.5  # (..., k - 1, n)
+        # The logarithm of a sigmoid is -softplus(-x), which no export turns into one of 0.
+        leaves = -F.softplus(scores)  # (..., k - 1, n)
         left = leaves.cumsum(-2) - leaves  # (..., k - 1, n), of each token, by the queries before
-        weights = (F.logsigmoid(scores) + left).softmax(-1).to(tokens.dtype)  # (..., k - 1, n)
+        weights = (left - F.softplus(-scores)).softmax(-1).to(tokens.dtype)  # (..., k - 1, n)
         return torch.cat([tokens.mean(-2, keepdim=True), weights @ tokens], dim=-2)  # (..., k, C)

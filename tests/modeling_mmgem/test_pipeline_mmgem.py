@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import build_model
 from transformers import pipeline
 
 from mmgem.pipeline_mmgem import MMGEMImageToTextPipeline
+from mmgem.processing import save_sentence_transformer
 
 
 @pytest.fixture(scope="module")
@@ -106,26 +108,23 @@ def test_it_is_loaded_from_the_folder(folder, describe, photos):
 
 
 def test_stock_pipelines(folder, tiny_model, tiny_processor, photos):
-    def load(task):
-        return pipeline(task, model=folder, trust_remote_code=True, device="cpu")
-
     inputs = tiny_processor(images=photos[0], text=["a star", "a moon"], return_tensors="pt")
     with torch.no_grad():
         scores = tiny_model(**inputs).logits_per_image.softmax(-1)[0].tolist()
         embedding = tiny_model.get_image_features(inputs.pixel_values).pooler_output
 
-    answers = load("zero-shot-image-classification")(
+    answers = load("zero-shot-image-classification", folder)(
         photos[0], candidate_labels=["star", "moon"], hypothesis_template="a {}"
     )
     assert {row["label"]: row["score"] for row in answers} == pytest.approx(
         dict(zip(["star", "moon"], scores)), abs=1e-5
     )
 
-    features = load("image-feature-extraction")(photos[0], pool=True, return_tensors=True)
+    features = load("image-feature-extraction", folder)(photos[0], pool=True, return_tensors=True)
     assert torch.allclose(features, embedding, atol=1e-5)
 
     expected = generate(tiny_model, tiny_processor, photos[0], "<image>a red")
-    ask = load("image-text-to-text")
+    ask = load("image-text-to-text", folder)
     contents = [{"type": "image", "image": photos[0]}, {"type": "text", "text": "a red"}]
     options = {"max_new_tokens": 6, "return_full_text": False}
     for result in (
@@ -133,6 +132,65 @@ def test_stock_pipelines(folder, tiny_model, tiny_processor, photos):
         ask(images=photos[0], text="<image>a red", **options),
     ):
         assert result[0]["generated_text"].strip() == expected
+
+
+def load(task: str, folder):
+    return pipeline(task, model=str(folder), trust_remote_code=True, device="cpu")
+
+
+def test_several_vectors_of_a_picture_are_pooled_to_the_first(tiny_processor, photos, tmp_path):
+    model = build_model(num_embedding_tokens=3, embedding_pooling="multi_vector")
+    save_sentence_transformer(model, tiny_processor, tmp_path)
+    with torch.no_grad():
+        embedding = model.get_image_features(**tiny_processor(images=photos[0], return_tensors="pt")).pooler_output
+        texts = model.get_text_features(**tiny_processor(text="a star", return_tensors="pt")).pooler_output
+    features = load("image-feature-extraction", tmp_path)(photos[0], pool=True, return_tensors=True)
+    torch.testing.assert_close(features, embedding[:, 0])
+    torch.testing.assert_close(load("feature-extraction", tmp_path)("a star", return_tensors=True), texts)
+
+
+def test_features_of_texts_are_embeddings(folder, tiny_model, tiny_processor):
+    texts = ["a star", "two moons and a star"]
+    embeddings = [
+        tiny_model.get_text_features(**tiny_processor(text=text, return_tensors="pt")).pooler_output for text in texts
+    ]
+    features = load("feature-extraction", folder)(texts, batch_size=2)
+    torch.testing.assert_close(torch.tensor(features), torch.stack(embeddings))
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "transparent"])
+def test_every_pipeline_sees_the_picture_that_the_processor_sees(folder, tiny_model, tiny_processor, kind, tmp_path):
+    rng, path = np.random.default_rng(0), str(tmp_path / "picture.png")
+    if kind == "16 bits":
+        Image.fromarray(rng.integers(0, 65536, (40, 60), dtype=np.uint16)).save(path)
+    else:
+        Image.fromarray(rng.integers(0, 256, (40, 60, 4), dtype=np.uint8)).save(path)
+    inputs = tiny_processor(images=path, text=["a star", "a moon"], return_tensors="pt")
+    with torch.no_grad():
+        outputs = tiny_model(**inputs)
+        tokens = tiny_model.get_image_features(inputs.pixel_values).last_hidden_state
+    torch.testing.assert_close(load("image-feature-extraction", folder)(path, return_tensors=True), tokens)
+    answers = load("zero-shot-image-classification", folder)(
+        path, candidate_labels=["a star", "a moon"], hypothesis_template="{}"
+    )
+    scores = dict(zip(["a star", "a moon"], outputs.logits_per_image.softmax(-1)[0].tolist()))
+    assert {row["label"]: row["score"] for row in answers} == pytest.approx(scores, abs=1e-5)
+
+    expected = generate(tiny_model, tiny_processor, path, "<image>a red")
+    options = {"max_new_tokens": 6, "return_full_text": False}
+    chat = [{"role": "user", "content": [{"type": "image", "path": path}, {"type": "text", "text": "a red"}]}]
+    for task in ("image-text-to-text", "any-to-any"):
+        ask = load(task, folder)
+        for result in (ask(images=path, text="<image>a red", **options), ask(text=chat, **options)):
+            assert result[0]["generated_text"].strip() == expected
+
+
+def test_a_prompt_without_a_place_for_its_picture_is_refused(folder, tiny_model, tiny_processor, photos):
+    message = "`pixel_values` came, but `input_ids` has no image placeholders; expected a prompt"
+    with pytest.raises(ValueError, match=message):
+        load("image-text-to-text", folder)(images=photos[0], text="what is it?")
+    with pytest.raises(ValueError, match=message):
+        tiny_model.generate(**tiny_processor(images=photos[0], text="what is it?", return_tensors="pt"))
 
 
 FRESH_PROCESS = """

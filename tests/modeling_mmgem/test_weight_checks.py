@@ -69,7 +69,7 @@ def test_a_pipeline_does_not_fill_up_weights_either(folder, tiny_processor):
     tiny_processor.save_pretrained(folder)
     change_weights(folder, embedding_tokens=None)
     with pytest.raises(ValueError, match="lacks the weights embedding_tokens"):
-        pipeline("image-feature-extraction", model=str(folder), trust_remote_code=False)
+        pipeline("image-feature-extraction", model=str(folder), trust_remote_code=True)
 
 
 def test_many_missing_weights_are_counted(folder):

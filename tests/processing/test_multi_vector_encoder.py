@@ -219,3 +219,16 @@ def test_what_a_sentence_transformer_saves_scores_as_before(folder, encoder, tmp
     embeddings = encoder.encode(TEXTS), encoder.encode([PHOTO, FUSED])
     assert close(again.similarity(*embeddings), torch.as_tensor(encoder.similarity(*embeddings)))
     assert SentenceTransformer(str(tmp_path / "again"), **LOADING).similarity_fn_name == "cosine"
+
+
+def test_an_image_asks_with_the_vector_of_the_whole(encoder, expected):
+    image, text, fused = expected["image"], expected["texts"][2:], expected["fused"]
+    embeddings = encoder.encode_query([PHOTO, REGION, FUSED])
+    assert [len(vectors) for vectors in embeddings] == [1, 1, NUM_VECTORS]
+    assert close(embeddings[0], image[0, :1]) and close(embeddings[1], expected["region"][0, :1])
+    assert close(encoder.encode_query([PHOTO]), image[:, :1])
+    assert close(encoder.encode_query([PHOTO], num_vectors=2), image[:, :2])
+    assert close(encoder.encode_document([PHOTO, FUSED]), torch.cat([image, fused]))
+    documents = encoder.encode_document(TEXTS[2:])
+    scores = encoder.similarity(encoder.encode_query([PHOTO]), documents)
+    assert close(scores, (image[:, :1] @ text.mT).amax(-1))

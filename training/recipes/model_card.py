@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -26,7 +27,9 @@ def write_model_card(
         log_history: The entries that the trainers logged, stage after stage.
     """
     name = folder.resolve().name
-    data = f"Measured on `{recipe.eval_data}`." if metrics else "Not measured: the recipe has no `eval_data`."
+    data = "Not measured: the recipe has no `eval_data`."
+    if metrics and recipe.eval_data is not None:
+        data = f"Measured on {_data_name(recipe.eval_data)}."
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=name,
         vision=model.config.vision_config.model_type,
@@ -45,12 +48,16 @@ def write_model_card(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["mmgem", "sentence-transformers", "image-feature-extraction", "image-to-text", "feature-extraction"],
+        tags=[
+            *("mmgem", "sentence-transformers", "image-feature-extraction", "image-to-text", "feature-extraction"),
+            *("zero-shot-image-classification", "any-to-any"),
+            *(["multi-vector"] if model.config.is_multi_vector else []),
+        ],
         eval_results=[
             EvalResult(
                 task_type="image-text-to-text",
                 dataset_type="image-folder",
-                dataset_name=str(recipe.eval_data),
+                dataset_name=_data_name(recipe.eval_data or {}),
                 metric_type=measure,
                 metric_value=round(value, 4),
             )
@@ -59,6 +66,15 @@ def write_model_card(
         or None,
     )
     ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def _data_name(section: Mapping[str, Any]) -> str:
+    """What a person calls a data section: its folder or name, or what is drawn."""
+    if "scenes" in section:
+        return "drawn scenes, " + ", ".join(f"{name} {value}" for name, value in section["scenes"].items())
+    where = next(iter(section.values()), "")
+    parts = [where, *(section[name] for name in ("name", "split") if name in section)]
+    return ", ".join(Path(part).name if isinstance(part, Path) else str(part) for part in parts)
 
 
 def _describe_losses(recipe: Recipe, log_history: list[dict]) -> str:
@@ -74,7 +90,8 @@ def _describe_embedding(config) -> str:
         return width
     return (
         f"{count} nested vectors of {width} (with sentence-transformers by `MultiVectorEncoder`; "
-        "`SentenceTransformer` gives the first of them)"
+        "`SentenceTransformer` gives the first of them); MaxSim was trained with texts that ask, and where an image "
+        "is the query, its first vector asks"
     )
 
 

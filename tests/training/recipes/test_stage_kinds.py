@@ -1,6 +1,7 @@
 """A kind of stage is a class and a line in a table: everything that a run asks of a stage, it asks the kind."""
 
 import pytest
+from huggingface_hub import ModelCard
 from tiny_models import build_model
 
 from mmgem.modeling_mmgem import MMGEMModel
@@ -68,3 +69,25 @@ def test_a_kind_chooses_the_arguments_the_trainer_and_the_words_of_the_card(sect
     assert type(trainer) is MMGEMTrainer and trainer.data_collator.prompts == model.config.prompts == prompts
     write_model_card(tmp_path, model, recipe, {}, [{"stage": "say", "caption_loss": 0.5}])
     assert "The loss of what it says ended at 0.500." in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        ({"scenes": {"seed": 1, "count": 5}}, "drawn scenes, seed 1, count 5"),
+        ({"folder": "photos/held-out"}, "photos/held-out"),
+        (
+            {"dataset": "nlphuji/flickr30k", "split": "test", "columns": {"captions": "caption"}},
+            "nlphuji/flickr30k, test",
+        ),
+    ],
+)
+def test_the_card_calls_the_data_by_its_name(sections, section, name, tmp_path):
+    recipe = parse_recipe(sections | {"eval_data": section})
+    model = build_model(num_embedding_tokens=2, embedding_pooling="multi_vector")
+    write_model_card(tmp_path, model, recipe, {"text_to_image_recall@1": 0.5}, [])
+    card = ModelCard.load(tmp_path / "README.md")
+    [result] = card.data.eval_results
+    assert (result.dataset_name, result.metric_value) == (name, 0.5)
+    assert {"multi-vector", "feature-extraction"} <= set(card.data.tags)
+    assert f"Measured on {name}." in card.text and "its first vector asks" in card.text

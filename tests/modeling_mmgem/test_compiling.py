@@ -1,0 +1,91 @@
+"""Compiled in one graph, every path gives what it gives uncompiled; exported, for every batch and length."""
+
+import pytest
+import torch
+from tiny_models import IMAGE_SIZE, build_model
+from transformers import CompileConfig
+
+COMPILED = {"fullgraph": True, "backend": "eager"}
+SEVERAL = {"num_embedding_tokens": 3, "embedding_pooling": "multi_vector"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, torch.Tensor]:
+    """Three images, three texts of up to 7 tokens, and as prompts after their image."""
+    torch.manual_seed(0)
+    ids = torch.randint(2, 300, (3, 7))
+    return {
+        "pixel_values": torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE),
+        "input_ids": ids,
+        "attention_mask": (torch.arange(7) < torch.tensor([[7], [5], [3]])).long(),
+        "prompt": torch.cat([torch.ones(3, 4, dtype=torch.long), ids], dim=1),
+        "boxes": torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.9, 0.9]]] * 3),
+    }
+
+
+PATHS = {
+    "image": lambda model, x: model.get_image_features(x["pixel_values"]).pooler_output,
+    "boxes": lambda model, x: model.get_image_features(x["pixel_values"], x["boxes"]).pooler_output,
+    "text": lambda model, x: model.get_text_features(x["input_ids"], x["attention_mask"]).pooler_output,
+    "fused": lambda model, x: model.get_multimodal_features(x["prompt"], None, x["pixel_values"]).pooler_output,
+    "forward of images": lambda model, x: model(pixel_values=x["pixel_values"]).pooler_output,
+    "forward of a text": lambda model, x: model(input_ids=x["input_ids"]).logits,
+    "forward of pairs": lambda model, x: model(x["input_ids"], x["pixel_values"], x["attention_mask"]).logits_per_text,
+    "forward of prompts": lambda model, x: model(x["prompt"], x["pixel_values"], labels=x["prompt"]).loss,
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@torch.no_grad()
+def test_full_graph_gives_the_same(path, inputs):
+    assert type(build_model())._can_compile_fullgraph
+    for config in ({}, SEVERAL) if path in ("image", "text") else ({},):
+        model = build_model(**config)
+        compiled = torch.compile(lambda x, m=model: PATHS[path](m, x), **COMPILED)
+        torch.testing.assert_close(compiled(inputs), PATHS[path](model, inputs))
+
+
+@torch.no_grad()
+def test_graph_of_prompts_refuses_texts_that_are_only_compared(inputs):
+    model = build_model()
+    compiled = torch.compile(lambda ids: model(input_ids=ids, pixel_values=inputs["pixel_values"]), **COMPILED)
+    assert compiled(inputs["prompt"]).logits is not None
+    with pytest.raises(RuntimeError):
+        compiled(inputs["prompt"] + 1)
+
+
+def test_compiled_generation_writes_the_same(inputs):
+    model = build_model()
+    settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(inputs["prompt"])}
+    settings |= {"input_ids": inputs["prompt"], "pixel_values": inputs["pixel_values"]}
+    compile_config = CompileConfig(**COMPILED, mode=None)
+    compile_config._compile_all_devices = True
+    written = model.generate(**settings, cache_implementation="static", compile_config=compile_config)
+    assert torch.equal(written, model.generate(**settings))
+
+
+@pytest.mark.parametrize("config", [{}, SEVERAL], ids=["one vector", "three"])
+@torch.no_grad()
+def test_exported_program_takes_every_batch_and_length(config, inputs):
+    class Vectors(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build_model(**config)
+
+        def forward(self, pixel_values, input_ids, attention_mask):
+            images, texts = self.model.get_image_features(pixel_values), self.model.get_text_features
+            return images.pooler_output, texts(input_ids, attention_mask).pooler_output
+
+    module, dynamic = Vectors(), torch.export.Dim.DYNAMIC
+    shapes = {"pixel_values": {0: dynamic}} | dict.fromkeys(["input_ids", "attention_mask"], {0: dynamic, 1: dynamic})
+    given = [inputs[name] for name in shapes]
+    program = torch.export.export(module.eval(), tuple(given), dynamic_shapes=shapes).module()
+    others = torch.randn(5, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randint(2, 300, (2, 90)), torch.ones(2, 90).long()
+    for arguments in (given, others):
+        for actual, expected in zip(program(*arguments), module(*arguments)):
+            torch.testing.assert_close(actual, expected)
