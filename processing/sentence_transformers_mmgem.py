@@ -35,6 +35,10 @@ class MMGEMTransformer(Transformer):
     `get_image_features` (no layer of the language model runs), images with texts to `get_multimodal_features`, and the
     embeddings are put back in order.
 
+    A text that somebody else wrote, such as the query of a visitor, is given as `{"text": query}`: that is a text in
+    any case. A plain string is an image if it is the path or URL of one, and so may name any image that this machine
+    can read; URLs are fetched only after `encoder[0].processor.allow_urls = True`, or a list of hosts.
+
     An input is a text; an image (PIL, an array or tensor of 3 dimensions, bytes, a `pathlib.Path`, or a string that
     is the path or URL of an image file, as sentence-transformers decides); `{"image": ..., "text": ...}` with one
     image or a list of them; one of these dictionaries with `"boxes"`, `[[x0, y0, x1, y1], ...]` in pixels, for several

@@ -23,16 +23,15 @@ import os
 import stat
 import struct
 from collections.abc import Mapping
-from http.client import HTTPException
 from io import BytesIO
 from typing import Any, NamedTuple
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-URL_TIMEOUT = 30.0  # seconds
+from .url_fetching import AllowedURLs, fetch, is_url
+
 DEPTHS = (8, 10, 12, 14, 16)  # bits of grey that cameras and scanners give
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 MAX_PIXELS = 1 << 28  # 268 megapixels; phones take pictures of 200
@@ -42,21 +41,27 @@ SHORTEST_BASE64 = 64  # characters; no image file is smaller, and few paths are 
 
 
 def load_image(
-    source, name: str = "image", max_pixels: int = MAX_PIXELS, shorter_side: int | None = None
+    source,
+    name: str = "image",
+    max_pixels: int = MAX_PIXELS,
+    shorter_side: int | None = None,
+    allow_urls: AllowedURLs = False,
 ) -> Image.Image:
     """Loads one picture.
 
     Args:
-        source: A `PIL.Image.Image`; a path (`str` or `os.PathLike`); an `http(s)://` URL; a `data:image/...` URI or
-            the base64 text of an image file; the `bytes` of an image file; a numpy array or torch tensor of shape
-            `(H, W)`, `(H, W, C)` or `(C, H, W)` with C in 1..4, of floats in [0, 1], integers in [0, 255], 16-bit
-            unsigned integers (of 8, 10, 12, 14 or 16 bits, see above) or booleans. Where both layouts fit, an array is
-            read as `(H, W, C)` and a tensor as `(C, H, W)`.
+        source: A `PIL.Image.Image`; a path (`str` or `os.PathLike`); an `http(s)://` URL, if `allow_urls` says so; a
+            `data:image/...` URI or the base64 text of an image file; the `bytes` of an image file; an array or tensor
+            of shape `(H, W)`, `(H, W, C)` or `(C, H, W)` with C in 1..4, of floats in [0, 1], integers in
+            [0, 255], 16-bit unsigned integers (of 8, 10, 12, 14 or 16 bits, see above) or booleans. Where both layouts
+            fit, an array is read as `(H, W, C)` and a tensor as `(C, H, W)`.
         name: What error messages call the picture.
         max_pixels: The most pixels that a file may have. PIL's own limit is not asked.
         shorter_side: Lets the picture be scaled down by a whole number, by as much as leaves its shorter side this
             many pixels or more; by default it is not. JPEG is decoded at 1/2, 1/4 or 1/8, which takes a fraction of
             the time and memory; of all else, and of what is still too large, blocks of pixels are averaged.
+        allow_urls: Whether URLs are fetched: False, True for hosts with a public address, or a list of hosts; see
+            `url_fetching.fetch`.
 
     Returns:
         An RGB image, decoded, EXIF rotation applied, transparency laid on white; of an animation the current frame,
@@ -66,7 +71,7 @@ def load_image(
         FileNotFoundError: The path is not there.
         TypeError: `source` is none of the kinds above.
         ValueError: The file is empty, truncated, not an image, no regular file, larger than `MAX_BYTES` or than
-            `max_pixels`, the URL does not answer, or the array has NaN, a wrong shape or range.
+            `max_pixels`, the URL is not allowed or does not answer, or the array has NaN, a wrong shape or range.
     """
     label = f"`{name}`"
     if isinstance(source, Image.Image):
@@ -76,7 +81,7 @@ def load_image(
     if isinstance(source, (str, os.PathLike)):
         shown = repr(os.fspath(source))
         label = f"{label} ({shown if len(shown) <= 200 else shown[:100] + '…'})"
-        source = _read(source, label)
+        source = _read(source, label, allow_urls)
     if isinstance(source, (bytes, bytearray)):
         return open_picture(bytes(source), label, max_pixels, shorter_side).decode()
     raise TypeError(
@@ -84,15 +89,10 @@ def load_image(
     )
 
 
-def _read(source: str | os.PathLike, label: str) -> bytes:
+def _read(source: str | os.PathLike, label: str, allow_urls: AllowedURLs) -> bytes:
     """The bytes that a URL, a path or base64 text stands for."""
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        try:
-            # Some hosts refuse the default agent of urllib.
-            with urlopen(Request(source, headers={"User-Agent": "mmgem"}), timeout=URL_TIMEOUT) as response:
-                return response.read()
-        except (OSError, ValueError, HTTPException) as error:
-            raise ValueError(f"{label} cannot be fetched: {error}; expected the URL of an image.") from error
+    if isinstance(source, str) and is_url(source):
+        return fetch(source, label, allow_urls)
     try:
         return read_file(source)
     except (OSError, ValueError) as error:  # base64 text is no possible file name

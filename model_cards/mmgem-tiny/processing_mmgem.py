@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER, AddedToken
 
 from .boxes import boxes_in_view, check_boxes, model_views
 from .image_loading import load_image
+from .url_fetching import AllowedURLs
 
 if TYPE_CHECKING:
     # The Hub folder carries the module of sentence-transformers because it stands here: files are collected by their
@@ -102,6 +103,9 @@ class MMGEMProcessor(ProcessorMixin):
     `tokenizer.model_max_length` says how long a text may be, beside one image, and is saved. Longer ones are cut; the
     first is logged, and `cut_texts` counts them. What a call says otherwise holds for this call.
 
+    Pictures that are given as URLs are fetched only after `processor.allow_urls = True`, or a list of hosts, see
+    `load_image`. It is not saved.
+
     Args:
         image_processor: The vision tower's, for `(B, 3, H, W)` pixel values.
         tokenizer: The language model's; it must have a padding token and `image_token` in its vocabulary.
@@ -116,6 +120,7 @@ class MMGEMProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = MMGEMProcessorKwargs  # type: ignore[assignment]
+    allow_urls: AllowedURLs
 
     def __init__(
         self,
@@ -139,6 +144,7 @@ class MMGEMProcessor(ProcessorMixin):
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         _forget_calls(tokenizer)
         self.cut_texts = 0
+        self.allow_urls = False  # of this process, and not saved
         self.num_visual_tokens = num_visual_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -491,7 +497,7 @@ class MMGEMProcessor(ProcessorMixin):
             images = _flatten(images)
             if not images:
                 raise ValueError("`images` is empty; expected at least one image, or None.")
-            images = [load_image(image, f"images[{i}]") for i, image in enumerate(images)]
+            images = [load_image(image, f"images[{i}]", allow_urls=self.allow_urls) for i, image in enumerate(images)]
         return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, boxes=None, **kwargs):

@@ -255,3 +255,12 @@ def test_the_limit_of_a_text_is_the_users_and_is_saved(encoder, folder, tiny_mod
     for each in (encoder, saved, by_argument):
         assert each.max_seq_length == 4 and close(each.encode([text]), cut)
     assert not close(whole[None], cut)
+
+
+def test_a_text_in_a_dictionary_is_a_text_whatever_it_names(encoder, tiny_model, tiny_processor):
+    for text in ("photo.png", "http://127.0.0.1/photo.png"):
+        with torch.no_grad():
+            output = tiny_model.get_text_features(**tiny_processor(text=text, return_tensors="pt"))
+        assert close(encoder.encode([{"text": text}]), torch.nn.functional.normalize(output.pooler_output, dim=-1))
+    with pytest.raises(ValueError, match="fetching is off"):
+        encoder.encode(["http://127.0.0.1/photo.png"])

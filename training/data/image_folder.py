@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from mmgem.processing.image_loading import load_image
+from mmgem.training.data.paths import inside
 from mmgem.training.data.rows import CAPTION_COLUMNS, ColumnName, check_columns, edited_file_of, map_columns
 from mmgem.training.data.sources import Source
 from mmgem.training.json_text import read_json
@@ -38,7 +39,9 @@ class ImageFolderDataset(Dataset):
         return fields | {name: load_image(self.folder / file, file) for name, file in files.items() if file}
 
 
-def read_image_folder(path: str | Path, columns: Mapping[str, ColumnName] | None = None) -> ImageFolderDataset:
+def read_image_folder(
+    path: str | Path, columns: Mapping[str, ColumnName] | None = None, allow_outside_paths: bool = False
+) -> ImageFolderDataset:
     """Read an image folder in the layout of `datasets`' imagefolder, and checks all of it.
 
     Its `metadata.jsonl` has one JSON object a line: `file_name`, relative to the folder, and `captions` (a list) or
@@ -48,6 +51,7 @@ def read_image_folder(path: str | Path, columns: Mapping[str, ColumnName] | None
     Args:
         path: The folder.
         columns: For a column of ours the name it has in the metadata.
+        allow_outside_paths: Whether `file_name` may lead out of the folder.
 
     Returns:
         Rows with `image` (PIL, RGB, upright), the fields of the line, and `captions` in any case. Beside an `edit`,
@@ -66,7 +70,16 @@ def read_image_folder(path: str | Path, columns: Mapping[str, ColumnName] | None
     for where, fields in lines:
         if isinstance(fields, str):
             raise ValueError(fields)
-        rows.append(_check_fields(fields, columns or {}, metadata.parent, where))
+        fields = _check_fields(fields, columns or {}, where)
+        for file in (fields["file_name"], fields.get("edited_image")):
+            if (
+                file is not None
+                and not (metadata.parent / (file if allow_outside_paths else inside(file, where))).is_file()
+            ):
+                raise FileNotFoundError(
+                    f"{where} names {file}, which is not in {metadata.parent}; expected an image file."
+                )
+        rows.append(fields)
     return ImageFolderDataset(metadata.parent, rows)
 
 
@@ -165,9 +178,7 @@ def _read_cell(cell: str) -> Any:
     return cell
 
 
-def _check_fields(
-    fields: dict[str, Any], columns: Mapping[str, ColumnName], folder: Path, where: str
-) -> dict[str, Any]:
+def _check_fields(fields: dict[str, Any], columns: Mapping[str, ColumnName], where: str) -> dict[str, Any]:
     fields = map_columns(fields, columns, where)
     if isinstance(fields.get("image"), str):
         fields["file_name"] = fields.pop("image")
@@ -177,9 +188,8 @@ def _check_fields(
         raise ValueError(f"{where} has `edit` {fields['edit']!r:.80}; expected an object with an `instruction`.")
     if "edit" in fields and "edited_image" not in {*fields, *columns}:
         fields["edited_image"] = edited_file_of(fields)
-    for file in (fields["file_name"], fields.get("edited_image")):
-        if file is not None and not (folder / str(file)).is_file():
-            raise FileNotFoundError(f"{where} names {file}, which is not in {folder}; expected an image file.")
+    if not isinstance(fields.get("edited_image"), str | None):
+        raise ValueError(f"{where} has `edited_image` {fields['edited_image']!r:.80}; expected the name of a file.")
     captions = next((fields[column] for column in CAPTION_COLUMNS if fields.get(column)), None)
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
@@ -212,7 +222,7 @@ class FolderSource(Source):
         return len(self._lines)
 
     def checked(self) -> ImageFolderDataset:
-        return read_image_folder(self.folder, self.columns)
+        return read_image_folder(self.folder, self.columns, self.allow_outside_paths)
 
     def key(self, index: int) -> str:
         where, _ = self._lines[index]

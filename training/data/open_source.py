@@ -23,6 +23,10 @@ KINDS = {
 }
 
 
+# What rows, which others may have written, are allowed beside the files of the data.
+SAFETY = ("allow_urls", "allow_outside_paths")
+
+
 def check_section(section: object, where: str) -> None:
     """Refuse a data section that cannot be used, before anything is read.
 
@@ -39,11 +43,13 @@ def check_section(section: object, where: str) -> None:
     assert isinstance(section, Mapping)
     kinds = [kind for kind in KINDS if kind in section]
     keys = [key for kind in kinds or KINDS for key in inspect.signature(_opener(kind)).parameters]
-    check_keys(section, dict.fromkeys([*keys, "prompt_name", "weight"]), where)
+    check_keys(section, dict.fromkeys([*keys, "prompt_name", "weight", *SAFETY]), where)
     if len(kinds) != 1:
         raise ValueError(f"{where} is {dict(section)!r:.200}; expected one of {', '.join(KINDS)}.")
     arguments, opener = dict(section), _opener(kinds[0])
     weight, columns = arguments.pop("weight", 1), arguments.pop("columns", {})
+    check_type(arguments.pop("allow_urls", False), bool | list[str], f"`allow_urls` in {where}")
+    check_type(arguments.pop("allow_outside_paths", False), bool, f"`allow_outside_paths` in {where}")
     check_type(arguments.pop("prompt_name", None), str | None, f"`prompt_name` in {where}")
     check_type(weight, float, f"`weight` in {where}")
     if not 0 <= weight < math.inf:
@@ -62,7 +68,8 @@ def open_source(section: Mapping[str, Any]) -> Source:
 
     A section has one kind of data. It may have `columns`, for a column of ours the name it has there, or a list of
     several (`queries: [captions_de, captions_zh]`), and `prompt_name`, the model's prompt that stands before the texts
-    of its rows where they are embedded.
+    of its rows where they are embedded. Images are fetched from URLs only with `allow_urls: true` or a list of hosts,
+    and read out of the folder of the data only with `allow_outside_paths: true`.
 
     | kind | data |
     |---|---|
@@ -83,12 +90,14 @@ def open_source(section: Mapping[str, Any]) -> Source:
     """
     check_section(section, "data section")
     kind = next(kind for kind in KINDS if kind in section)
-    arguments = {key: value for key, value in section.items() if key not in ("prompt_name", "weight")}
+    arguments = {key: value for key, value in section.items() if key not in ("prompt_name", "weight", *SAFETY)}
     opener = _opener(kind)
     if (made := _class_of(opener, kind)) is not None:
         arguments[kind] = made(**arguments[kind])
     source = opener(**arguments)
     source.prompt_name = section.get("prompt_name")
+    for name in SAFETY:
+        setattr(source, name, section.get(name, getattr(source, name)))
     return source
 
 

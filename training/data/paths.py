@@ -1,7 +1,8 @@
-"""The files that patterns in a recipe mean."""
+"""The files that patterns in a recipe mean, and paths that others wrote into data."""
 
 import glob
 import re
+from pathlib import PurePosixPath, PureWindowsPath
 
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -29,3 +30,22 @@ def expand_paths(patterns: str | list[str], where: str) -> list[str]:
                 raise FileNotFoundError(f"{where} is {path!r}, where there is no file; expected one or more.")
             paths += found
     return paths
+
+
+def inside(path: str, name: str) -> str:
+    """Return a path that data name, if it stays below the folder that it is relative to.
+
+    Args:
+        path: The path.
+        name: The name of the image in errors.
+
+    Raises:
+        ValueError: If it is absolute, on any system, or has `..` in it.
+    """
+    kinds = PurePosixPath(path), PureWindowsPath(path)
+    if any(kind.is_absolute() or kind.drive or ".." in kind.parts for kind in kinds):
+        raise ValueError(
+            f"{name} is {path!r:.200}, which may lead out of the folder; expected a path below it, or "
+            "`allow_outside_paths`."
+        )
+    return path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mmgem.training.data.paths import expand_paths
 from mmgem.training.data.rows import ColumnName, check_columns
@@ -87,6 +88,13 @@ class ShardSource(Source):
                 if suffix in _IMAGE_SUFFIXES:
                     fields.setdefault("image", data)
         return content | fields
+
+    def _load_image(self, image: Any, index: int) -> Image.Image:
+        if isinstance(image, str) and not image.startswith("data:"):
+            raise ValueError(
+                f"image of {self._row_name(index)} is {image!r:.200}, outside the shard; expected a file in it."
+            )
+        return super()._load_image(image, index)
 
     def _parts(self, index: int) -> list[tuple[str, bytes]]:
         """Names and contents of the files of a sample."""

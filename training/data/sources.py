@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 
 from mmgem.processing.boxes import check_boxes
 from mmgem.processing.image_loading import load_image
+from mmgem.processing.url_fetching import AllowedURLs, is_url
+from mmgem.training.data.paths import inside
 from mmgem.training.data.permutation import hash_numbers, permute
 from mmgem.training.data.rows import (
     CAPTION_COLUMNS,
@@ -37,7 +39,12 @@ class Source(Dataset):
     Attributes:
         damaged: Parts of the data that cannot be read at all, each with the reason.
         prompt_name: Name of the model's prompt that the rows have where they name none themselves, or None.
+        allow_urls: Whether images are fetched from URLs, see `load_image`.
+        allow_outside_paths: Whether paths of images may lead out of the folder that they are relative to.
     """
+
+    allow_urls: AllowedURLs = False
+    allow_outside_paths: bool = False
 
     def __init__(self, name: str, columns: Mapping[str, ColumnName] | None = None, folder: str | Path = ""):
         self.name = name
@@ -126,13 +133,15 @@ class Source(Dataset):
         if isinstance(image, Mapping):
             path = image.get("path")
             image, name = (path, name) if image.get("bytes") is None else (image["bytes"], f"{name} ({path})")
-        if isinstance(image, str) and "://" not in image and not image.startswith("data:"):
-            image = self.folder_of(index) / image
-        return load_image(image, name)
+        if isinstance(image, str) and not is_url(image) and not image.startswith("data:"):
+            image = self.folder_of(index) / (image if self.allow_outside_paths else inside(image, name))
+        return load_image(image, name, allow_urls=self.allow_urls)
 
 
 class DatasetSource(Source):
     """Any data set whose rows are mappings, and can be asked for by number, as a source.
+
+    The rows are the caller's own: their paths may lead anywhere.
 
     Args:
         dataset: Rows by number, such as a list.
@@ -141,6 +150,8 @@ class DatasetSource(Source):
     Raises:
         ValueError: If there are no rows, or their columns are not those meant.
     """
+
+    allow_outside_paths = True
 
     def __init__(self, dataset, name: str = "data", columns: Mapping[str, ColumnName] | None = None, folder=""):
         super().__init__(name, columns, folder)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mmgem.processing.url_fetching import is_url
 from mmgem.training.data.permutation import hash_numbers
 from mmgem.training.data.rows import ColumnName, check_columns
 from mmgem.training.data.sources import Source
@@ -171,7 +172,8 @@ class StreamSource(Source):
             raise RuntimeError(f"{self.name} broke off in epoch {epoch}: {error}") from error
 
     def _load_image(self, image: Any, index: int) -> Image.Image:
-        if isinstance(image, Mapping) and image.get("bytes") is None and "://" in str(image.get("path")):
+        path = str(image.get("path")) if isinstance(image, Mapping) and image.get("bytes") is None else ""
+        if "://" in path and not any(is_url(part) for part in path.split("::")):
             import datasets
 
             image = datasets.Image().decode_example(dict(image))  # a file on the Hub or in an archive

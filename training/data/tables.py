@@ -148,4 +148,6 @@ def open_dataset(
             data = data.to_iterable_dataset()
     else:
         data = datasets.load_dataset(dataset, name, split=split, streaming=streaming)
-    return StreamSource(data, dataset, columns) if streaming else TableSource(data, dataset, columns)
+    source = StreamSource(data, dataset, columns) if streaming else TableSource(data, dataset, columns)
+    source.allow_outside_paths = True  # the library has prepared them, and gives files by absolute paths
+    return source

@@ -13,6 +13,7 @@ from tiny_models import build_model
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.image_folder import FolderSource, read_image_folder
 from mmgem.training.data.mixture import Mixture
+from mmgem.training.data.open_source import open_source
 from mmgem.training.data.shards import ShardSource
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import DatasetSource
@@ -205,3 +206,41 @@ def test_calibration_leaves_out_what_training_does(tiny_processor):
     bad = [BAD_ROWS[name] for name in ("truncated", "surrogate", "empty caption")]
     report = calibrate(model, tiny_processor, [GOOD, *bad, other], skipped=skipped)
     assert skipped.counts() == {"rows": 3} and report.counts == {"text": 2, "image": 2, "fused": 2}
+
+
+OUTSIDE = ["../good.png", "/etc/good.png", "a/../../good.png", "C:\\good.png", "..\\good.png", "//host/good.png"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_paths_stay_below_their_folder(tmp_path, path):
+    (tmp_path / "good.png").write_bytes(png())
+    folder = write_folder(tmp_path / "folder", [{"file_name": path, "caption": "a star"}])
+    for read in (lambda: FolderSource(str(folder))[0], lambda: read_image_folder(folder)):
+        with pytest.raises(ValueError, match="may lead out of the folder; expected a path below it, or `allow_out"):
+            read()
+
+
+def test_paths_may_be_let_out_of_their_folder(tmp_path):
+    (tmp_path / "good.png").write_bytes(png())
+    folder = write_folder(tmp_path / "folder", [{"file_name": "../good.png", "caption": "a star"}])
+    source = open_source({"folder": str(folder), "allow_outside_paths": True})
+    assert source[0]["image"].size == source.checked()[0]["image"].size == (40, 40)
+
+
+@pytest.mark.parametrize("image", ["/etc/a.png", "a.png", "http://127.0.0.1/a.png", "file:///etc/a.png"])
+def test_a_shard_names_no_files_and_no_urls(tmp_path, image):
+    content = json.dumps({"image": image, "text": "a star"}).encode()
+    write_shard(tmp_path / "a.tar", [("0.json", content), ("1.json", content)])
+    source = open_source({"webdataset": str(tmp_path / "a.tar"), "allow_urls": True, "allow_outside_paths": True})
+    with pytest.raises(ValueError, match="outside the shard; expected a file in it"):
+        source[0]
+
+
+def test_rows_name_urls_only_where_they_may():
+    rows = [{"image": "http://127.0.0.1:9/a.png", "caption": "a star"}]
+    with pytest.raises(ValueError, match="fetching is off"):
+        DatasetSource(rows)[0]
+    source = DatasetSource(rows)
+    source.allow_urls = True
+    with pytest.raises(ValueError, match="which is no public address"):
+        source[0]
