@@ -33,7 +33,7 @@ class KnowingProcessor:
 
     image_token = "<image>"
     image_processor = None  # nothing is cropped
-    is_plain, prompt_kwargs = True, {}
+    is_plain, prompt_kwargs, allow_urls = True, {}, False
     pad = 0
 
     def prompt(self, text="", num_images=1):

@@ -93,7 +93,8 @@ class MMGEMCollator(TextDrawing):
         rows = list(rows)
         for number, (row, name) in enumerate(zip(rows, names, strict=True)):
             check_row(row, name)
-            images.append([load_image(image, f"image of {name}") for image in self.pictures_of(row)])
+            options: dict[str, Any] = {"name": f"image of {name}", "allow_urls": self.processor.allow_urls}
+            images.append([load_image(image, **options) for image in self.pictures_of(row)])
             own_views, own_keys = self._views_of(row, images[-1])
             shown.append(own_views)
             keys += own_keys

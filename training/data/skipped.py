@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgem.processing.image_loading import load_image
+from mmgem.processing.url_fetching import AllowedURLs
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def readable_rows(
     rows: Iterable[Mapping[str, Any]],
     skipped: SkippedLog,
     check: Callable[[Mapping[str, Any], int], object] = lambda row, number: None,
+    allow_urls: AllowedURLs = False,
 ) -> Iterator[Mapping[str, Any] | None]:
     """Read rows for evaluation as training does: one that cannot be used is left out, and noted by its number.
 
@@ -79,6 +81,7 @@ def readable_rows(
         rows: The rows; with a length and an index, or an iterable that itself does not fail.
         skipped: Where to note those that are left out.
         check: Raises an error for a row, given with its number, that cannot be used.
+        allow_urls: Whether images are fetched from URLs, see `load_image`.
 
     Yields:
         A row, its images decoded; None for one that is left out.
@@ -92,9 +95,10 @@ def readable_rows(
             check(row, number)
             for column in _PICTURES:
                 if row.get(column) is not None:
-                    row[column] = load_image(row[column], f"{column} of row {number}")
+                    row[column] = load_image(row[column], f"{column} of row {number}", allow_urls=allow_urls)
             if row.get("images"):
-                row["images"] = [load_image(image, f"image of row {number}") for image in row["images"]]
+                name = f"image of row {number}"
+                row["images"] = [load_image(image, name, allow_urls=allow_urls) for image in row["images"]]
         except UNREADABLE as error:
             skipped.add(skipped.rows_name, str(number), " ".join(str(error).split()) or type(error).__name__)
             yield None
