@@ -36,9 +36,9 @@ from mmgem.training.search.storage import (
     UNFINISHED,
     IndexFacts,
     StoredIndex,
-    count_parts,
     is_free,
     is_index,
+    next_part,
     read_index,
     remove_parts,
     write_index,
@@ -228,7 +228,7 @@ def _embed_files(
 ) -> None:
     """Embeds files into parts, each of which is there as a whole or not at all."""
     rows: list[dict[str, Any]] = []
-    part_numbers = count(count_parts(place))
+    part_numbers = count(next_part(place))
 
     def write_rows() -> None:
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}

@@ -312,9 +312,9 @@ def read_parts(place: Path) -> Iterator[IndexRows]:
                 yield rows
 
 
-def count_parts(place: Path) -> int:
-    """The number of parts, damaged ones included."""
-    return len(list(place.glob("part-*.json")))
+def next_part(place: Path) -> int:
+    """The number of the next part, after those that are there, damaged ones included."""
+    return 1 + max((int(path.stem.removeprefix("part-")) for path in place.glob("part-*.json")), default=-1)
 
 
 def remove_parts(place: Path) -> None:

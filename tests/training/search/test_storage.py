@@ -23,9 +23,9 @@ from mmgem.training.search.storage import (
     MANIFEST,
     ArrayFile,
     IndexFacts,
-    count_parts,
     is_free,
     is_index,
+    next_part,
     read_index,
     read_parts,
     verify_index,
@@ -317,9 +317,11 @@ def test_parts_are_there_as_a_whole_or_not_at_all(facts, tmp_path):
     (tmp_path / "embedding-part-000001.npy").write_bytes(content)
     (tmp_path / "rows-part-000003.parquet").write_bytes(b"killed while it was written")
     parts = list(read_parts(tmp_path))
-    assert [len(part) for part in parts] == [4, 4] and count_parts(tmp_path) == 3
+    assert [len(part) for part in parts] == [4, 4] and next_part(tmp_path) == 3
     np.testing.assert_array_equal(parts[1].arrays["embedding"][:], make_columns(4, seed=2)["embedding"])
     assert list(verify_index(tmp_path).damaged) == ["embedding-part-000001.npy"]
+    (tmp_path / "part-000000.json").unlink()  # as of one that could not be written
+    assert next_part(tmp_path) == 3 and next_part(tmp_path / "nowhere") == 0
 
 
 def test_only_own_files_make_a_place_free(tmp_path):
