@@ -27,7 +27,7 @@ from transformers.utils import (
 )
 
 from .configuration_mmgem import MMGEMConfig
-from .contrastive_batch import ContrastiveBatch, default_image_ids
+from .contrastive_batch import ContrastiveBatch, default_image_ids, is_distributed
 from .image_vectors import QUERY_STD, ImageVectors
 from .input_checks import check_boxes, checked_mask, is_box
 from .joint_step import JointStep
@@ -39,7 +39,14 @@ from .pool_aggregator import PoolAggregator, attention_heads
 from .sentence_transformers_files import write_sentence_transformers_files
 from .text_rows import TEXT_COLUMNS, TextRows, documents_text_columns, first_token_id, is_first_token
 from .tower_composition import DEFAULT_MAX_NEW_TOKENS, build_vision_tower, compose_towers
-from .vision_language_model import VisionLanguageModel, build_vlm, compose_from_vlm, read_prompt, without_layers
+from .vision_language_model import (
+    VisionLanguageModel,
+    build_vlm,
+    check_image_reading,
+    compose_from_vlm,
+    read_prompt,
+    without_layers,
+)
 from .weight_checks import check_room, check_whole, loading
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -451,15 +458,17 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, **positions
         ).last_hidden_state
 
-    def _how_it_reads(self) -> tuple[str | None, ...]:
-        config = self.config
-        return config.sequence_packing, config.text_attention, self.language_model.config._attn_implementation
+    def _how_it_reads(self) -> tuple[str | int | None, ...]:
+        config, attention = self.config, self.language_model.config._attn_implementation
+        return config.sequence_packing, config.text_attention, config.vlm_attention, config.vlm_pixel_dims, attention
 
     def _check_reading(self):
-        """Once for each way of reading: the language model does what the configuration says."""
+        """Once for each way of reading: the language model, and the VLM, do what the configuration says."""
         how = self._how_it_reads()
         if self._checked_reading not in (how, PROBING):
             check_reading(self)
+            if self.vlm is not None and not is_distributed():  # whose parameters may lie in shards
+                check_image_reading(self)
             self._checked_reading = how
 
     def _check_length(self, length: int):

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MoeModelOutputWithPast
 
-from .language_model_probe import agree, probe_language_model
+from .language_model_probe import agree, at_rest, probe_language_model
 from .patch_grid import find_grid
 from .text_rows import first_token_id
 from .tower_composition import DEFAULT_MAX_NEW_TOKENS, merged
@@ -204,24 +204,68 @@ def compose_from_vlm(
         model.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
     model.eval()
     model.config.sequence_packing = probe_language_model(model)
-    model._checked_reading = model._how_it_reads()
     find_image_reading(model, processor)
+    model._checked_reading = model._how_it_reads()
     return model
 
 
-@torch.no_grad()
 def find_image_reading(model: Any, processor: Any):
     """Find out how a VLM reads an image in a prompt, so that packed rows read it in the same way.
 
-    The states of a prompt and of two tokens written after it, as the VLM has them, are compared with those of a packed
-    row for each kind of attention. The answer goes to `vlm_pixel_dims` and `vlm_attention` of the configuration.
+    The answer goes to `vlm_token_type`, `vlm_pixel_dims` and `vlm_attention` of the configuration.
 
     Args:
         model: An `MMGEMModel` that began as a VLM.
         processor: The processor of the VLM, or its name, for the kinds of tokens that some VLMs tell apart; or None.
     """
+    config = model.config
+    if processor is not None and "token_type_ids" in inspect.signature(model.vlm.of(model).forward).parameters:
+        if isinstance(processor, str):
+            processor = AutoProcessor.from_pretrained(processor)
+        config.vlm_token_type = _kind_of_image(processor)
+    config.vlm_pixel_dims, config.vlm_attention = _image_reading(model)
+
+
+@torch.compiler.disable
+def check_image_reading(model: Any):
+    """Make sure that a VLM reads images as the configuration says. Nothing is checked without weights, on the meta
+    device, and where the configuration says that nobody knows.
+
+    Args:
+        model: An `MMGEMModel` that began as a VLM; afterwards it is as it was.
+
+    Raises:
+        ValueError: If `vlm_pixel_dims` or `vlm_attention` is not what the VLM does.
+    """
+    config = model.config
+    if model.embedding_tokens.is_meta or config.vlm_attention == "unknown":
+        return
+    dims, attention = _image_reading(model)
+    if (dims, attention) != (config.vlm_pixel_dims, config.vlm_attention):
+        raise ValueError(
+            f"`vlm_attention` is {config.vlm_attention!r} and `vlm_pixel_dims` {config.vlm_pixel_dims}, which do not "
+            f"hold for this `{config.vlm_config.model_type}` with `vlm_token_type` {config.vlm_token_type}; expected "
+            f"what `from_vlm` finds, here {attention!r} and {dims}."
+        )
+
+
+def _image_reading(model: Any) -> tuple[int, str]:
+    """`vlm_pixel_dims` and `vlm_attention` of a VLM.
+
+    The states of a prompt and of two tokens written after it, as the VLM has them, are compared with those of a packed
+    row for each kind of attention.
+    """
+    config = model.config
+    kept = config.vlm_pixel_dims, config.vlm_attention
+    try:
+        with at_rest(model), torch.no_grad():
+            return _try_readings(model)
+    finally:
+        config.vlm_pixel_dims, config.vlm_attention = kept
+
+
+def _try_readings(model: Any) -> tuple[int, str]:
     config, words, vlm = model.config, model.get_input_embeddings(), model.vlm.of(model)
-    config.vlm_attention = "unknown"
     generator = torch.Generator().manual_seed(0)
     size = config.grid.num_channels, *config.grid.image_size
     image = torch.randn(1, *size, generator=generator).to(model.device)
@@ -232,8 +276,8 @@ def find_image_reading(model: Any, processor: Any):
         except Exception:  # whatever VLMs raise
             continue
     else:
-        config.vlm_pixel_dims = 4
-        return
+        return 4, "unknown"
+    dims = config.vlm_pixel_dims
     ids = torch.randint(config.text_config.vocab_size, (4,), generator=generator).tolist()
     ids = [token if token != config.image_token_id else token - 1 for token in ids]
     prompt = torch.tensor(
@@ -241,16 +285,14 @@ def find_image_reading(model: Any, processor: Any):
     )  # (1, p + 2)
     is_image = prompt == config.image_token_id
     inputs = {"attention_mask": torch.ones_like(prompt)}
-    inputs |= whole_images(vlm, (image if config.vlm_pixel_dims == 4 else image[:, None]).to(model.dtype))
+    inputs |= whole_images(vlm, (image if dims == 4 else image[:, None]).to(model.dtype))
     parameters = inspect.signature(vlm.forward).parameters
     if "mm_token_type_ids" in parameters:
         inputs["mm_token_type_ids"] = is_image.long()
     if "token_type_ids" in parameters:
-        if processor is None:
-            return
-        if isinstance(processor, str):
-            processor = AutoProcessor.from_pretrained(processor)
-        inputs["token_type_ids"] = is_image.long() * _kind_of_image(processor)
+        if config.vlm_token_type is None:
+            return dims, "unknown"
+        inputs["token_type_ids"] = is_image.long() * config.vlm_token_type
     for _ in ids[2:]:
         inputs = vlm._update_model_kwargs_for_generation(BaseModelOutputWithPast(), inputs)
     inputs["input_ids"] = torch.cat([prompt, prompt.new_tensor([ids[2:]])], dim=1)  # (1, p + 4)
@@ -266,8 +308,8 @@ def find_image_reading(model: Any, processor: Any):
         config.vlm_attention = attention
         blocks = torch.where((place >= start) & (place < stop), 0, -1)
         if agree(model._run_packed(embeds.clone(), lengths, blocks), expected):
-            return
-    config.vlm_attention = "unknown"
+            return dims, attention
+    return dims, "unknown"
 
 
 def _kind_of_image(processor: Any) -> int:

@@ -90,6 +90,7 @@ class MMGEMConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`): Any transformers causal language model.
         vlm_config (`dict` or `PreTrainedConfig`, optional): The vision-language model that both are parts of, whose
             own code writes; `vision_config` and `text_config` are then taken from it. See `MMGEMModel.from_vlm`.
+        vlm_token_type (`int`, optional): The `token_type_ids` of image tokens, where a VLM tells tokens apart.
         vlm_pixel_dims (4 or 5): Dimensions of the pixel values that the VLM takes: 5 for several images a row.
         vlm_attention (`"causal"`, `"image"`, `"prompt"` or `"unknown"`): Which tokens of a prompt with an image see
             each other both ways in the VLM: none, those of one image, or all. `from_vlm` finds it out; where it is
@@ -137,6 +138,7 @@ class MMGEMConfig(PreTrainedConfig):
     vision_grid: dict[str, Any] | None = None
     text_config: dict | PreTrainedConfig | None = None
     vlm_config: dict | PreTrainedConfig | None = None
+    vlm_token_type: int | None = None
     vlm_pixel_dims: Literal[4, 5] = 4
     vlm_attention: Literal["causal", "image", "prompt", "unknown"] = "causal"
     projection_dim: int = 512

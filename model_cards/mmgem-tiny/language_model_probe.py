@@ -44,7 +44,7 @@ def probe_language_model(model: Any) -> str:
             causal, has further layers in its head, cannot go on from its cache after a padded prompt, or reads a text
             in a batch otherwise than alone.
     """
-    with _at_rest(model), _narrow_windows(model):
+    with at_rest(model), _narrow_windows(model):
         probe = _Probe(model)
         _require(model, "reads vectors in the place of tokens (`inputs_embeds`)", probe.reads_vectors)
         _require(model, "has no cross-attention to an encoder", probe.has_no_cross_attention)
@@ -80,7 +80,7 @@ def check_reading(model: Any):
         return
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     config, failed = model.config, None
-    with _at_rest(model), _narrow_windows(model):
+    with at_rest(model), _narrow_windows(model):
         try:
             if _Probe(model).packs(config.sequence_packing, config.text_attention, by_gradient=not is_distributed):
                 return
@@ -294,7 +294,7 @@ def _narrow_windows(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _at_rest(model: Any):
+def at_rest(model: Any):
     """Without dropout, autocast or inference mode. No random number is drawn from the global generators."""
     training = [module for module in model.modules() if module.training]
     checked, model._checked_reading = model._checked_reading, PROBING

@@ -373,6 +373,16 @@ def test_images_in_tiles_are_no_part_of_packed_rows_but_all_else_is(family):
     torch.testing.assert_close(output.text_embeds, torch.nn.functional.normalize(alone, dim=-1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "edited"), [("llava", "prompt"), ("gemma3", "causal"), ("paligemma", "image")])
+def test_a_reading_that_the_vlm_does_not_have_is_refused(family, edited):
+    _, model = compose_to_train(family)
+    found, model.config.vlm_attention = model.config.vlm_attention, edited
+    batch, _ = joint_batch(family)
+    with pytest.raises(ValueError, match=f"`vlm_attention` is '{edited}' .*; expected .*'{found}'"):
+        model(**batch)
+    assert model.config.vlm_attention == edited
+
+
 def test_a_reading_that_packed_rows_do_not_have_is_refused():
     _, model = compose_to_train("gemma3")
     model.config.vlm_attention = "unknown"

@@ -34,6 +34,7 @@ _NOT_IN_MODEL = (
     "vision_grid",
     "text_config",
     "vlm_config",
+    "vlm_token_type",
     "vlm_pixel_dims",
     "vlm_attention",
     "image_token_id",
