@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -239,8 +240,20 @@ class MMGEMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "MMGEMProcessor":
-        """As of every processor, with the VLM's own where there is one."""
-        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        """As of every processor, with the VLM's own where there is one.
+
+        Raises:
+            ValueError: If a file of it is damaged, and as every processor.
+        """
+        try:
+            processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:  # of any kind: that of tokenizers is no other
+            if isinstance(error, OSError | ImportError | ValueError) and not isinstance(error, JSONDecodeError):
+                raise
+            raise ValueError(
+                f"`processor` is {str(pretrained_model_name_or_path)!r}, which cannot be read ({error}); expected a "
+                "whole and undamaged checkpoint."
+            ) from error
         if isinstance(processor.vlm_processor, str):
             where = {name: kwargs[name] for name in WHERE if name in kwargs}
             processor.vlm_processor = AutoProcessor.from_pretrained(

@@ -1,6 +1,7 @@
 """The command line `mmgem`. Every command imports what it needs when it runs, so that `--help` answers at once."""
 
 import os
+import re
 import sys
 from dataclasses import asdict
 from io import TextIOWrapper
@@ -31,6 +32,7 @@ from mmgem.training.printable import printable
 
 # Errors that a user can cause and mend take a line; any other is a defect and comes with its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
+NO_ROOM = re.compile("No space left|[Qq]uota exceeded")  # which libraries say in errors of their own
 
 # What is said to whoever interrupts a command.
 GOING_ON = {
@@ -46,8 +48,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx) -> Any:
         try:
             return super().invoke(ctx)
-        except USER_ERRORS as error:
-            if ctx.params["traceback"]:
+        except Exception as error:
+            if ctx.params["traceback"] or not (isinstance(error, USER_ERRORS) or NO_ROOM.search(str(error))):
                 raise
             message = printable(" ".join(str(error).split()) or type(error).__name__)
             typer.secho(f"mmgem: {message}", err=True, fg=typer.colors.RED)

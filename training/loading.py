@@ -34,7 +34,10 @@ def load_config(name: str | Path) -> MMGEMConfig:
     except OSError as error:
         name, file = str(name), Path(name, "config.json")
         if file.is_file():
-            raise ValueError(f"`model` is {name!r}, where {error} Expected an undamaged checkpoint.") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(
+                f"`model` is {name!r}, which cannot be read ({reason}); expected a checkpoint."
+            ) from error
         raise FileNotFoundError(
             f"`model` is {name!r}, neither a folder with a config.json nor a model on the Hub that can be reached; "
             "expected one of them."

@@ -14,7 +14,9 @@ from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
+from mmgem.training.output_folder import whole_folder
 from mmgem.training.output_lock import one_writer
+from mmgem.weight_checks import loading
 
 # The keys that say how a folder was written, not which model it is.
 _WRITTEN_BY = ("_name_or_path", "transformers_version", "use_cache", "dtype")
@@ -63,9 +65,10 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
     if (paths[0] / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(paths[0])
     processor = MMGEMProcessor.from_pretrained(paths[0], trust_remote_code=False)
-    save_sentence_transformer(model, processor, out)
     made_of = {str(path): share for path, share in zip(paths, shares, strict=True)}
-    (out / "soup.json").write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+    with whole_folder(out) as folder:
+        save_sentence_transformer(model, processor, folder)
+        (folder / "soup.json").write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
     return made_of
 
 
@@ -110,16 +113,17 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     """Which file of a folder holds each tensor."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
-        return {name: folder / file for name, file in _read_json(index)["weight_map"].items()}
+        with loading("folders", str(folder)):
+            return {name: folder / file for name, file in _read_json(index)["weight_map"].items()}
     file = folder / SAFE_WEIGHTS_NAME
     if not file.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {SAFE_WEIGHTS_NAME}; expected the folder of a whole model.")
-    with safe_open(file, framework="pt") as tensors:
+    with loading("folders", str(folder)), safe_open(file, framework="pt") as tensors:
         return dict.fromkeys(tensors.keys(), file)
 
 
 def _tensor(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as tensors:
+    with loading("folders", str(file.parent)), safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)
 
 

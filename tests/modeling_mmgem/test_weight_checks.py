@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 from transformers import AutoModel, pipeline
 
-from mmgem import MMGEMConfig, MMGEMModel  # from the package itself, which registers them
+from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor  # from the package itself, which registers them
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -205,3 +205,21 @@ def test_a_folder_without_config_is_not_the_default_model(folder):
     for load in (MMGEMModel.from_pretrained, MMGEMConfig.from_pretrained):
         with pytest.raises(FileNotFoundError, match="without a config.json"):
             load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            (name, content)
+            for name in ("tokenizer.json", "tokenizer_config.json")
+            for content in ("", "{", "[]", "null")
+        ),
+        *(("processor_config.json", content) for content in ("", "[]", "{}")),
+    ],
+)
+def test_a_processor_with_a_damaged_file(tiny_processor, tmp_path, name, content):
+    tiny_processor.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises((OSError, ValueError), match=re.escape(str(tmp_path))):
+        MMGEMProcessor.from_pretrained(tmp_path, trust_remote_code=False)

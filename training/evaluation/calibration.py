@@ -15,6 +15,7 @@ from mmgem.training.data.image_folder import read_image_folder
 from mmgem.training.data.rows import captions_of, check_row, images_of, row_name
 from mmgem.training.data.skipped import SkippedLog, readable_rows
 from mmgem.training.inference import EMBEDDING_MODES, uncalibrated
+from mmgem.training.output_folder import whole_folder
 from mmgem.training.output_lock import one_writer
 
 
@@ -90,7 +91,8 @@ def write_calibrated(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or empty folder.")
     report = calibrate(model, processor, read_image_folder(data), batch_size, skipped)
-    save_sentence_transformer(model, processor, out)
+    with whole_folder(out) as folder:
+        save_sentence_transformer(model, processor, folder)
     return report
 
 

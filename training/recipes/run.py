@@ -15,6 +15,7 @@ from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.loading import load_checkpoint
+from mmgem.training.output_folder import whole_folder
 from mmgem.training.output_lock import only_writer
 from mmgem.training.recipes.model_card import write_model_card
 from mmgem.training.recipes.recipe import Recipe, first_difference, load_recipe, read_yaml
@@ -175,7 +176,8 @@ def _finish(recipe: Recipe, out: Path, arguments: MMGEMTrainingArguments, eval_d
     if PartialState().is_main_process:
         logs = [json.loads((folder / LOG_NAME).read_text(encoding="utf-8")) for folder in folders]
         log_history = [entry for log in logs for entry in log]
-        save_sentence_transformer(model, processor, out)
+        with whole_folder(out) as folder:
+            save_sentence_transformer(model, processor, folder)
         write_json(out / LOG_NAME, log_history)
         write_model_card(out, model, recipe, metrics, log_history)
         write_json(out / RESULTS_NAME, metrics)

@@ -84,5 +84,7 @@ def save_stage(trainer: MMGEMTrainer, recipe: Recipe, number: int, out: Path) ->
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """Write a file of JSON that people can read."""
-    path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+    """Write a file of JSON that people can read, and that is there at once or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,6 +1,7 @@
-"""Whole checkpoints of a run, told from half-written ones: a marker, written last, lists the files of each."""
+"""Whole checkpoints of a run, told from half-written and damaged ones: a marker, written last, knows each file."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch.distributed as dist
+from xxhash import xxh3_64
 
 MARKER_NAME = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -18,7 +20,7 @@ def mark_complete(folder: str | Path) -> None:
     """Mark a checkpoint as whole.
 
     Every process of a distributed run calls this after its own files are written; it waits for all of them. The marker
-    holds the name and size of every file, and is there at once or not at all.
+    holds the name, size and checksum of every file, and is there at once or not at all.
 
     Args:
         folder: The folder of the checkpoint, shared by the processes or one per machine.
@@ -34,12 +36,12 @@ def mark_complete(folder: str | Path) -> None:
     # One process of each machine: where the folder is shared, they write the same.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    sizes = {}
+    files = {}
     for path in _files_of(folder):
         _flush(path)
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
     unfinished = folder / f"{MARKER_NAME}.{platform.node()}.{os.getpid()}"
-    unfinished.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(files, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     _flush(unfinished)
     unfinished.replace(folder / MARKER_NAME)
     _flush(folder)
@@ -52,13 +54,26 @@ def mark_unfinished(folder: str | Path) -> None:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Tell whether a checkpoint has its marker, and every file that the marker lists, in its size."""
+    """Tell whether a checkpoint has its marker, and every file that the marker lists, as it was written.
+
+    All of it is read. A warning names a file that is damaged.
+    """
     folder = Path(folder)
-    try:
-        sizes = json.loads((folder / MARKER_NAME).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except FileNotFoundError:
+    if not (folder / MARKER_NAME).is_file():
         return False
+    name = MARKER_NAME
+    try:
+        files = json.loads((folder / MARKER_NAME).read_text(encoding="utf-8"))
+        for name, facts in files.items():
+            # Of the first versions, the size alone is known.
+            size, checksum = (facts, None) if isinstance(facts, int) else (facts["bytes"], facts["xxh3"])
+            path = folder / name
+            if path.stat().st_size != size or checksum not in (None, _checksum(path)):
+                raise ValueError("it is not what was written")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        warnings.warn(f"{str(folder)!r} is not whole: {name} is damaged or missing ({error})", stacklevel=2)
+        return False
+    return True
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -89,6 +104,11 @@ def is_disk_full(error: BaseException) -> bool:
     # safetensors hands the system's words on; torch.save only finds that its stream has not moved.
     is_short_write = "inline_container" in text and "unexpected pos" in text
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or is_short_write
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxh3_64).hexdigest()  # type: ignore[arg-type]
 
 
 def _files_of(folder: Path) -> list[Path]:

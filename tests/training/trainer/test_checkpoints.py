@@ -37,7 +37,8 @@ def test_marked_checkpoint_lists_its_files(tmp_path):
     assert not is_complete(folder)
     mark_complete(folder)
     assert is_complete(folder)
-    assert json.loads((folder / MARKER_NAME).read_text()) == {"shards/0.bin": 10, "weights.bin": 100}
+    files = json.loads((folder / MARKER_NAME).read_text())
+    assert {name: facts["bytes"] for name, facts in files.items()} == {"shards/0.bin": 10, "weights.bin": 100}
     mark_complete(folder)  # again, as each machine does that shares the folder
     assert is_complete(folder) and sorted(path.name for path in folder.iterdir()) == [
         MARKER_NAME,
@@ -46,6 +47,7 @@ def test_marked_checkpoint_lists_its_files(tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*is not whole")
 @pytest.mark.parametrize("harm", ["cut", "removed", "rewritten"])
 def test_marker_does_not_cover_what_happened_later(tmp_path, harm):
     folder = write(tmp_path / "checkpoint-1")
@@ -56,6 +58,35 @@ def test_marker_does_not_cover_what_happened_later(tmp_path, harm):
     else:
         mark_unfinished(folder)
     assert not is_complete(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "shards/0.bin"])
+def test_a_flipped_bit_is_found_and_named(tmp_path, name):
+    folder = write(tmp_path / "checkpoint-1")
+    content = bytearray((folder / name).read_bytes())
+    content[5] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=f"checkpoint-1' is not whole: {name} is damaged or missing"):
+        assert not is_complete(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", "null", '{"weights.bin": null}', '{"weights.bin": {}}', '{"weights.bin": "100"}']
+)
+def test_a_damaged_marker_falls_back_to_the_checkpoint_before(tmp_path, content):
+    write(tmp_path / "checkpoint-1")
+    (write(tmp_path / "checkpoint-2") / MARKER_NAME).write_text(content)
+    with pytest.warns(UserWarning, match="checkpoint-2"):
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_marker_of_the_first_version_knows_sizes(tmp_path):
+    folder = write(tmp_path / "checkpoint-1")
+    (folder / MARKER_NAME).write_text(json.dumps({"shards/0.bin": 10, "weights.bin": 100}))
+    assert is_complete(folder)
+    os.truncate(folder / "weights.bin", 50)
+    with pytest.warns(UserWarning, match="weights.bin is damaged"):
+        assert not is_complete(folder)
 
 
 def test_last_is_by_number_and_whole(tmp_path):

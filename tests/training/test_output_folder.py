@@ -1,0 +1,66 @@
+"""Nothing half written is left where a folder should be, and a second attempt is like the first."""
+
+import json
+
+import pytest
+from safetensors import SafetensorError
+from tiny_models import build_model
+from typer.testing import CliRunner
+
+from mmgem.processing.sentence_transformers_export import save_sentence_transformer
+from mmgem.training import cli, soup
+from mmgem.training.output_folder import whole_folder
+
+
+def write(folder, text):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "inner.txt").write_text(text)
+    (folder / "file.txt").write_text(text)
+
+
+@pytest.mark.parametrize("before", ["nothing", "empty", "full"])
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_a_folder_is_whole_or_as_it_was(tmp_path, before, error):
+    out = tmp_path / "out"
+    if before != "nothing":
+        out.mkdir()
+    if before == "full":
+        write(out, "old")
+        (out / "own.txt").write_text("own")
+    was = sorted(out.rglob("*"))
+    with pytest.raises(type(error)), whole_folder(out) as folder:
+        write(folder, "half")
+        raise error
+    assert sorted(out.rglob("*")) == was and [path.name for path in tmp_path.iterdir()] == ["out"] * out.exists()
+    with whole_folder(out) as folder:
+        write(folder, "new")
+    assert (out / "file.txt").read_text() == (out / "sub" / "inner.txt").read_text() == "new"
+    assert not list(tmp_path.rglob("*partial*")) and (out / "own.txt").exists() == (before == "full")
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """The first attempt to save finds no room, as safetensors says it."""
+    attempts = []
+
+    def save(model, processor, folder):
+        save_sentence_transformer(model, processor, folder)
+        attempts.append(folder)
+        if len(attempts) == 1:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(soup, "save_sentence_transformer", save)
+
+
+def test_a_soup_on_a_full_disk_takes_a_line_and_can_be_made_again(tmp_path, tiny_processor, full_disk):
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        build_model().save_pretrained(folder)
+        tiny_processor.save_pretrained(folder)
+    arguments = ["soup", str(tmp_path / "out"), *map(str, folders)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert result.stderr.splitlines()[-1].startswith("mmgem: Error while serializing") and "No space" in result.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*partial*"))
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    assert set(json.loads((tmp_path / "out" / "soup.json").read_text()).values()) == {0.5}
