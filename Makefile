@@ -13,6 +13,10 @@ STAMP := $(VENV)/.installed
 CHECKED := build/types/mmgem
 # Two processes of one thread each; one that has run out of tests takes over some of the other's.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# Loading, saving, generating, pipelines, encoders, commands: what a new version of another library breaks first.
+CLIENT_TESTS := tests/modeling_mmgem/test_modeling_mmgem.py tests/modeling_mmgem/test_pipeline_mmgem.py \
+	tests/modeling_mmgem/test_tower_composition.py tests/processing tests/training/test_cli.py \
+	tests/training/trainer/test_stock_trainer.py tests/test_hub_folder.py tests/test_saving.py
 PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
@@ -52,8 +56,7 @@ test-newest: ## the same with the newest published versions
 	$(MAKE) clients VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
 clients: $(STAMP) ## the tests of what meets other libraries
-	$(PYTEST) -m 'not slow' tests/modeling_mmgem tests/processing tests/training/test_cli.py
-	$(PYTEST) tests/test_hub_folder.py
+	$(PYTEST) -m 'not families' --durations=5 $(CLIENT_TESTS)
 
 fast: $(STAMP) ## the tests that take milliseconds
 	$(PYTEST) -m 'not slow and not families'
