@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mmgem import __version__
 from mmgem.training import cli_index
 from mmgem.training.cli_common import (
     TINY,
@@ -20,13 +21,17 @@ from mmgem.training.cli_common import (
     MaxPixels,
     ModelArgument,
     ModelOption,
+    Table,
     Wait,
     answer,
+    check_table,
     load_model,
     path,
     report_skipped,
+    start,
     table,
     work,
+    write_table,
 )
 from mmgem.training.printable import printable
 
@@ -63,9 +68,20 @@ class _Commands(TyperGroup):
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"mmgem {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main(traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False):
+def main(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but the answer, and errors.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+):
     """One model that embeds images and text for search, and writes about images."""
+    start(quiet)
     for stream in (sys.stdout, sys.stderr):  # so that no name of a file costs the result
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -178,9 +194,11 @@ def evaluate(
     model: ModelArgument,
     data: Annotated[Path, typer.Argument(parser=path, help="Image folder with metadata.jsonl.")],
     batch_size: BatchSize = 64,
+    table_file: Table = None,
     as_json: AsJson = False,
 ):
     """Measure retrieval, classification and captions on an image folder, with 95% confidence intervals."""
+    check_table(table_file)
     with work():
         from mmgem.training.data.image_folder import read_image_folder
         from mmgem.training.data.skipped import SkippedLog
@@ -201,6 +219,8 @@ def evaluate(
         )
     lines = [*table(figures, intervals), *_left_out(skipped)]
     answer(figures | ({"intervals": intervals} if intervals else {}), as_json, lines)
+    rows = {name: dict(zip(("low", "high"), intervals.get(name, (None, None)))) for name in figures}
+    write_table([{"measure": name, "value": value, **rows[name]} for name, value in figures.items()], table_file)
 
 
 def _left_out(skipped) -> list[str]:
@@ -261,6 +281,21 @@ def export(
     if int8:
         lines.append(f"recall@1 {report.recall:.3f}, with int8 {report.int8_recall:.3f}")
     answer(result, as_json, lines)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(parser=path, help="Folder of a checkpoint, with its card.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Only its owner sees it, if it is made now.")] = False,
+    as_json: AsJson = False,
+):
+    """Push a whole checkpoint to the Hub, with its code, processor and card."""
+    with work():
+        from mmgem.training.hub_push import push_folder
+
+        url = push_folder(folder, repository, private)
+    answer({"url": url}, as_json, [url])
 
 
 app.command(cls=cli_index.IndexCommand)(cli_index.index)

@@ -27,8 +27,22 @@ ModelOption = Annotated[str, typer.Option("--model", help="Folder of a checkpoin
 ImageFolder = Annotated[Path, typer.Argument(parser=path, help="Folder of images, at any depth.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 MaxPixels = Annotated[int, typer.Option(min=1, help="The most pixels of an image that is read.")]
+Table = Annotated[
+    Path | None,
+    typer.Option("--table", parser=path, help="File for the answers as a table: .csv, .parquet or .jsonl."),
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for a job that writes OUT, instead of giving up.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+notes = {"are_said": True}  # of `--quiet`
+
+
+def start(is_quiet: bool) -> None:
+    """Before a command: without notes if it is to be quiet, and without progress bars where nobody sees them move."""
+    notes["are_said"] = not is_quiet
+    if is_quiet or not sys.stderr.isatty():
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 @contextmanager
@@ -59,6 +73,8 @@ def load_model(model: str) -> tuple[Any, Any]:
 
 def report_skipped(skipped: Iterable, passed_over: dict[str, int]) -> None:
     """Says which files were left out, and why; and how many are not read at all."""
+    if not notes["are_said"]:
+        return
     for file_name, reason in skipped:
         typer.secho(printable(f"left out {file_name}: {reason}"), err=True, fg=typer.colors.YELLOW)
     for kind, count in passed_over.items():
@@ -78,3 +94,29 @@ def answer(result: Any, as_json: bool, lines: Iterable[str]) -> None:
     """Prints what a command found: `result` as JSON, or `lines` for a person."""
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     typer.echo(to_json(result, indent=2, ensure_ascii=not is_unicode) if as_json else "\n".join(map(printable, lines)))
+
+
+def write_table(rows: list[dict[str, Any]], file: Path | None) -> None:
+    """Writes rows as CSV, Parquet or JSON lines, by the ending of the file; nothing without a file.
+
+    Raises:
+        ValueError: For another ending.
+    """
+    if file is None:
+        return
+    check_table(file)
+    import pandas
+
+    frame, kind = pandas.DataFrame(rows), file.suffix.lower()
+    if kind == ".csv":
+        frame.to_csv(file, index=False)
+    elif kind == ".parquet":
+        frame.to_parquet(file, index=False)
+    else:
+        frame.to_json(file, orient="records", lines=True, force_ascii=False)
+
+
+def check_table(file: Path | None) -> None:
+    """Refuses an ending that `write_table` does not know, before any work is done."""
+    if file is not None and file.suffix.lower() not in (".csv", ".parquet", ".jsonl"):
+        raise ValueError(f"`--table` is {str(file)!r}; expected a file that ends in .csv, .parquet or .jsonl.")

@@ -1,5 +1,7 @@
 """The commands of `mmgem` that make an index of images, search it, and ask about what is in it."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,13 +14,18 @@ from mmgem.training.cli_common import (
     ImageFolder,
     MaxPixels,
     ModelOption,
+    Table,
     Wait,
     answer,
+    check_table,
     load_model,
     path,
     report_skipped,
     work,
+    write_table,
 )
+from mmgem.training.json_text import to_json
+from mmgem.training.printable import printable
 
 IndexArgument = Annotated[Path, typer.Argument(parser=path, metavar="INDEX", help="Folder that `mmgem index` wrote.")]
 MovedModel = Annotated[str | None, typer.Option("--model", help="The model of the index, if it has moved.")]
@@ -84,9 +91,15 @@ def index(
 
 def search(
     index: IndexArgument,
-    text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Argument(help="What to look for; - for each line of standard input. Without it, a terminal is asked."),
+    ] = None,
     image: Annotated[
-        list[str] | None, typer.Option(help="Image to look for; or one that TEXT speaks about, of which may be more.")
+        list[str] | None,
+        typer.Option(
+            help="Image to look for; or one that TEXT speaks about, of which may be more; - for each line's path."
+        ),
     ] = None,
     boxes: Annotated[
         list[str] | None,
@@ -103,19 +116,54 @@ def search(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of answers.")] = 10,
     model: MovedModel = None,
+    table_file: Table = None,
     as_json: AsJson = False,
 ):
     """Find images by text, by image, or by both."""
+    if text is None and not image and sys.stdin.isatty():
+        text = "-"
     if text is None and not image:
         raise typer.BadParameter("give TEXT, --image, or both")
-    parts = [_box(box) for box in boxes or []]
+    if text == "-" and "-" in (image or []):
+        raise typer.BadParameter("- stands for TEXT or for --image; give it once")
+    check_table(table_file)
+    parts, is_stream = [_box(box) for box in boxes or []], text == "-" or "-" in (image or [])
     with work():
         from mmgem.training.search.index import SearchIndex
 
         loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
-        hits = loaded.search(text, image or None, top, parts or None, prompt, vectors, query_vectors)
-    rows = [{"score": round(hit.score, 4), "path": str(hit.path)} for hit in hits]
-    answer(rows, as_json, [f"{hit.score:7.4f}  {hit.path}" for hit in hits])
+    found = []
+    for line in _lines() if is_stream else [None]:
+        of_line, query = line if text == "-" else text, line or text or ", ".join(image or [])
+        images = [line if name == "-" else name for name in image or []] or None
+        try:
+            with work():
+                hits = loaded.search(of_line, images, top, parts or None, prompt, vectors, query_vectors)
+        except (OSError, ValueError) as error:
+            if not (is_stream and sys.stdin.isatty()):
+                raise
+            typer.secho(printable(str(error)), err=True, fg=typer.colors.RED)  # and is asked again
+            continue
+        rows = [{"score": round(hit.score, 4), "path": str(hit.path)} for hit in hits]
+        found += [{"query": query, "rank": rank, **row} for rank, row in enumerate(rows, 1)]
+        answers = [f"{hit.score:7.4f}  {hit.path}" for hit in hits]
+        if is_stream and as_json:
+            typer.echo(to_json({"query": query, "hits": rows}))
+        else:
+            answer(rows, as_json, [query, *answers, ""] if is_stream else answers)
+    write_table(found, table_file)
+
+
+def _lines() -> Iterator[str]:
+    """The lines of standard input that are not empty; a terminal is asked for each."""
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("search> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def verify(index: IndexArgument, as_json: AsJson = False):

@@ -102,9 +102,8 @@ def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) ->
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
     parts = []
     with inference(model):
-        for start in tqdm(
-            range(0, len(order), batch_size), desc="texts", unit="batch", leave=False, disable=len(order) <= batch_size
-        ):
+        starts = range(0, len(order), batch_size)
+        for start in starts if len(starts) == 1 else tqdm(starts, desc="texts", unit="batch", leave=False):
             batch = [processor.plain_text(texts[row]) for row in order[start : start + batch_size]]
             inputs = _to_model(model, processor(text=batch, padding=True, return_tensors="pt"))
             parts.append(_unit(model.get_text_features(**inputs).pooler_output))

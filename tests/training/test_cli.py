@@ -1,17 +1,21 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from image_folders import build_multi_vector_model
 from PIL import Image
 from typer.testing import CliRunner
 
+import mmgem
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.cli import app
 from mmgem.training.printable import printable
@@ -20,12 +24,26 @@ from mmgem.training.recipes.run import TrainingReport
 from mmgem.training.recipes.step_memory import StepMemory
 from mmgem.training.search.index import SearchIndex
 
-COMMANDS = ("demo", "scenes", "train", "soup", "evaluate", "calibrate", "index", "search", "ask", "verify", "caption")
+COMMANDS = (
+    "demo",
+    "scenes",
+    "train",
+    "soup",
+    "evaluate",
+    "calibrate",
+    "index",
+    "search",
+    "ask",
+    "verify",
+    "caption",
+    "export",
+    "push",
+)
 
 
-def run(*arguments, exit_code=0):
+def run(*arguments, exit_code=0, input=None):
     """The result of `mmgem *arguments`, which must end with `exit_code`."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
     assert result.exit_code == exit_code, result.output
     return result
 
@@ -361,3 +379,59 @@ def test_who_interrupts_is_told_how_to_go_on(checkpoint, gallery, tmp_path, monk
 )
 def test_wrong_usage_has_exit_code_2(arguments):
     run(*arguments, exit_code=2)
+
+
+def test_the_version_is_printed_and_the_package_is_a_command():
+    expected = f"mmgem {mmgem.__version__}\n"
+    assert run("--version").stdout == expected
+    output = subprocess.run([sys.executable, "-m", "mmgem", "--version"], capture_output=True, text=True).stdout
+    assert output == expected
+
+
+@pytest.fixture
+def index(checkpoint, gallery, tmp_path):
+    run("index", gallery, "--model", checkpoint, "--out", tmp_path / "index")
+    return tmp_path / "index"
+
+
+def test_each_line_of_standard_input_is_a_query(index, gallery):
+    pictures = sorted(gallery.glob("scene*.png"))[:2]
+    alone = [json.loads(run("search", index, "--image", path, "--top", 2, "--json").stdout) for path in pictures]
+    lines = "".join(f"{path}\n\n" for path in pictures)
+    result = run("search", index, "--image", "-", "--top", 2, "--json", input=lines)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["query"] for answer in answers] == [str(path) for path in pictures]
+    assert [answer["hits"] for answer in answers] == alone
+    blocks = run("search", index, "-", "--top", 1, input="a red star\ntwo moons\n").stdout.split("\n\n")
+    assert [block.splitlines()[0] for block in blocks[:2]] == ["a red star", "two moons"]
+    run("search", index, "-", "--image", "-", exit_code=2)
+
+
+@pytest.mark.parametrize(
+    ("ending", "read"),
+    [
+        ("csv", pandas.read_csv),
+        ("parquet", pandas.read_parquet),
+        ("jsonl", partial(pandas.read_json, lines=True, precise_float=True)),
+    ],
+)
+def test_answers_are_kept_as_a_table(index, tmp_path, ending, read):
+    file = tmp_path / f"hits.{ending}"
+    hits = json.loads(run("search", index, "a red star", "--top", 3, "--table", file, "--json").stdout)
+    expected = [{"query": "a red star", "rank": rank, **hit} for rank, hit in enumerate(hits, 1)]
+    assert read(file).to_dict("records") == expected
+    result = run("search", index, "a red star", "--table", tmp_path / "hits.xls", exit_code=1)
+    assert "expected a file that ends in .csv, .parquet or .jsonl" in result.output
+
+
+def test_quiet_says_the_answer_alone(checkpoint, gallery, tmp_path):
+    (gallery / "empty.png").write_bytes(b"")
+    result = run("--quiet", "index", gallery, "--model", checkpoint, "--out", tmp_path / "index")
+    assert "left out" not in result.stderr and "images in" in result.stdout
+
+
+@pytest.mark.slow
+def test_no_bars_move_in_a_pipe(index, gallery, checkpoint, tmp_path):
+    command = [sys.executable, "-m", "mmgem", "caption", gallery, "--model", checkpoint, "--out", tmp_path / "c.jsonl"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0 and not re.search(r"\d+%|it/s", result.stderr), result.stderr

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from mmgem.late_interaction import similarity
+from mmgem.training.demo.gallery import HITS, Gallery, show_hits
+from mmgem.training.evaluation.metrics import answer_accuracy, recall_by_budget
+from mmgem.training.evaluation.row_outputs import instructions_of
 from mmgem.training.inference import (
     ANSWER_TOKENS,
     answer_from_memory,
@@ -17,9 +20,6 @@ from mmgem.training.inference import (
     embed_texts,
     generate_answers,
 )
-from mmgem.training.evaluation.metrics import answer_accuracy, recall_by_budget
-from mmgem.training.evaluation.row_outputs import instructions_of
-from mmgem.training.demo.gallery import HITS, Gallery, show_hits
 from mmgem.training.search.index import SearchIndex
 
 BATCH_SIZE = 64

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmgem.training.scenes.captions import write_edit
 from mmgem.training.data.image_folder import ImageFolderDataset, read_image_folder
+from mmgem.training.scenes.captions import write_edit
 from mmgem.training.scenes.dataset import SceneDataset
 from mmgem.training.scenes.drawing import Scene
 from mmgem.training.search.index import Hit

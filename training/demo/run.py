@@ -2,7 +2,8 @@
 
 The gallery is scenes of a seed that no recipe trains on, so that the page can say for each answer whether it is right.
 Nothing on it is picked by its outcome: each section takes scenes by their order in the gallery. Sections about
-something that a checkpoint does not have, such as several vectors, prompts or a memory, are left out; see `embedding_modes`.
+something that a checkpoint does not have, such as several vectors, prompts or a memory, are left out; see
+`embedding_modes`.
 """
 
 import json
@@ -15,19 +16,19 @@ from typing import Any
 import torch
 
 from mmgem.late_interaction import similarity
-from mmgem.training.scenes.captions import label_prompt
-from mmgem.training.scenes.caption_parser import parse_caption, parse_region_caption
-from mmgem.training.scenes.dataset import write_scene_folder
-from mmgem.training.scenes.drawing import LABELS, Look
-from mmgem.training.inference import embed_regions, embed_texts, inference
-from mmgem.training.evaluation.evaluate import evaluate_model
-from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 from mmgem.training.captioning import caption_folder
-from mmgem.training.json_text import to_json
-from mmgem.training.output_lock import one_writer
+from mmgem.training.demo.embedding_modes import ask_index, follow_instructions, search_edits, search_nested
 from mmgem.training.demo.gallery import HITS, SEED, Gallery, show_hits
 from mmgem.training.demo.page import render_page
-from mmgem.training.demo.embedding_modes import ask_index, follow_instructions, search_edits, search_nested
+from mmgem.training.evaluation.evaluate import evaluate_model
+from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
+from mmgem.training.inference import embed_regions, embed_texts, inference
+from mmgem.training.json_text import to_json
+from mmgem.training.output_lock import one_writer
+from mmgem.training.scenes.caption_parser import parse_caption, parse_region_caption
+from mmgem.training.scenes.captions import label_prompt
+from mmgem.training.scenes.dataset import write_scene_folder
+from mmgem.training.scenes.drawing import LABELS, Look
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
 
@@ -100,7 +101,9 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
 def _make_room(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / RESULTS_FILE).is_file():
-            raise FileExistsError(f"`out` is {str(out)!r}, with something else in it; expected a new folder or a demo's.")
+            raise FileExistsError(
+                f"`out` is {str(out)!r}, with something else in it; expected a new folder or a demo's."
+            )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS_FILE).write_text("{}")  # what makes the folder a demo's, should this run be killed

@@ -10,11 +10,11 @@ from PIL import Image
 from tiny_models import build_model
 
 from mmgem.late_interaction import similarity
-from mmgem.training.inference import embed_fused, embed_images, embed_regions
 from mmgem.training.demo import embedding_modes
+from mmgem.training.demo.embedding_modes import ask_index, follow_instructions, search_edits
 from mmgem.training.demo.gallery import Gallery
 from mmgem.training.demo.page import FIGURES, budget_curve
-from mmgem.training.demo.embedding_modes import ask_index, follow_instructions, search_edits
+from mmgem.training.inference import embed_fused, embed_images, embed_regions
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
 

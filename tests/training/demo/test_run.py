@@ -8,9 +8,9 @@ from demonstrations import READING, Page, demonstrate, read_rows
 from PIL import Image
 from tiny_models import build_model
 
-from mmgem.training.scenes.caption_parser import parse_region_caption
-from mmgem.training.demo.run import run_demo
 from mmgem.training.demo.page import BESIDE, FIGURES, data_uri, render_page
+from mmgem.training.demo.run import run_demo
+from mmgem.training.scenes.caption_parser import parse_region_caption
 from mmgem.training.search.index import SearchIndex
 
 
