@@ -101,10 +101,10 @@ class FoundImages(NamedTuple):
     empty: set[str]
     passed_over: dict[str, int]
 
-    def hides(self, file_name: str) -> bool:
-        """Whether a file may be there although it was not found."""
-        hidden = self.unseen.keys() | self.empty if self.unseen or self.empty else ()
-        return bool(hidden) and any(str(path) in hidden for path in (file_name, *PurePosixPath(file_name).parents))
+    def hiding_place(self, file_name: str) -> str | None:
+        """What cannot be seen, or is empty, so that a file may be there although it was not found; None if nothing."""
+        places = (file_name, *map(str, PurePosixPath(file_name).parents))
+        return next((place for place in places if place in self.unseen or place in self.empty), None)
 
 
 def find_images(folder: str | Path) -> FoundImages:

@@ -1,5 +1,6 @@
 """A search index of a folder of images is made, or brought up to date."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -203,15 +204,13 @@ def _is_current(stored: StoredIndex | None, facts: IndexFacts, rows: dict[str, P
 
 def _unseen(found: FoundImages, rows: dict[str, Place]) -> list[Skipped]:
     """What cannot be seen, and what is kept of it."""
-    hidden = found.unseen | {name: "it is empty, as if its disk were away" for name in found.empty}
-    kept = [name for name in rows if name not in found.versions] if hidden else []
+    kept = Counter(found.hiding_place(name) for name in rows if name not in found.versions)
     report = []
-    for path, reason in hidden.items():
-        number = sum(name == path or name.startswith(f"{path}/") for name in kept)
-        if number:
-            reason += f"; what the index has of it, {number} images, is kept until it is gone"
-        if number or path in found.unseen:
-            report.append(Skipped(path, reason))
+    for place in sorted({*found.unseen, *filter(None, kept)}):
+        reason = found.unseen.get(place, "it is empty, as if its disk were away")
+        if kept[place]:
+            reason += f"; what the index has of it, {kept[place]} images, is kept until it is gone"
+        report.append(Skipped(place, reason))
     return report
 
 

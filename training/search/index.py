@@ -200,7 +200,7 @@ class SearchIndex:
             raise ValueError(f"`image` holds {len(images)} images, with `boxes`; expected the one that they lie in.")
         # As the images of the index were read.
         shorter_side = None if boxes is not None else shorter_side_for(self.processor)
-        return self._embed_with_images(text, _load_all(images, shorter_side), boxes)
+        return self._embed_with_images(text, _load_all(images, shorter_side, self.processor.allow_urls), boxes)
 
     def _embed_with_images(
         self, text: str | None, images: list[Image.Image], boxes: Sequence[Box] | None
@@ -216,8 +216,8 @@ class SearchIndex:
         return embed_regions(self.model, self.processor, images, [boxes])
 
 
-def _load_all(images: Iterable[Any], shorter_side: int | None) -> list[Image.Image]:
-    images = [load_image(image, shorter_side=shorter_side) for image in images]
+def _load_all(images: Iterable[Any], shorter_side: int | None, allow_urls) -> list[Image.Image]:
+    images = [load_image(image, shorter_side=shorter_side, allow_urls=allow_urls) for image in images]
     if not images:
         raise ValueError("`image` is empty; expected at least one picture.")
     return images

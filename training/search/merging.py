@@ -54,7 +54,9 @@ def current_rows(runs: list[EarlierRun], found: FoundImages) -> dict[str, Place]
     for number, run in enumerate(runs):
         columns = zip(run.rows["file_name"], run.rows["version"], run.is_damaged, strict=True)
         for row, (file_name, version, is_damaged) in enumerate(columns):
-            if not is_damaged and (found.versions.get(file_name) == version or found.hides(file_name)):
+            if not is_damaged and (
+                found.versions.get(file_name) == version or found.hiding_place(file_name) is not None
+            ):
                 places[file_name] = Place(number, row, version)
     return places
 

@@ -1,0 +1,48 @@
+"""The campaign runs, finds nothing wrong, and would."""
+
+import random
+
+import pytest
+
+from benchmarks import campaign
+
+
+def test_each_corruption_changes_what_it_says():
+    content, chance = bytes(range(1, 201)), random.Random(0)
+    for kind in campaign.KINDS:
+        for _ in range(20):
+            changed = campaign.corrupt(content, kind, chance)
+            if kind in ("cut", "longer"):
+                assert len(changed) != len(content) and content.startswith(changed[: len(content)][:200])
+            else:
+                assert len(changed) == len(content) and changed != content
+            if kind == "bit flip":
+                [(before, after)] = [pair for pair in zip(content, changed, strict=True) if pair[0] != pair[1]]
+                assert (before ^ after).bit_count() == 1
+
+
+def test_moments_are_the_operations_on_files(tmp_path):
+    def work():
+        moments = campaign.Moments(3, campaign.fill_disk)
+        (tmp_path / "a").write_text("1")
+        (tmp_path / "a").read_text()
+        (tmp_path / "a").rename(tmp_path / "b")
+        (tmp_path / "c").mkdir()
+        counts = [moments.count]
+        (tmp_path / "b").unlink()
+        return counts
+
+    assert campaign.fork(work)() == (0, {"error": "OSError", "message": "[Errno 28] No space left on device"})
+    assert (tmp_path / "b").exists() and (tmp_path / "c").exists()
+    assert campaign.fork(lambda: campaign.kill(None))() == (9, None)
+
+
+@pytest.mark.slow
+def test_nothing_goes_wrong(monkeypatch):
+    monkeypatch.setattr(campaign, "DOUBLED", 2)
+    results = campaign.run(most=3, corruptions=30, seconds=0.2)
+    assert len(results) == 9 + 3 * len(campaign.KINDS) + 4
+    assert [what for what, _, outcomes in results if outcomes[campaign.WRONG]] == []
+    table = campaign.report(results).splitlines()
+    assert len(table) == len(results) + 2
+    assert table[2] == "| index: killed | 3 | as undisturbed 3, stopped 3 | 0 |"
