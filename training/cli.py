@@ -255,16 +255,17 @@ def calibrate(
 @app.command()
 def export(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="Folder for the ONNX graphs and the processor.")],
+    out: Annotated[Path, typer.Argument(parser=path, help="Folder for the ONNX graphs and the processor.")],
     int8: Annotated[bool, typer.Option("--int8", help="Write graphs with quantized weights, too.")] = False,
     data: Annotated[
         Path | None,
-        typer.Option(help="Image folder with captions to compare on; by default 200 drawn scenes."),
+        typer.Option(parser=path, help="Image folder with captions to compare on; by default 200 drawn scenes."),
     ] = None,
+    wait: Wait = False,
     as_json: AsJson = False,
 ):
     """Export image and text vectors as ONNX, for any batch and length, and compare them with the model's."""
-    with work():
+    with work(wait):
         from mmgem.training.data.image_folder import read_image_folder
         from mmgem.training.data.rows import captions_of
         from mmgem.training.onnx_export import export_onnx

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from mmgem.late_interaction import similarity
 from mmgem.training.inference import inference
+from mmgem.training.output_lock import one_writer
 
 GRAPHS = {"image": "image.onnx", "text": "text.onnx"}
 TOLERANCE = 1e-4  # between a vector of length 1 from the graph and from the model
@@ -52,6 +53,7 @@ class TextVectors(_Vectors):
         return normalize(self.model.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
 
 
+@one_writer
 def export_onnx(
     model, processor, out: str | Path, images: Sequence[Any], texts: Sequence[str], int8: bool = False
 ) -> ExportReport:
@@ -71,6 +73,7 @@ def export_onnx(
         int8: Whether to quantize as well.
 
     Raises:
+        BlockingIOError: If another job writes `out`.
         ValueError: If the model cannot be exported, if graph and model differ, or if there are too few images.
     """
     if len(images) < 2 or len(images) != len(texts):

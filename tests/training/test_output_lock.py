@@ -12,6 +12,7 @@ from mmgem.training.cli import app
 from mmgem.training.data.image_folder import read_image_folder
 from mmgem.training.demo.run import run_demo
 from mmgem.training.evaluation.calibration import write_calibrated
+from mmgem.training.onnx_export import export_onnx
 from mmgem.training.output_lock import one_writer, only_writer, waiting
 from mmgem.training.recipes.check import check_recipe
 from mmgem.training.recipes.run import train
@@ -26,6 +27,7 @@ WRITERS = {  # each with `out` only; what else they are given is not looked at b
     write_scene_folder: lambda out: write_scene_folder(out, 0, 0),
     soup: lambda out: soup([], out),
     write_calibrated: lambda out: write_calibrated(None, None, "data", out),
+    export_onnx: lambda out: export_onnx(None, None, out, [], []),
     train: lambda out: train("recipe.yaml", out),
     check_recipe: lambda out: check_recipe("recipe.yaml", out),
 }

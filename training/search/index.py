@@ -216,7 +216,7 @@ class SearchIndex:
         return embed_regions(self.model, self.processor, images, [boxes])
 
 
-def _load_all(images: Iterable[Any], shorter_side: int | None, allow_urls) -> list[Image.Image]:
+def _load_all(images: Iterable[Any], shorter_side: int | None, allow_urls: bool | list[str]) -> list[Image.Image]:
     images = [load_image(image, shorter_side=shorter_side, allow_urls=allow_urls) for image in images]
     if not images:
         raise ValueError("`image` is empty; expected at least one picture.")
