@@ -211,7 +211,7 @@ def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
     low, high = figures["intervals"]["text_to_image_recall@1"]
     assert 0 <= low <= figures["text_to_image_recall@1"] <= high <= 1
 
-    def evaluate_model(model, processor, dataset, batch_size, caption_judge, intervals):
+    def evaluate_model(model, processor, dataset, batch_size, caption_judge, intervals, skipped):
         intervals["images"] = (5.5, 6.5)
         return {"images": len(dataset), "batch_size": batch_size}
 
