@@ -21,6 +21,25 @@ def check_boxes(boxes: torch.Tensor | None, num_images: int):
             )
 
 
+def check_pixels(pixel_values: torch.Tensor):
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` is {pixel_values.dtype}; expected floating point, normalised as the processor does it."
+        )
+    if not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
+        raise ValueError("`pixel_values` has values that are NaN or infinite; expected finite ones.")
+
+
+def check_ids(input_ids: torch.Tensor, vocabulary_size: int, image_token_id: int):
+    """Tokens that there are; some VLMs have no row in their vocabulary for the placeholder."""
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ValueError(f"`input_ids` is {input_ids.dtype}; expected whole numbers.")
+    if not torch.compiler.is_compiling():
+        unknown = input_ids[((input_ids < 0) | (input_ids >= vocabulary_size)) & (input_ids != image_token_id)]  # (N,)
+        if len(unknown):
+            raise ValueError(f"`input_ids` has {int(unknown[0])}; expected 0 to {vocabulary_size - 1}.")
+
+
 def checked_mask(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, allow_empty: bool = False
 ) -> torch.Tensor:

@@ -29,7 +29,7 @@ from transformers.utils import (
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids, is_distributed
 from .image_vectors import QUERY_STD, ImageVectors
-from .input_checks import check_boxes, checked_mask, is_box
+from .input_checks import check_boxes, check_ids, check_pixels, checked_mask, is_box
 from .joint_step import JointStep
 from .language_model_probe import PROBING, check_reading
 from .late_interaction import similarity
@@ -376,6 +376,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         self, pixel_values: torch.Tensor, boxes: torch.Tensor | None, spatial_shapes: torch.Tensor | None
     ) -> torch.Tensor:
         """-> (B, n, C), or (B, R, n, C) with boxes."""
+        check_pixels(pixel_values)
         check_boxes(boxes, pixel_values.shape[0])
         return self._pool(self._patch_grid(pixel_values, spatial_shapes), pixel_values, boxes, spatial_shapes)
 
@@ -687,7 +688,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def _check_placeholders(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, boxes: torch.Tensor | None
     ):
-        """Images that are missing altogether; how many there are is compared where they are embedded."""
+        """Tokens that there are not, and images that are missing altogether; how many there are is compared where they
+        are embedded."""
+        check_ids(input_ids, self.get_input_embeddings().weight.shape[0], self.config.image_token_id)
         if pixel_values is None and boxes is not None:
             raise ValueError("`boxes` came without `pixel_values`; expected the images they lie in.")
         if (

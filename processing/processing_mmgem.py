@@ -460,6 +460,7 @@ class MMGEMProcessor(ProcessorMixin):
             return self._vlm_inputs(images, text, **kwargs)
         if text is not None:
             given = {**kwargs, **kwargs.get("text_kwargs", {})}
+            _check_max_length(given.get("max_length"))
             defaults = self.text_defaults | ({"truncation": True} if _has_max_length(kwargs) else {})
             kwargs |= {name: value for name, value in defaults.items() if name not in given}
         limit = self.text_limit
@@ -524,6 +525,12 @@ class MMGEMProcessor(ProcessorMixin):
         for i, sample in enumerate(text or []):
             if not isinstance(sample, str):
                 raise TypeError(f"`text[{i}]` is a {type(sample).__name__}, {sample!r:.100}; expected a string.")
+            try:
+                sample.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"`text[{i}]` is {ascii(sample):.100}; expected text without half a surrogate pair."
+                ) from error
         if boxes is not None and images is None:
             raise ValueError("`boxes` was given without `images`; expected the images they lie in.")
 
@@ -659,6 +666,12 @@ def _forget_calls(tokenizer):
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
+
+
+def _check_max_length(max_length):
+    is_whole = isinstance(max_length, int) and not isinstance(max_length, bool)
+    if max_length is not None and (not is_whole or max_length < 1):
+        raise ValueError(f"`max_length` is {max_length!r}; expected a whole number of at least 1.")
 
 
 def _has_max_length(kwargs: dict) -> bool:

@@ -83,6 +83,8 @@ class MMGEMImageToTextPipeline(Pipeline):
 
     def preprocess(self, image, prompt="", boxes=None):
         """One picture and the prompt as model inputs: one row, or one for each box."""
+        if not isinstance(prompt, str):
+            raise TypeError(f"`prompt` is {prompt!r:.100}; expected a string.")
         image_token = self.processor.image_token
         options = {"return_tensors": "pt"}
         if image_token not in prompt:

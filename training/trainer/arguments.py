@@ -1,6 +1,7 @@
 """Arguments of a training run, beyond transformers' `TrainingArguments`."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +60,8 @@ class MMGEMTrainingArguments(TrainingArguments):
             raise ValueError("`caption_loss_weight` and `contrastive_loss_weight` are both 0; expected one above it.")
         if self.grad_cache_chunk_size is not None and self.grad_cache_chunk_size < 1:
             raise ValueError(f"`grad_cache_chunk_size` is {self.grad_cache_chunk_size}; expected 1 or more, or None.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"`learning_rate` is {self.learning_rate}; expected 0 or more.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}; expected a number between 0 and 1, such as 0.999.")
         if self.contrastive_loss_weight and self.train_batch_size * self.world_size < 2:

@@ -1,0 +1,335 @@
+"""The catalogue: every public entry point against every kind of nonsense, in one table.
+
+A row is an entry point, what it is given, and what comes of it: None, if that is accepted and every number that comes
+out is finite, or what the error says, which names the argument, its value and what was expected.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from tiny_models import build_model
+from transformers.utils import ModelOutput
+
+from mmgem.late_interaction import similarity
+from mmgem.pipeline_mmgem import MMGEMImageToTextPipeline
+from mmgem.processing import save_sentence_transformer
+from mmgem.training.inference import answer_from_memory, embed_fused, embed_texts
+from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+
+REFUSALS = (ValueError, TypeError, OSError, StrictDataclassError)
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+BOX = [4.0, 4.0, 30.0, 30.0]
+NAN, INF = float("nan"), float("inf")
+PIXELS = torch.zeros(2, 3, 32, 32)
+IDS = torch.tensor([[20, 21, 22], [30, 31, 32]])
+PLACES = torch.tensor([[1] * 4 + [20], [1] * 4 + [30]])
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory, tiny_processor):
+    """One model in everything that takes it, and the processor."""
+    model = build_model(prompts={"query": "find "})
+    folder = tmp_path_factory.mktemp("catalogue")
+    save_sentence_transformer(model, tiny_processor, folder)
+    encoder = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    pipe = MMGEMImageToTextPipeline(model=model, processor=tiny_processor)
+    return SimpleNamespace(model=model, processor=tiny_processor, encoder=encoder, pipe=pipe, folder=folder)
+
+
+def of_processor(tools, **inputs):
+    return tools.processor(**({"return_tensors": "pt"} | inputs))
+
+
+def arguments(tools, **values):
+    return MMGEMTrainingArguments(
+        **({"output_dir": str(tools.folder / "out"), "use_cpu": True, "report_to": "none"} | values)
+    )
+
+
+ENTRIES = {
+    "processor": of_processor,
+    "text features": lambda tools, **inputs: tools.model.get_text_features(**inputs),
+    "image features": lambda tools, **inputs: tools.model.get_image_features(**inputs),
+    "fused features": lambda tools, **inputs: tools.model.get_multimodal_features(**inputs),
+    "forward": lambda tools, **inputs: tools.model(**inputs),
+    "generate": lambda tools, **inputs: tools.model.generate(**({"max_new_tokens": 2, "do_sample": False} | inputs)),
+    "pipeline": lambda tools, images, **inputs: tools.pipe(images, **({"max_new_tokens": 2} | inputs)),
+    "encode": lambda tools, inputs, **options: tools.encoder.encode(inputs, **options),
+    "embed_texts": lambda tools, texts: embed_texts(tools.model, tools.processor, texts),
+    "embed_fused": lambda tools, images, texts: embed_fused(tools.model, tools.processor, images, texts),
+    "answer_from_memory": lambda tools, **inputs: answer_from_memory(
+        tools.model, tools.processor, max_new_tokens=2, **inputs
+    ),
+    "similarity": lambda tools, **embeds: similarity(**embeds),
+    "set_embedding_tokens": lambda tools, *given: build_model().set_embedding_tokens(*given),
+    "set_embedding_prompt": lambda tools, prompt: build_model().set_embedding_prompt(prompt),
+    "config": lambda tools, **values: build_model(**values) and None,
+    "arguments": lambda tools, **values: arguments(tools, **values) and None,
+}
+
+NO_PICTURES = [
+    ([], "`images` is empty; expected at least one image"),
+    ([[]], "`images` is empty; expected at least one image"),
+    ([None], r"`images\[0\]` is a NoneType; expected a PIL image, a path"),
+    (3, r"`images\[0\]` is a int; expected a PIL image"),
+    (2.5, r"`images\[0\]` is a float; expected"),
+    (True, r"`images\[0\]` is a bool; expected"),
+    ({"a": 1}, r"`images\[0\]` is a dict; expected"),
+    (object(), r"`images\[0\]` is a object; expected"),
+    (b"", r"`images\[0\]` is empty, 0 bytes; expected an image file"),
+    (b"no picture", r"`images\[0\]` holds 10 bytes that are no image; expected an image file"),
+    ("", r"`images\[0\]` \(''\) (is not there|cannot be read)"),
+    ("nothing.png", r"`images\[0\]` \('nothing.png'\) is not there; expected the path of an image file"),
+    (Path("nothing.png"), r"\('nothing.png'\) is not there"),
+    ("a\0b.png", r"`images\[0\]` .* is not there"),
+    ("/", r"`images\[0\]` \('/'\) cannot be read"),
+    ("/dev/zero", r"`images\[0\]` \('/dev/zero'\) cannot be read: it is no regular file"),
+    ("http://127.0.0.1/a.png", "is a URL, and fetching is off; expected a file, or `allow_urls`"),
+    ("ftp://127.0.0.1/a.png", "is a URL, and fetching is off"),
+    ("file:///etc/passwd", "is a URL, and fetching is off"),
+    ("data:image/png;base64,####", "is not there"),
+    ("x" * 5000, r"`images\[0\]` \('x{99}…\)"),
+    (np.zeros((0, 0, 3)), r"has shape \(0, 0, 3\); expected \(H, W\)"),
+    (np.zeros((6, 6, 5)), r"has shape \(6, 6, 5\)"),
+    (np.zeros(7), r"has shape \(7,\)"),
+    (np.full((4, 4, 3), NAN), "NaN or infinite; expected finite"),
+    (np.full((4, 4, 3), -1.0), r"\[-1, -1\]; expected floats in \[0, 1\]"),
+    (np.full((4, 4, 3), 300), r"\[300, 300\]; expected"),
+    (np.zeros((4, 4, 3), dtype=complex), "pixels of type complex128; expected integers, floats or booleans"),
+    (np.array([["a"]]), "expected integers, floats or booleans"),
+    (torch.full((3, 4, 4), INF), "NaN or infinite"),
+]
+NO_TEXTS = [
+    ([], "`text` is an empty list; expected at least one text"),
+    ([None], r"`text\[0\]` is a NoneType, None; expected a string"),
+    (["a", 3], r"`text\[1\]` is a int, 3; expected a string"),
+    (3, r"`text\[0\]` is a int, 3; expected a string"),
+    (b"bytes", r"`text\[0\]` is a int, 98; expected a string"),
+    ([["a"]], r"`text\[0\]` is a list"),
+    ("\ud800", r"`text\[0\]` .*half a surrogate pair"),
+    ("", None),
+    (" \t\n", None),
+    ("\0", None),
+    ("a" * 100_000, None),
+    ("🌟" * 50, None),
+    (["", "a"], None),
+]
+NO_BOXES = [
+    ([], "`boxes` holds the boxes of 0 images"),
+    ([[]], "`boxes` is .*, without any box; expected at least one, or None"),
+    ("boxes", "`boxes` is 'boxes'; expected for each image a list of"),
+    (3, "`boxes` is 3; expected"),
+    ([[["a", 0, 1, 2]]], "expected for each image a list of"),
+    ([[[1, 2, 3]]], r"`boxes\[0\]` has shape \(1, 3\); expected \(number of boxes, 4\)"),
+    ([[BOX], [BOX]], "the boxes of 2 images, but there are 1 images"),
+    ([[[NAN, 0, 5, 5]]], r"`boxes\[0\]\[0\]` is \[nan, .*; expected finite pixel coordinates"),
+    ([[[0, 0, INF, 5]]], "expected finite pixel coordinates"),
+    ([[[9, 9, 3, 12]]], r"is \[9.0, 9.0, 3.0, 12.0\]; expected .* with x0 < x1"),
+    ([[[5, 5, 5, 9]]], "with x0 < x1 and y0 < y1"),
+    ([[[70, 50, 90, 60]]], "which lies outside its image; expected a box that overlaps"),
+    ([[None]], r"`boxes\[0\]` has shape \(1,\); expected"),
+    ([[[-5, -5, 9, 9]]], None),
+    ([[[0, 0, 1e9, 1e9]]], None),
+    ([[BOX] * 200], None),
+    ([BOX], None),
+]
+NO_IDS = [
+    ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"`input_ids` has shape \(3,\); expected \(B, L\)"),
+    ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"`input_ids` has shape \(0, 3\); expected .* B at least 1"),
+    ({"input_ids": torch.zeros(2, 3)}, "`input_ids` .*float32; expected whole numbers"),
+    ({"input_ids": torch.tensor([[300]])}, "`input_ids` has 300; expected 0 to 299"),
+    ({"input_ids": torch.tensor([[-1]])}, "`input_ids` has -1; expected 0 to 299"),
+    ({"input_ids": IDS, "attention_mask": torch.ones(2, 4)}, r"`attention_mask` has shape \(2, 4\); expected that of"),
+    ({"input_ids": torch.full((1, 300), 20)}, "is 301 tokens long; the language model takes at most 256"),
+    ({"input_ids": PLACES}, "`input_ids` holds image placeholders, but there are no `pixel_values`"),
+    ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, None),
+    ({"input_ids": IDS, "attention_mask": torch.zeros(2, 3)}, None),
+    ({"input_ids": IDS.int()}, None),
+]
+NO_PIXELS = [
+    ({"pixel_values": torch.zeros(3, 32, 32)}, r"`pixel_values` has shape \(3, 32, 32\); expected"),
+    ({"pixel_values": torch.zeros(2, 1, 32, 32)}, r"`pixel_values` has shape \(2, 1, 32, 32\); expected"),
+    ({"pixel_values": torch.zeros(0, 3, 32, 32)}, r"`pixel_values` has shape \(0, 3, 32, 32\); expected"),
+    ({"pixel_values": torch.zeros(2, 3, 32, 32, dtype=torch.long)}, "`pixel_values` .*int64; expected floating point"),
+    ({"pixel_values": torch.full((1, 3, 32, 32), NAN)}, "`pixel_values` .*NaN or infinite"),
+    ({"pixel_values": PIXELS, "boxes": torch.zeros(2, 4)}, r"`boxes` has shape \(2, 4\); expected \(2, R, 4\)"),
+    ({"pixel_values": PIXELS, "boxes": torch.rand(1, 1, 4)}, r"`boxes` has shape \(1, 1, 4\); expected \(2, R, 4\)"),
+    ({"pixel_values": PIXELS, "boxes": torch.tensor([[[0.0, 0, 9, 9]]] * 2)}, r"`boxes` has .*9.0.*in \[0, 1\]"),
+    ({"pixel_values": PIXELS, "boxes": torch.tensor([[[0.5, 0, 0.1, 1]]] * 2)}, "x0 < x1"),
+    ({"pixel_values": PIXELS, "boxes": torch.full((2, 1, 4), NAN)}, "`boxes` has .*nan"),
+    ({"pixel_values": PIXELS, "boxes": torch.zeros(2, 1, 4)}, None),
+    ({"pixel_values": PIXELS}, None),
+    ({"pixel_values": torch.zeros(1, 3, 48, 64)}, None),
+]
+ROWS = [
+    *[("processor", {"images": value}, outcome) for value, outcome in NO_PICTURES],
+    *[("processor", {"text": value}, outcome) for value, outcome in NO_TEXTS],
+    *[("processor", {"images": PICTURE, "boxes": value}, outcome) for value, outcome in NO_BOXES],
+    ("processor", {}, "`images` and `text` are both None; expected at least one"),
+    ("processor", {"text": "a", "boxes": [[BOX]]}, "`boxes` was given without `images`"),
+    ("processor", {"images": PICTURE, "text": "<image><image>"}, "has 2 <image> placeholders for 1 images"),
+    ("processor", {"images": [PICTURE] * 3, "text": "<image>"}, "has 1 <image> placeholders for 3 images"),
+    ("processor", {"images": PICTURE, "text": "<image>a", "max_length": 2}, "max_length"),
+    ("processor", {"text": "a", "padding": "perhaps"}, "perhaps"),
+    ("processor", {"text": "a", "truncation": "perhaps"}, "perhaps"),
+    ("processor", {"text": "a", "max_length": 0}, "`max_length` is 0; expected a whole number of at least 1"),
+    ("processor", {"text": "a", "max_length": -3}, "`max_length` is -3; expected"),
+    ("processor", {"text": "a", "max_length": "ten"}, "`max_length` is 'ten'; expected"),
+    ("processor", {"text": "a", "padding_side": "above"}, "above"),
+    ("processor", {"text": "a", "return_tensors": "xx"}, "xx"),
+    ("processor", {"videos": [1], "text": "a"}, "`videos` or `audio` was given; expected only images and texts"),
+    *[("text features", inputs, outcome) for inputs, outcome in NO_IDS],
+    *[("image features", inputs, outcome) for inputs, outcome in NO_PIXELS],
+    ("fused features", {"input_ids": PLACES, "pixel_values": PIXELS[:1]}, "8 image placeholders, .* 4 in all"),
+    ("fused features", {"input_ids": IDS, "pixel_values": PIXELS}, "0 image placeholders, .* 8 in all"),
+    ("fused features", {"input_ids": PLACES, "boxes": torch.rand(2, 1, 4)}, "`boxes` came without `pixel_values`"),
+    ("fused features", {"input_ids": PLACES, "pixel_values": PIXELS, "max_rationale_tokens": -1}, "is -1; expected"),
+    ("fused features", {"input_ids": PLACES, "pixel_values": PIXELS, "max_rationale_tokens": 1.5}, "is 1.5; exp"),
+    ("fused features", {"input_ids": PLACES, "pixel_values": PIXELS, "visual_tokens": PIXELS}, "`visual_tok"),
+    ("fused features", {"input_ids": PLACES, "pixel_values": PIXELS}, None),
+    ("forward", {}, "`input_ids` and `pixel_values` are both None; expected at least one"),
+    ("forward", {"input_ids": PLACES}, "image placeholders, but there are no `pixel_values`"),
+    ("forward", {"input_ids": IDS, "pixel_values": PIXELS, "labels": IDS}, "`labels` came with images and texts"),
+    ("forward", {"input_ids": IDS, "pixel_values": PIXELS, "boxes": torch.rand(2, 1, 4)}, "`boxes` "),
+    ("forward", {"input_ids": IDS, "image_index": IDS[:, 0]}, "`image_index` came without `return_loss=True`"),
+    ("forward", {"input_ids": IDS, "pixel_values": PIXELS, "return_loss": True, "no_column": IDS}, "`no_column`"),
+    (
+        "forward",
+        {"input_ids": IDS, "pixel_values": PIXELS, "return_loss": True, "image_ids": torch.zeros(3)},
+        r"`image_ids` has shape \(3,\); expected \(2,\)",
+    ),
+    (
+        "forward",
+        {"input_ids": IDS, "pixel_values": PIXELS, "return_loss": True, "image_index": torch.tensor([0, 7])},
+        "`image_index`",
+    ),
+    ("forward", {"input_ids": IDS, "pixel_values": PIXELS, "return_loss": True}, None),
+    ("forward", {"input_ids": IDS, "pixel_values": PIXELS}, None),
+    ("generate", {"input_ids": PLACES}, "image placeholders, but there are no `pixel_values`"),
+    ("generate", {"input_ids": PLACES, "pixel_values": PIXELS[:1]}, "8 image placeholders"),
+    ("generate", {"input_ids": PLACES, "pixel_values": PIXELS[:1], "num_beams": 2}, "8 image placeholders"),
+    ("generate", {"embedding_tokens": torch.zeros(1, 2, 32)}, r"`embedding_tokens` has shape \(1, 2, 32\); expected"),
+    ("generate", {"embedding_tokens": torch.zeros(1, 32)}, r"`embedding_tokens` has shape \(1, 32\); expected"),
+    ("generate", {"embedding_tokens": torch.zeros(1, 1, 31)}, r"`embedding_tokens` has shape \(1, 1, 31\); expected"),
+    ("generate", {"embedding_tokens": torch.zeros(1, 1, 32), "pixel_values": PIXELS}, "both given; expected one"),
+    ("generate", {"embedding_tokens": torch.zeros(1, 1, 32), "input_ids": IDS}, "1 memories for 2 texts"),
+    ("generate", {"input_ids": PLACES, "pixel_values": PIXELS, "max_new_tokens": 0}, "max_new_tokens"),
+    ("generate", {"input_ids": PLACES, "pixel_values": PIXELS, "no_argument": 1}, "no_argument"),
+    ("generate", {"input_ids": PLACES, "pixel_values": PIXELS}, None),
+    *[("pipeline", {"images": value}, outcome) for value, outcome in NO_PICTURES[2:10] if value is not None],
+    ("pipeline", {"images": []}, "`images` is an empty list; expected at least one image"),
+    ("pipeline", {"images": [PICTURE], "boxes": []}, "`boxes` has 0 entries for 1 images"),
+    ("pipeline", {"images": PICTURE, "boxes": [[1, 2, 3]]}, "expected"),
+    ("pipeline", {"images": PICTURE, "prompt": 3}, "`prompt` is 3; expected a string"),
+    ("pipeline", {"images": PICTURE, "prompt": "<image><image>"}, "2 <image> placeholders for 1 images"),
+    ("pipeline", {"images": PICTURE, "generate_kwargs": {"max_new_tokens": 3}}, "`max_new_tokens` is given twice"),
+    ("pipeline", {"images": PICTURE, "prompt": ""}, None),
+    ("encode", {"inputs": [3]}, "Unsupported|expected|int"),
+    ("encode", {"inputs": [None]}, "Unsupported|expected|None"),
+    ("encode", {"inputs": [{}]}, "Empty dict input is not a valid input"),
+    ("encode", {"inputs": [{"text": 3}]}, "`inputs` has a text of type int; expected a string"),
+    ("encode", {"inputs": [{"text": None}]}, "`inputs` has a text of type NoneType; expected a string"),
+    ("encode", {"inputs": [{"image": "nothing.png"}]}, "is not there; expected the path of an image file"),
+    ("encode", {"inputs": [{"image": "nothing.png", "text": "a"}]}, "is not there"),
+    ("encode", {"inputs": [{"image": [PICTURE, PICTURE]}]}, "has a list of 2 images without a text; expected one"),
+    ("encode", {"inputs": [{"image": PICTURE, "boxes": [BOX, BOX]}]}, "has 2 boxes without a text; expected one box"),
+    ("encode", {"inputs": [{"image": PICTURE, "boxes": []}]}, "expected a list of"),
+    ("encode", {"inputs": [{"image": PICTURE, "boxes": "box"}]}, "has the boxes 'box'; expected a list"),
+    ("encode", {"inputs": [{"image": PICTURE, "boxes": [[9, 9, 1, 1]]}]}, "with x0 < x1"),
+    ("encode", {"inputs": [{"text": "a", "boxes": [BOX]}]}, "has boxes without an image"),
+    ("encode", {"inputs": [{"image": PICTURE, "text": "<image><image>"}]}, "2 <image> placeholders for 1 images"),
+    ("encode", {"inputs": ["a"], "prompt_name": "nobody"}, "nobody"),
+    ("encode", {"inputs": ["a"], "num_vectors": 0}, "`num_vectors` is 0; expected a whole number from 1"),
+    ("encode", {"inputs": ["a"], "num_vectors": 2}, "`num_vectors` is 2; expected a whole number from 1 to 1"),
+    ("encode", {"inputs": ["a"], "num_vectors": "one"}, "`num_vectors` is 'one'; expected"),
+    ("encode", {"inputs": ["a"], "max_rationale_tokens": -1}, "`max_rationale_tokens` is -1; expected a whole number"),
+    ("encode", {"inputs": ["\ud800"]}, "half a surrogate pair"),
+    ("encode", {"inputs": ["", " ", "<image>", "a" * 9999, "nothing.png"]}, None),
+    ("encode", {"inputs": [PICTURE, "a", {"image": PICTURE, "text": ""}, {"image": PICTURE, "boxes": [BOX]}]}, None),
+    ("encode", {"inputs": []}, None),
+    ("embed_texts", {"texts": []}, "`texts` is empty; expected at least one text"),
+    ("embed_texts", {"texts": ["\ud800"]}, "half a surrogate pair"),
+    ("embed_texts", {"texts": ["a", "<image>", "", "a <image> b"]}, None),
+    ("embed_fused", {"images": [PICTURE], "texts": []}, "`images` holds 1 entries; expected 0"),
+    ("embed_fused", {"images": [PICTURE], "texts": ["<image>\nwhat?"]}, None),
+    ("answer_from_memory", {"memory": torch.zeros(1, 1, 32), "questions": ["a", "b"]}, "1 memories"),
+    ("answer_from_memory", {"memory": torch.zeros(1, 9, 32)}, r"`embedding_tokens` has shape \(1, 9, 32\); expected"),
+    ("answer_from_memory", {"memory": torch.zeros(1, 1, 32), "questions": ["<image>\nwhat?"]}, None),
+    ("similarity", {"query_embeds": torch.zeros(2, 3), "document_embeds": torch.zeros(2, 4)}, "3 dimensions, .* 4"),
+    ("similarity", {"query_embeds": torch.zeros(2), "document_embeds": torch.zeros(2)}, r"has shape \(2,\) and"),
+    ("similarity", {"query_embeds": torch.zeros(2, 3), "document_embeds": torch.zeros(1, 2, 3)}, "expected"),
+    ("set_embedding_tokens", (0, "mean"), "`num_embedding_tokens` is 0; expected a whole number of at least 1"),
+    ("set_embedding_tokens", (-1, "mean"), "`num_embedding_tokens` is -1"),
+    ("set_embedding_tokens", (2.0, "mean"), "'num_embedding_tokens' expected int, got float"),
+    ("set_embedding_tokens", (2, "median"), "expected one of"),
+    ("set_embedding_tokens", (252, "mean"), "4 beside 252 .*; expected room for a text in the 256 tokens"),
+    ("set_embedding_prompt", ([],), r"`embedding_prompt_ids` is \[\]; expected token ids from 0 to 299"),
+    ("set_embedding_prompt", ([300],), r"`embedding_prompt_ids` is \[300\]; expected token ids"),
+    ("set_embedding_prompt", (["a"],), "embedding_prompt_ids"),
+    ("config", {"num_visual_tokens": 5}, "`num_visual_tokens` is 5; expected a square"),
+    ("config", {"num_visual_tokens": 0}, "`num_visual_tokens` is 0; expected a square"),
+    ("config", {"num_visual_tokens": 256}, "256 beside 1 .*; expected room for a text in the 256 tokens"),
+    ("config", {"projection_dim": 0}, "`projection_dim` is 0; expected a whole number"),
+    ("config", {"projection_dim": 1.5}, "'projection_dim' expected int, got float"),
+    ("config", {"embedding_pooling": "max"}, "'embedding_pooling' expected one of"),
+    ("config", {"text_attention": "none"}, "'text_attention' expected one of"),
+    ("config", {"image_token_id": -1}, "`image_token_id` is -1; expected a token id, 0 or more"),
+    ("config", {"image_token_id": 300}, "`image_token_id` is 300; expected one of the 300 tokens"),
+    ("config", {"logit_scale_init_value": 99.0}, "`logit_scale_init_value` is 99.0; expected at most"),
+    ("config", {"logit_scale_init_value": NAN}, "`logit_scale_init_value` is nan"),
+    ("config", {"logit_bias_init_value": "low"}, "logit_bias_init_value"),
+    ("config", {"prompts": ["query"]}, "'prompts'"),
+    ("config", {"calibrated_modalities": ["smell"]}, "smell"),
+    ("config", {"vision_grid": {}}, "`vision_grid` is {}"),
+    ("config", {"num_embedding_tokens": 3}, None),
+    ("arguments", {"caption_loss_weight": -1.0}, "`caption_loss_weight` is -1.0; expected 0 or more"),
+    ("arguments", {"contrastive_loss_weight": NAN}, "`contrastive_loss_weight` is nan; expected 0 or more"),
+    ("arguments", {"caption_loss_weight": 0.0, "contrastive_loss_weight": 0.0}, "are both 0; expected one above it"),
+    ("arguments", {"grad_cache_chunk_size": 0}, "`grad_cache_chunk_size` is 0; expected 1 or more, or None"),
+    ("arguments", {"ema_decay": 1.0}, "`ema_decay` is 1.0; expected a number between 0 and 1"),
+    ("arguments", {"ema_decay": -0.1}, "`ema_decay` is -0.1; expected"),
+    ("arguments", {"ema_decay": NAN}, "`ema_decay` is nan; expected"),
+    ("arguments", {"per_device_train_batch_size": 1}, "`per_device_train_batch_size` is 1 on one process"),
+    ("arguments", {"learning_rate": NAN}, "`learning_rate` is nan; expected"),
+    ("arguments", {"learning_rate": -1.0}, "`learning_rate` is -1.0; expected"),
+    ("arguments", {"no_argument": 1}, "no_argument"),
+    ("arguments", {}, None),
+]  # fmt: skip
+
+
+def name_of(row) -> str:
+    entry, given, _ = row
+    values = given.values() if isinstance(given, dict) else given
+    shown = [str(tuple(v.shape)) if isinstance(v, torch.Tensor | np.ndarray) else repr(v)[:30] for v in values]
+    return f"{entry}-{'-'.join(shown)}".encode("ascii", "backslashreplace").decode()
+
+
+def numbers_in(result):
+    """All floating-point tensors in what an entry point returns."""
+    if isinstance(result, torch.Tensor | np.ndarray):
+        result = torch.as_tensor(result)
+        yield from [result] if result.is_floating_point() else []
+    elif isinstance(result, ModelOutput | dict) or hasattr(result, "data"):
+        yield from (number for value in dict(result).values() for number in numbers_in(value))
+    elif isinstance(result, list | tuple):
+        yield from (number for value in result for number in numbers_in(value))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+@torch.no_grad()
+def test_nonsense_is_accepted_with_a_result_or_refused_by_name(tools, row):
+    entry, given, outcome = row
+    call = (
+        (lambda: ENTRIES[entry](tools, **given)) if isinstance(given, dict) else lambda: ENTRIES[entry](tools, *given)
+    )
+    if outcome is None:
+        assert all(number.isfinite().all() for number in numbers_in(call()))
+        return
+    with pytest.raises(REFUSALS, match=outcome):
+        call()
