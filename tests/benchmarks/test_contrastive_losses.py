@@ -34,18 +34,17 @@ def test_wrong_pairs_are_as_many_as_said():
 def test_every_option_is_run_once_and_a_stopped_benchmark_goes_on(setting, tmp_path, monkeypatch):
     options = {name: OPTIONS[name] for name in (PLAIN, "soft_targets 0.4", "sigmoid")}
     monkeypatch.setattr(contrastive_losses, "OPTIONS", options)
-    monkeypatch.setattr(contrastive_losses, "WRONG_SHARES", (0.25,))
-    first = run_all(setting, tmp_path)
+    first = run_all(setting, tmp_path, 0.25)
     assert [(line["option"], line["seed"]) for line in first] == [(name, seed) for seed in (0, 1) for name in options]
     path = tmp_path / "runs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in first[:-1]))
-    assert run_all(setting, tmp_path) == first  # runs repeat
+    assert run_all(setting, tmp_path, 0.25) == first  # runs repeat
 
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report(first).splitlines()[2:]]
     recalls = {name: [line["recall"] for line in first if line["option"] == name] for name in options}
-    assert [row[0] for row in rows] == list(options) and rows[0][3] == ""
+    assert [row[0] for row in rows] == list(options) and rows[0][2] == ""
     for name, row in zip(options, rows, strict=True):
-        assert float(row[2].split(" ± ")[0]) == pytest.approx(mean(recalls[name]), abs=6e-4)
+        assert float(row[1].split(" ± ")[0]) == pytest.approx(mean(recalls[name]), abs=6e-4)
         if name != PLAIN:
             gain = mean(recalls[name]) - mean(recalls[PLAIN])
-            assert float(row[3].split(" ± ")[0]) == pytest.approx(gain, abs=6e-4)
+            assert float(row[2].split(" ± ")[0]) == pytest.approx(gain, abs=6e-4)
