@@ -3,8 +3,8 @@
     python -m benchmarks.contrastive_losses --out runs/contrastive-losses
 
 Every run starts from the vision tower of `mmgem-tiny`, frozen, and a new language model, and learns to embed from
-pairs of a caption and an image, by the contrastive loss alone. A caption is often true of several images of its batch, so
-false negatives are natural here; and a share of the captions is paired with another image of the batch.
+pairs of a caption and an image, by the contrastive loss alone. A caption is often true of several images of its batch,
+so false negatives are natural here; and a share of the captions is paired with another image of the batch.
 
 The table shows recall@1 of held-out captions among the held-out images, and the difference to the plain loss, paired
 by seed. Every finished run is a line of `OUT/runs.jsonl`; a command that was stopped is given again and goes on.
