@@ -20,6 +20,7 @@ from mmgem.training.evaluation.metrics import (
     bleu4,
     caption_variety,
     cider,
+    prior_accuracy,
     recall_at,
     retrieval_ranks,
 )
@@ -61,6 +62,7 @@ def evaluate_model(
     | `caption_most_repeated` | `captions` | share of the images that get the most frequent caption |
     | `caption_length` | `captions` | words of a generated caption |
     | `answer_accuracy` | `qa` | generated answers that are the right one but for case, punctuation and articles |
+    | `answer_prior_accuracy` | `qa` | of the most frequent answer to questions that begin alike, without any image |
     | `memory_answer_accuracy` | `qa` | as `answer_accuracy`, from the memory of the image alone |
     | `region_recall@1` | `boxes`, `region_captions` | every region caption searches all regions of all images |
     | `region_in_image_recall@1` | `boxes`, `region_captions` | every region caption searches those of its own image |
@@ -253,12 +255,16 @@ def _label_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJu
 
 
 def _answer_figures(outputs: Sequence[RowOutputs]) -> Figures:
-    references = [turn["answer"] for output in outputs for turn in output.row.get("qa") or []]
+    turns = [turn for output in outputs for turn in output.row.get("qa") or []]
+    references = [turn["answer"] for turn in turns]
     written = {
         "answer_accuracy": [answer for output in outputs for answer in output.answers],
         "memory_answer_accuracy": [answer for output in outputs for answer in output.memory_answers],
     }
-    return {name: answer_accuracy(answers, references) for name, answers in written.items() if answers}
+    figures: Figures = {name: answer_accuracy(answers, references) for name, answers in written.items() if answers}
+    if turns:
+        figures["answer_prior_accuracy"] = prior_accuracy([turn["question"] for turn in turns], references)
+    return figures
 
 
 def _region_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJudge | None) -> Figures:

@@ -1,7 +1,7 @@
 """Figures for embeddings, captions and answers, given what is right: no model runs here."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -223,6 +223,20 @@ class CaptionJudge:
 def answer_accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
     """The share of answers that are their reference, but for case, punctuation and articles."""
     return agreement([_content(answer) for answer in answers], [_content(reference) for reference in references])
+
+
+def prior_accuracy(questions: Sequence[str], references: Sequence[str]) -> float:
+    """The `answer_accuracy` of one who sees no image, but knows the most frequent answer to each type of question.
+
+    Args:
+        questions: Those with the same first two words are of a type.
+        references: The right answer to each.
+    """
+    types = [" ".join(question.lower().split()[:2]) for question in questions]
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for kind, reference in zip(types, references, strict=True):
+        counts[kind][_content(reference)] += 1
+    return sum(max(own.values()) for own in counts.values()) / len(types)
 
 
 def _content(answer: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from mmgem.training.evaluation.metrics import (
     bleu4,
     caption_variety,
     cider,
+    prior_accuracy,
     recall_at,
     recall_by_budget,
     retrieval_ranks,
@@ -101,6 +102,11 @@ def test_bleu_is_one_for_the_reference_and_has_the_brevity_penalty():
     assert bleu4(exact, references) == pytest.approx(1)
     short = ["a red star at", "one blue moon on"]  # all of their words, pairs, ... are right; 8 words for 13
     assert bleu4(short, [own[:1] for own in references]) == pytest.approx(math.exp(1 - 13 / 8))
+
+
+def test_a_prior_knows_the_most_frequent_answer_to_each_type_of_question():
+    questions = ["what is red?", "What is blue?", "what is it?", "how many stars?", "how many dogs are there?"]
+    assert prior_accuracy(questions, ["a star", "star", "moon", "two", "three"]) == 3 / 5
 
 
 def test_variety_of_captions():
