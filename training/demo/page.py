@@ -39,6 +39,10 @@ FIGURES = {
     "zero_shot_accuracy": ("Zero-shot accuracy", "images whose class, out of 64, comes first", "{:.1%}"),
     "caption_fidelity": ("Caption fidelity", "captions that name every object rightly, and no other", "{:.1%}"),
     "cider": ("CIDEr", "agreement with the reference captions in wording; 0 to 10", "{:.2f}"),
+    "bleu4": ("BLEU-4", "the same, by sequences of up to four words", "{:.2f}"),
+    "caption_distinct": ("Different captions", "different ones among the captions", "{:.1%}"),
+    "caption_most_repeated": ("Most repeated caption", "images that have the most frequent caption", "{:.1%}"),
+    "caption_length": ("Length of captions", "words of a caption", "{:.1f}"),
     "memory_caption_fidelity": (
         "Caption fidelity, from memory",
         "the same, where of the image there are only the states that the index keeps",
@@ -50,9 +54,19 @@ FIGURES = {
         "the same, where of the image there are only the states that the index keeps",
         "{:.1%}",
     ),
+    "answer_prior_accuracy": (
+        "Answers without the image",
+        "questions that are answered rightly by the most frequent answer to questions that begin alike",
+        "{:.1%}",
+    ),
     "region_recall@1": (
         "Text → region, recall@1",
         "texts whose region, of all images' regions, comes first",
+        "{:.1%}",
+    ),
+    "region_in_image_recall@1": (
+        "Text → region of its image, recall@1",
+        "texts whose region comes first among those of its own image",
         "{:.1%}",
     ),
     "region_caption_fidelity": ("Region caption fidelity", "captions of regions that are right in all", "{:.1%}"),
