@@ -81,7 +81,7 @@ NO_PICTURES = [
     (2.5, r"`images\[0\]` is a float; expected"),
     (True, r"`images\[0\]` is a bool; expected"),
     ({"a": 1}, r"`images\[0\]` is a dict; expected"),
-    (object(), r"`images\[0\]` is a object; expected"),
+    (dict, r"`images\[0\]` is a type; expected"),
     (b"", r"`images\[0\]` is empty, 0 bytes; expected an image file"),
     (b"no picture", r"`images\[0\]` holds 10 bytes that are no image; expected an image file"),
     ("", r"`images\[0\]` \(''\) (is not there|cannot be read)"),
