@@ -7,6 +7,7 @@ libraries take seconds and are paid once for all.
 
 import faulthandler
 import gc
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -18,11 +19,9 @@ LIBRARIES = [
     "torch",
     "torch.distributed.fsdp",
     "datasets",
-    "evaluate",
     "faiss",
     "peft",
     "sentence_transformers",
-    "sklearn",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.siglip.modeling_siglip",
@@ -70,6 +69,7 @@ def _run(command: list, cwd: Path, installed: bool, out: Path, err: Path):
 def run_script(script: str | Path, *arguments: str):
     """A script as `__main__`, in a process that is there for nothing else."""
     gc.freeze()  # what the server has imported stays
+    importlib.invalidate_caches()  # folders of remote code may have come since the server looked
     faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     assert not any(name.startswith("mmgem.") for name in sys.modules)
     sys.argv[1:] = arguments  # the script's own name is put before them

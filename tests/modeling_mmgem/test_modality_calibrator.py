@@ -301,5 +301,5 @@ def test_a_checkpoint_that_lacks_its_calibrator_is_not_answered_with(pixel_value
     model = build_model()
     model.config.calibrated_modalities = MODALITIES
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="whose mean is not known"):
+    with pytest.raises(ValueError, match="lacks the weights calibrator.fused_mean, calibrator.image_mean"):
         MMGEMModel.from_pretrained(tmp_path).get_image_features(pixel_values)

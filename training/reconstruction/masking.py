@@ -65,6 +65,10 @@ class MaskingCollator:
         """The processor of the collator."""
         return self.collator.processor
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Refuse a row that would end a run, as [`MMGEMCollator.check`] does."""
+        self.collator.check(row)
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate and mask rows.
 
