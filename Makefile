@@ -17,9 +17,6 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 CLIENT_TESTS := tests/modeling_mmgem/test_modeling_mmgem.py tests/modeling_mmgem/test_pipeline_mmgem.py \
 	tests/modeling_mmgem/test_tower_composition.py tests/processing tests/training/test_cli.py \
 	tests/training/trainer/test_stock_trainer.py tests/test_hub_folder.py tests/test_saving.py
-# Tests that load folders with their remote code, in a run of their own: nothing else has loaded any there.
-FOLDER_TESTS := tests/modeling_mmgem/test_pipeline_mmgem.py tests/processing tests/test_hub_folder.py \
-	tests/test_mmgem_tiny.py tests/test_readme.py tests/test_saving.py
 PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
@@ -44,8 +41,7 @@ demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tin
 	$(BIN)/mmgem demo --out demo
 
 test: lint types ## ruff, mypy and the tests; of models one family for each mechanism
-	$(PYTEST) -m 'not families' --durations=10 $(foreach each,$(FOLDER_TESTS),--ignore=$(each))
-	$(PYTEST) -m 'not families' $(FOLDER_TESTS)
+	$(PYTEST) -m 'not families' --durations=10
 
 test-families: $(STAMP) ## the same tests on every other family of vision towers, language models and VLMs
 	$(PYTEST) -m families --durations=10

@@ -15,14 +15,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from tiny_models import IMAGE_SIZE, build_model
+from tiny_models import IMAGE_SIZE, TEXTS, build_model
 from transformers import SiglipImageProcessorPil
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.recipes.tokenizer import train_tokenizer
-
-TEXTS = ["a red star at the top left", "a large blue circle in the center and a striped green moon on the right"]
 
 
 def pytest_addoption(parser):

@@ -7,7 +7,6 @@ libraries take seconds and are paid once for all.
 
 import faulthandler
 import gc
-import importlib
 import multiprocessing
 import os
 import runpy
@@ -19,6 +18,7 @@ LIBRARIES = [
     "torch",
     "torch.distributed.fsdp",
     "datasets",
+    "evaluate",
     "faiss",
     "peft",
     "sentence_transformers",
@@ -69,11 +69,6 @@ def _run(command: list, cwd: Path, installed: bool, out: Path, err: Path):
 def run_script(script: str | Path, *arguments: str):
     """A script as `__main__`, in a process that is there for nothing else."""
     gc.freeze()  # what the server has imported stays
-    importlib.invalidate_caches()  # folders of remote code may have come since the server looked
-    # A process starts with the path of the one that asked for it, and with what that had loaded of remote code.
-    sys.path[:] = [path for path in sys.path if not (Path(path) / "transformers_modules").is_dir()]
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
     faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     assert not any(name.startswith("mmgem.") for name in sys.modules)
     sys.argv[1:] = arguments  # the script's own name is put before them

@@ -26,6 +26,7 @@ from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 
 IMAGE_SIZE = 32
+TEXTS = ["a red star at the top left", "a large blue circle in the center and a striped green moon on the right"]
 
 _VISION = {
     "hidden_size": 32,

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
 from onnxruntime import InferenceSession
 from PIL import Image
-from tiny_models import IMAGE_SIZE, build_model
+from tiny_models import IMAGE_SIZE, TEXTS, build_model
 
 from mmgem.training.inference import embed_images, embed_texts
 from mmgem.training.loading import load_checkpoint
