@@ -25,12 +25,17 @@ class ImageVectors(nn.Module):
         self.norm = nn.LayerNorm(hidden_size)
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(..., n, C) visual tokens -> (..., k, C)"""
+    def weights(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(..., n, C) visual tokens -> (..., k, n), the weight of each of them in each vector"""
         keys = self.key(self.norm(tokens))  # (..., n, C)
         scores = (self.queries @ keys.transpose(-1, -2)).float() / keys.shape[-1] ** 0.5  # (..., k - 1, n)
         # The logarithm of a sigmoid is -softplus(-x), which no export turns into one of 0.
         leaves = -F.softplus(scores)  # (..., k - 1, n)
         left = leaves.cumsum(-2) - leaves  # (..., k - 1, n), of each token, by the queries before
-        weights = (left - F.softplus(-scores)).softmax(-1).to(tokens.dtype)  # (..., k - 1, n)
-        return torch.cat([tokens.mean(-2, keepdim=True), weights @ tokens], dim=-2)  # (..., k, C)
+        weights = (left - F.softplus(-scores)).softmax(-1)  # (..., k - 1, n)
+        first = torch.full_like(tokens[..., :1], 1 / tokens.shape[-2]).transpose(-1, -2)  # (..., 1, n)
+        return torch.cat([first, weights.to(tokens.dtype)], dim=-2)  # (..., k, n)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(..., n, C) visual tokens -> (..., k, C)"""
+        return self.weights(tokens) @ tokens

@@ -111,21 +111,59 @@ class PoolAggregator(nn.Module):
             tokens = self(roi_align(grid, boxes))  # (B * R, n, C)
             return tokens.view(*boxes.shape[:2], *tokens.shape[1:])  # (B, R, n, C)
 
-        (batch, channels, height, width), g, heads = grid.shape, self.grid_size, self.num_heads
+        windows, valid, _ = self._windows(grid)  # (B, n, W, C), (n, W)
+        pooled = torch.einsum("bnwc,nw->bnc", windows, _average(valid, windows))  # (B, n, C)
+        query, key, value = self._queries_keys_values(pooled, windows)  # (B * n, heads, 1 or W, d)
+        mask = valid.expand(len(grid), -1, -1).reshape(len(query), 1, 1, -1)  # (B * n, 1, 1, W)
+        looked_up = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B * n, heads, 1, d)
+        return pooled + self.output(looked_up.reshape(*pooled.shape[:2], -1))  # (B, n, A) -> (B, n, C)
+
+    def contributions(self, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take the tokens of whole images apart into what each patch of their windows brings, with the weights of the
+        attention as they are.
+
+        Args:
+            grid: (B, C, h, w) patch features.
+
+        Returns:
+            (B, n, W, C), which with a bias (C,) sum over W to what `forward` returns; (n, W), the patches from 0 to
+            h * w - 1 that they come from, row by row; and the bias. Zeros are beyond narrower windows.
+        """
+        windows, valid, patches = self._windows(grid)  # (B, n, W, C), (n, W), (n, W)
+        average = _average(valid, windows)  # (n, W)
+        pooled = torch.einsum("bnwc,nw->bnc", windows, average)  # (B, n, C)
+        query, key, value = self._queries_keys_values(pooled, windows)  # (B * n, heads, 1 or W, d)
+        scores = (query @ key.transpose(-1, -2)).squeeze(2) / query.shape[-1] ** 0.5  # (B * n, heads, W)
+        mask = valid.expand(len(grid), -1, -1).reshape(len(query), 1, -1)  # (B * n, 1, W)
+        attention = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B * n, heads, W)
+        looked_up = (attention[..., None] * value).transpose(1, 2)  # (B * n, W, heads, d)
+        looked_up = looked_up.reshape(*windows.shape[:3], -1)  # (B, n, W, A)
+        bias = self.output(torch.zeros_like(looked_up[0, 0, 0]))  # (C,)
+        return average[..., None] * windows + self.output(looked_up) - bias, patches, bias
+
+    def _windows(self, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, C, h, w) -> (B, n, W, C) patches of each token's window, (n, W) False beyond it, (n, W) their numbers"""
+        (batch, channels, height, width), g = grid.shape, self.grid_size
         rows, row_valid = adaptive_windows(height, g, grid.device)
         columns, column_valid = adaptive_windows(width, g, grid.device)
         windows = grid[:, :, rows][..., columns]  # (B, C, g, wh, g, ww)
         windows = windows.permute(0, 2, 4, 3, 5, 1).reshape(batch, g * g, -1, channels)  # (B, n, W, C)
         valid = row_valid[:, None, :, None] & column_valid[None, :, None, :]  # (g, g, wh, ww)
-        valid = valid.view(g * g, -1)  # (n, W)
+        patches = rows[:, None, :, None] * width + columns[None, :, None, :]  # (g, g, wh, ww)
+        return windows, valid.view(g * g, -1), patches.view(g * g, -1)
 
-        weights = valid / valid.sum(-1, keepdim=True)  # (n, W)
-        pooled = torch.einsum("bnwc,nw->bnc", windows, weights.to(windows.dtype))  # (B, n, C)
-
+    def _queries_keys_values(
+        self, pooled: torch.Tensor, windows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, n, C) and (B, n, W, C) -> (B * n, heads, 1, d) and twice (B * n, heads, W, d)"""
         # A row for each token, since exports take no attention of five dimensions.
-        query = self.query(self.norm(pooled)).view(batch * g * g, heads, 1, -1)  # (B * n, H, 1, d)
-        key_value = self.key_value(self.norm(windows)).view(batch * g * g, valid.shape[-1], 2, heads, -1)
-        key, value = key_value.permute(2, 0, 3, 1, 4)  # (B * n, H, W, d) each
-        mask = valid.expand(batch, -1, -1).reshape(batch * g * g, 1, 1, -1)  # (B * n, 1, 1, W)
-        looked_up = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B * n, H, 1, d)
-        return pooled + self.output(looked_up.reshape(batch, g * g, -1))  # (B, n, A) -> (B, n, C)
+        rows, heads = pooled.shape[0] * pooled.shape[1], self.num_heads
+        query = self.query(self.norm(pooled)).view(rows, heads, 1, -1)
+        key_value = self.key_value(self.norm(windows)).view(rows, windows.shape[2], 2, heads, -1)
+        key, value = key_value.permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+
+def _average(valid: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """(n, W) weights of the patches of each window in its mean."""
+    return (valid / valid.sum(-1, keepdim=True)).to(windows.dtype)

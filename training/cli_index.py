@@ -115,6 +115,10 @@ def search(
         int | None, typer.Option(min=1, help="Likewise of the query; by default as many as of an image.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of answers.")] = 10,
+    explain: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="New folder for a heat map over each found image: why it is found."),
+    ] = None,
     model: MovedModel = None,
     table_file: Table = None,
     as_json: AsJson = False,
@@ -127,13 +131,15 @@ def search(
     if text == "-" and "-" in (image or []):
         raise typer.BadParameter("- stands for TEXT or for --image; give it once")
     check_table(table_file)
+    if explain is not None and explain.exists() and (not explain.is_dir() or any(explain.iterdir())):
+        raise FileExistsError(f"`--explain` is {str(explain)!r}, which is there; expected a new or an empty folder.")
     parts, is_stream = [_box(box) for box in boxes or []], text == "-" or "-" in (image or [])
     with work():
         from mmgem.training.search.index import SearchIndex
 
         loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
     found = []
-    for line in _lines() if is_stream else [None]:
+    for number, line in enumerate(_lines() if is_stream else [None], 1):
         of_line, query = line if text == "-" else text, line or text or ", ".join(image or [])
         images = [line if name == "-" else name for name in image or []] or None
         try:
@@ -144,7 +150,13 @@ def search(
                 raise
             typer.secho(printable(str(error)), err=True, fg=typer.colors.RED)  # and is asked again
             continue
-        rows = [{"score": round(hit.score, 4), "path": str(hit.path)} for hit in hits]
+        rows: list[dict] = [{"score": round(hit.score, 4), "path": str(hit.path)} for hit in hits]
+        if explain is not None:
+            with work():
+                embed = loaded.query(of_line, images, parts or None, prompt, vectors, query_vectors)
+                folder = explain / f"{number:04}" if is_stream else explain
+                maps = _draw_maps(loaded, hits, embed, vectors, folder)
+            rows = [row | {"heat_map": str(file)} for row, file in zip(rows, maps, strict=True)]
         found += [{"query": query, "rank": rank, **row} for rank, row in enumerate(rows, 1)]
         answers = [f"{hit.score:7.4f}  {hit.path}" for hit in hits]
         if is_stream and as_json:
@@ -152,6 +164,16 @@ def search(
         else:
             answer(rows, as_json, [query, *answers, ""] if is_stream else answers)
     write_table(found, table_file)
+
+
+def _draw_maps(index, hits: list, query, vectors: int | None, folder: Path) -> list[Path]:
+    """A heat map over each found image, as files by rank and name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{rank:03}-{hit.path.stem}.jpg" for rank, hit in enumerate(hits, 1)]
+    for hit, file in zip(hits, files, strict=True):
+        picture, similarity_map = index.explain(hit.row, query, vectors)
+        similarity_map.draw(picture).save(file, quality=90)
+    return files
 
 
 def _lines() -> Iterator[str]:

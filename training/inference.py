@@ -56,7 +56,7 @@ def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     Returns:
         (B, D) or (B, k, D), normalised, float32, on the CPU.
     """
-    inputs = _to_model(model, processor(images=list(images), return_tensors="pt"))
+    inputs = to_model(model, processor(images=list(images), return_tensors="pt"))
     with inference(model):
         return _unit(model.get_image_features(**inputs).pooler_output)
 
@@ -75,7 +75,7 @@ def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Seque
     """
     parts = []
     for some, their_boxes in _with_some_boxes(images, boxes):
-        inputs = _to_model(model, processor(images=some, boxes=their_boxes, return_tensors="pt"))
+        inputs = to_model(model, processor(images=some, boxes=their_boxes, return_tensors="pt"))
         with inference(model):
             embeddings = model.get_image_features(**inputs).pooler_output  # (B, R, D) or (B, R, k, D), padded
         parts += [_unit(row[: len(own)]) for row, own in zip(embeddings, their_boxes, strict=True)]
@@ -105,7 +105,7 @@ def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) ->
         starts = range(0, len(order), batch_size)
         for start in starts if len(starts) == 1 else tqdm(starts, desc="texts", unit="batch", leave=False):
             batch = [processor.plain_text(texts[row]) for row in order[start : start + batch_size]]
-            inputs = _to_model(model, processor(text=batch, padding=True, return_tensors="pt"))
+            inputs = to_model(model, processor(text=batch, padding=True, return_tensors="pt"))
             parts.append(_unit(model.get_text_features(**inputs).pooler_output))
     embeddings = torch.cat(parts)
     restored = torch.empty_like(embeddings)
@@ -196,7 +196,7 @@ def embed_and_remember(model, processor, images: Sequence[Any]) -> ImageStates:
     can_fuse = "fused" in model.config.embedded_kinds
     calibrated = nullcontext() if can_fuse else uncalibrated(model)
     if model.vlm is not None:  # which sees images in prompts in its own way
-        inputs = _to_model(model, processor(images=list(images), return_tensors="pt"))
+        inputs = to_model(model, processor(images=list(images), return_tensors="pt"))
         with inference(model):
             image = model.get_image_features(**inputs)
         with calibrated:
@@ -204,7 +204,7 @@ def embed_and_remember(model, processor, images: Sequence[Any]) -> ImageStates:
     else:
         prompts, options = [processor.prompt()] * len(images), {"padding": True, "return_tensors": "pt"}
         inputs = processor(images=list(images), text=prompts, **options, **processor.prompt_kwargs)
-        inputs = _to_model(model, inputs)
+        inputs = to_model(model, inputs)
         with inference(model):
             pictures = {name: inputs.pop(name) for name in ("pixel_values", "spatial_shapes") if name in inputs}
             image = model.get_image_features(**pictures)
@@ -307,12 +307,12 @@ def _fused_features(model, processor, images, texts, boxes=None):
         **processor.prompt_kwargs,
     )
     with inference(model):
-        return model.get_multimodal_features(**_to_model(model, inputs))
+        return model.get_multimodal_features(**to_model(model, inputs))
 
 
 def _generate(model, inputs, processor, max_new_tokens: int, **memory: torch.Tensor) -> list[str]:
     with inference(model):
-        ids = model.generate(**_to_model(model, inputs), **memory, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = model.generate(**to_model(model, inputs), **memory, max_new_tokens=max_new_tokens, do_sample=False)
     # Of a memory the model returns only what is new.
     new_ids = ids if memory else ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
@@ -352,7 +352,7 @@ def tower_runs_once(model) -> Iterator[None]:
         del owner._patch_grid
 
 
-def _to_model(model, inputs) -> dict[str, torch.Tensor]:
+def to_model(model, inputs) -> dict[str, torch.Tensor]:
     """The tensors on the model's device; pixels in its precision (boxes and ids stay as they are)."""
     tensors = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if "pixel_values" in tensors:

@@ -37,6 +37,7 @@ from .modality_calibrator import ModalityCalibrator
 from .patch_grid import boxes_on_grid, find_grid, image_size_of, patch_grid
 from .pool_aggregator import PoolAggregator, attention_heads
 from .sentence_transformers_files import write_sentence_transformers_files
+from .similarity_map import similarity_map
 from .text_rows import TEXT_COLUMNS, TextRows, documents_text_columns, first_token_id, is_first_token
 from .tower_composition import DEFAULT_MAX_NEW_TOKENS, build_vision_tower, compose_towers
 from .vision_language_model import (
@@ -421,6 +422,49 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         if boxes is not None:
             embeds = embeds * is_box(boxes).view(*boxes.shape[:2], *[1] * (embeds.ndim - 2))  # (B, R, ...)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=embeds)
+
+    def similarity_map(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        query_embeds: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        num_vectors: int | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Say why an image is found: the share of each patch in its similarity with a text. The shares sum to the
+        similarity, the cosine or MaxSim, exactly; a share may be negative.
+
+        The visual tokens are weighted sums of patch features, and what follows them is linear but for three kinds of
+        factors, which are taken as they are: the weights of attention and of the vectors of an image, the deviation
+        that a LayerNorm divides by, and lengths. So the shares say what adds up to the score. They do not say what
+        the score would be without a patch, whose features the vision tower mixes with those of its surroundings.
+        What comes of biases and of a calibrator, whatever the image, is spread evenly.
+
+        Args:
+            pixel_values, spatial_shapes: Of I images, see [`get_image_features`].
+            input_ids, attention_mask: (T, L) of texts, see [`get_text_features`].
+            query_embeds: (T, D) or (T, k, D) in the place of texts: embeddings of any kind, of any length. Of fewer
+                dimensions, they are compared with the first ones of the image.
+            num_vectors: How many of the vectors of an image are compared, the first ones; by default all.
+            pixel_attention_mask: Says the same as `spatial_shapes`, and is not read.
+
+        Returns:
+            (I, T, rows, columns), where the image has its patches; zeros beyond `spatial_shapes`.
+
+        Raises:
+            ValueError: If there are not either texts or `query_embeds`, or they do not fit the model; if the model
+                reads images by a prompt, that is, through its language model, which has no such sum.
+        """
+        if (input_ids is None) == (query_embeds is None):
+            given = "None" if input_ids is None else "given"
+            raise ValueError(f"`input_ids` and `query_embeds` are both {given}; expected one of them.")
+        if input_ids is not None:
+            query_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
+        check_pixels(pixel_values)
+        grid = self._patch_grid(pixel_values, spatial_shapes)  # (I, C, rows, columns)
+        return similarity_map(self, grid, query_embeds, spatial_shapes, num_vectors)
 
     # Text
 

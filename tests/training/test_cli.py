@@ -407,6 +407,22 @@ def test_each_line_of_standard_input_is_a_query(index, gallery):
     run("search", index, "-", "--image", "-", exit_code=2)
 
 
+def test_what_is_found_is_explained_by_heat_maps(index, tmp_path):
+    rows = json.loads(run("search", index, "a star", "--top", 2, "--explain", tmp_path / "why", "--json").stdout)
+    files = sorted((tmp_path / "why").iterdir())
+    assert [row["heat_map"] for row in rows] == [str(file) for file in files] and len(files) == 2
+    for rank, (row, file) in enumerate(zip(rows, files, strict=True), 1):
+        assert file.name == f"{rank:03}-{Path(row['path']).stem}.jpg"
+        with Image.open(file) as heat_map, Image.open(row["path"]) as picture:
+            assert heat_map.size == picture.size
+    assert (
+        "expected a new or an empty folder"
+        in run("search", index, "x", "--explain", tmp_path / "why", exit_code=1).stderr
+    )
+    run("search", index, "-", "--top", 1, "--explain", tmp_path / "each", input="a star\ntwo moons\n")
+    assert [file.parent.name for file in sorted((tmp_path / "each").rglob("*.jpg"))] == ["0001", "0002"]
+
+
 @pytest.mark.parametrize(
     ("ending", "read"),
     [

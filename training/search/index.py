@@ -14,6 +14,7 @@ from mmgem.training.loading import load_checkpoint
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.storage import UNFINISHED, IndexFacts, IndexRows, is_index, read_index
 from mmgem.training.search.vector_search import VectorSearch
+from mmgem.training.similarity_maps import SimilarityMap, similarity_map
 
 
 class Hit(NamedTuple):
@@ -124,12 +125,30 @@ class SearchIndex:
                 `check_boxes`; if neither text nor image is given; for a name that is not among the model's prompts,
                 or numbers that are out of range; or if the model embeds otherwise than it did.
         """
+        if top < 1:
+            raise ValueError(f"`top` is {top}; expected 1 or more.")
+        query = self.query(text, image, boxes, prompt, vectors, query_vectors)
+        scores, rows = self.vectors.search(query[0].numpy(), top, vectors)
+        return [Hit(float(score), self.path(int(row)), int(row)) for score, row in zip(scores, rows, strict=True)]
+
+    def query(
+        self,
+        text: str | None = None,
+        image: Any = None,
+        boxes: Sequence[Box] | None = None,
+        prompt: str | None = None,
+        vectors: int | None = None,
+        query_vectors: int | None = None,
+    ) -> torch.Tensor:
+        """The embedding that [`search`] compares with the images; arguments and errors as there.
+
+        Returns:
+            (1, D) or (1, k, D), of unit length.
+        """
         if text is None and image is None:
             raise ValueError("`text` and `image` are both None; expected at least one of them.")
         if image is None and text is not None and not text.strip():
             raise ValueError(f"`text` is {text!r}; expected something to look for.")
-        if top < 1:
-            raise ValueError(f"`top` is {top}; expected 1 or more.")
         vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0)
         if query_vectors is None:
             query_vectors = vectors
@@ -139,8 +158,28 @@ class SearchIndex:
         query = self.facts.settings.shorten(self._embed_query(text, image, boxes), query_vectors)
         if not query.isfinite().all():
             raise ValueError("the query is embedded as NaN or infinite values; expected finite ones.")
-        scores, rows = self.vectors.search(query[0].numpy(), top, vectors)
-        return [Hit(float(score), self.path(int(row)), int(row)) for score, row in zip(scores, rows, strict=True)]
+        return query
+
+    def explain(self, row: int, query: torch.Tensor, vectors: int | None = None) -> tuple[Image.Image, SimilarityMap]:
+        """Say why an image is found, from its file.
+
+        Args:
+            row: Its number in the index.
+            query: As [`query`] embeds it.
+            vectors: As for [`search`].
+
+        Returns:
+            The picture, as it was read for the index, and the shares of its patches in its score; they sum to what
+            `float32` vectors score.
+
+        Raises:
+            FileNotFoundError, ValueError: If the file is gone or cannot be read; as `similarity_map`; if the model
+                embeds images otherwise than it did.
+        """
+        self._check("image")
+        [picture] = _load_all([self.path(row)], shorter_side_for(self.processor), self.processor.allow_urls)
+        vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0) or self.facts.settings.vectors
+        return picture, similarity_map(self.model, self.processor, picture, query, vectors)
 
     def memory(self, rows: Sequence[int]) -> torch.Tensor:
         """Reads the memories of some images.

@@ -274,3 +274,17 @@ def test_a_calibrated_model_searches_what_it_is_calibrated_for(folder, out, tiny
     check(index.search("a star"), folder, images @ embed_texts(model, tiny_processor, ["a star"])[0])
     with pytest.raises(ValueError, match="`modality` is 'fused'"):
         index.search("it", folder / PATHS[0])
+
+
+def test_the_shares_of_a_found_image_sum_to_its_score(folder, out, tmp_path, tiny_processor):
+    model = build_multi_vector_model(3)
+    index = build(folder, out, model, tiny_processor, vectors=2, dimensions=9)
+    for arguments in ({"text": "a star"}, {"image": folder / PATHS[2]}, {"text": "a star", "vectors": 1}):
+        query, kept = index.query(**arguments), arguments.get("vectors")
+        for hit in index.search(**arguments, top=2):
+            picture, found = index.explain(hit.row, query, kept)
+            assert float(found.shares.sum()) == pytest.approx(hit.score, abs=1e-5)
+            assert found.box == (0, 0, *picture.size)
+    (folder / PATHS[0]).unlink()
+    with pytest.raises(FileNotFoundError):
+        index.explain(0, query)
