@@ -115,6 +115,7 @@ class Recipe:
     image_processor: Mapping[str, Any] | None = None
     tokenizer: Mapping[str, Any] | None = None
     prompts: Mapping[str, str] | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
     eval_data: Mapping[str, Any] | None = None
     stages: Sequence[Stage]
 
@@ -150,6 +151,7 @@ def load_recipe(path: str | Path) -> Recipe:
     | `tokenizer` | arguments of `train_tokenizer`, which learns from the data of the first stage |
     | `image_processor` | arguments of the image processor that are to be others |
     | `prompts` | instructions by name, which the model keeps and those who embed with it can ask for |
+    | `generation` | arguments of `GenerationConfig` by which the model writes; by default its own |
     | `eval_data` | a data section (see [`mmgem.training.data.open_source.open_source`]) to measure the model on |
     | `seed` | of weights, orders and draws; 0 by default |
     | `stages` | a list, see below |
@@ -212,6 +214,8 @@ def parse_recipe(sections: Any) -> Recipe:
     check_type(sections.get("seed", 0), int, "`seed`")
     if "prompts" in sections:
         check_type(sections["prompts"], dict[str, str], "`prompts`")
+    if "generation" in sections:
+        _check_mapping(sections["generation"], "`generation`")
     model = _parse_model(sections["model"])
     for name in ("tokenizer", "image_processor"):
         if name in sections:

@@ -59,8 +59,8 @@ def build_model(recipe: Recipe, rows: Mixture | None = None) -> tuple[MMGEMModel
 
 
 def prepare_for_stage(model: MMGEMModel, processor: MMGEMProcessor, recipe: Recipe, stage: Stage) -> None:
-    """Set, in place, what the recipe says about training and prompts, and a stage about its images, its attention and
-    its [EMB] vectors.
+    """Set, in place, what the recipe says about training, prompts and generation, and a stage about its images, its
+    attention and its [EMB] vectors.
 
     The position embeddings of the vision tower stay as they are: the model interpolates them to the images it gets.
 
@@ -77,6 +77,7 @@ def prepare_for_stage(model: MMGEMModel, processor: MMGEMProcessor, recipe: Reci
         model.set_attn_implementation(recipe.model.attn_implementation)
     if recipe.prompts is not None:
         model.config.prompts = dict(recipe.prompts)
+    model.generation_config.update(**recipe.generation)
     if stage.text_attention is not None:
         model.config.text_attention = stage.text_attention
     if stage.image_size is not None:

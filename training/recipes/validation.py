@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
-from transformers import CONFIG_MAPPING, AutoConfig, SiglipImageProcessorPil
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, SiglipImageProcessorPil
 
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
@@ -51,6 +51,7 @@ def check_sections(recipe: Recipe) -> None:
             wrong type or out of its range.
     """
     _check_model(recipe)
+    _check_generation(recipe.generation)
     for stage in recipe.stages:
         _check_stage(stage)
 
@@ -141,6 +142,19 @@ def _check_model(recipe: Recipe) -> None:
         MMGEMConfig(**config)
     except StrictDataclassError as error:
         raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
+
+
+def _check_generation(section: Mapping[str, Any]) -> None:
+    check_keys(section, GenerationConfig().to_dict(), "`generation`")
+    for name in ("num_beams", "max_new_tokens", "no_repeat_ngram_size"):
+        if name in section:
+            check_type(section[name], int, f"`{name}` in `generation`")
+            if section[name] < 1:
+                raise ValueError(f"`{name}` in `generation` is {section[name]}; expected 1 or more.")
+    try:
+        GenerationConfig(**section).validate(strict=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`generation` is {dict(section)!r:.80}; {' '.join(str(error).split())}") from error
 
 
 def _check_tower_config(section: Mapping[str, Any], where: str) -> None:

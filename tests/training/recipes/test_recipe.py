@@ -24,6 +24,7 @@ def recipe():
         "image_processor": {"size": {"height": 32, "width": 32}},
         "tokenizer": {"vocab_size": 300, "model_max_length": 400},
         "prompts": {"query": "Find the image that shows: ", "object": "Embed "},
+        "generation": {"num_beams": 3, "no_repeat_ngram_size": 3},
         "eval_data": SCENES,
         "stages": [
             {"name": "first", "train_data": SCENES, "training": {"max_steps": 2, "lora": {"r": 4}}},
@@ -75,7 +76,7 @@ DELETE = object()
 def test_a_recipe_is_what_its_file_says(load, recipe, tmp_path):
     loaded = load()
     assert read_yaml(tmp_path / "recipe.yaml") == recipe
-    for name in ("image_processor", "tokenizer", "prompts", "eval_data"):
+    for name in ("image_processor", "tokenizer", "prompts", "generation", "eval_data"):
         assert getattr(loaded, name) == recipe[name]
     assert loaded.seed == 0 and loaded.model.config == {"projection_dim": 8} and loaded.model.pretrained is None
     assert loaded.model.vision_config == recipe["model"]["vision_config"]
@@ -129,6 +130,11 @@ def test_numbers_may_be_written_without_a_point(load, tmp_path):
         (["stages"], {"name": "x"}, "`stages` is .*expected list"),
         (["prompts"], ["Find"], "`prompts` is .*expected dict"),
         (["prompts", "query"], 3, "`prompts` is .*expected dict"),
+        (["generation"], [3], "`generation` is .*expected"),
+        (["generation", "num_beans"], 3, "`generation` has the unknown key `num_beans`.*num_beams"),
+        (["generation", "num_beams"], 0, "`num_beams` in `generation` is 0; expected 1 or more"),
+        (["generation", "num_beams"], "3", "`num_beams` in `generation` is '3'"),
+        (["generation", "temperature"], 0.5, "`generation` is .*temperature"),
         (["model", "prompts"], {"query": "Find"}, "`model` has the unknown key `prompts`"),
         (["seed"], "zero", "`seed` is 'zero'; expected int"),
         (["model", "projection_dmi"], 8, "`model` has .*`projection_dmi`.*Did you mean `projection_dim`"),

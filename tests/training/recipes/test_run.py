@@ -271,7 +271,7 @@ def in_two_steps(recipe):
             "training": TRAINING | {"logging_steps": 1},
         },
     ]
-    return recipe | {"prompts": {"query": "Find the image that shows: "}}
+    return recipe | {"prompts": {"query": "Find the image that shows: "}, "generation": {"num_beams": 2}}
 
 
 @pytest.mark.slow
@@ -286,6 +286,7 @@ def test_a_stage_may_put_back_what_is_masked(in_two_steps, write, tmp_path):
         assert config["architectures"] == ["MMGEMModel"] and config["text_attention"] == "bidirectional"
         assert (config["num_embedding_tokens"], config["embedding_pooling"]) == (count, pooling)
         assert config["prompts"] == in_two_steps["prompts"]
+        assert json.loads((whole / folder / "generation_config.json").read_text())["num_beams"] == 2
         assert not any("reconstruction" in name for name in load_file(whole / folder / "model.safetensors"))
         assert MMGEMProcessor.from_pretrained(whole / folder).image_processor.size.height == 32
         assert not (whole / folder / "trained").exists()
