@@ -1,6 +1,27 @@
-"""Errors at the door: tensors that come into the model are checked where they enter."""
+"""Errors at the door: tensors that come into the model, and arguments of `generate`, are checked where they enter."""
+
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
 
 import torch
+
+# Of the arguments of `generate` those that transformers takes whatever they are. Whole numbers, with the least:
+COUNTS = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "max_new_tokens": 1,
+    "max_length": 1,
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+}
+SHARES = ("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+FINITE = ("length_penalty", "guidance_scale", "max_time")
+SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores")
+TOKENS = ("eos_token_id", "pad_token_id")
 
 
 def is_box(boxes: torch.Tensor) -> torch.Tensor:
@@ -53,3 +74,26 @@ def checked_mask(
             f"{tuple(input_ids.shape)}."
         )
     return attention_mask
+
+
+def check_generation(arguments: Mapping[str, Any], vocabulary_size: int):
+    """Refuses what would end in an error that names nothing, or in other text than was asked for."""
+    for name, value in arguments.items():
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        fits, expected = True, ""
+        if name in COUNTS:
+            fits = is_number and isinstance(value, Integral) and int(value) >= COUNTS[name]
+            expected = f"a whole number of at least {COUNTS[name]}"
+        elif name in SHARES:
+            fits, expected = is_number and 0 <= value <= 1, "a number from 0 to 1"
+        elif name in FINITE:
+            fits, expected = is_number, "a finite number"
+        elif name in SWITCHES:
+            fits, expected = isinstance(value, bool), "True or False"
+        elif name in TOKENS:
+            ids = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+            ids = ids if isinstance(ids, list | tuple) else [ids]
+            fits = all(isinstance(one, Integral) and 0 <= int(one) < vocabulary_size for one in ids)
+            expected = f"token ids from 0 to {vocabulary_size - 1}"
+        if value is not None and not fits:
+            raise ValueError(f"`{name}` is {value!r}; expected {expected}.")

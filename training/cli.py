@@ -2,7 +2,11 @@
 
 import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -46,13 +50,23 @@ GOING_ON = {
     "train": "; the same command with --resume goes on from the last checkpoint",
 }
 
+# What ends a job from outside: `kill`, a job system at its limit of time or a shutdown; a terminal that is closed.
+PIPE = 13  # the number of SIGPIPE, which Windows does not have
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class _Commands(TyperGroup):
     """Reports user errors in one line, with exit code 1; wrong usage has typer's 2."""
 
     def invoke(self, ctx) -> Any:
         try:
-            return super().invoke(ctx)
+            with _ended_as_interrupted():
+                result = super().invoke(ctx)
+                sys.stdout.flush()  # here, and not where nobody can catch what comes of it
+                return result
+        except BrokenPipeError as error:  # who reads the answer, such as `head`, has enough of it
+            _discard(sys.stdout)
+            raise typer.Exit(128 + PIPE) from error
         except Exception as error:
             if ctx.params["traceback"] or not (isinstance(error, USER_ERRORS) or NO_ROOM.search(str(error))):
                 raise
@@ -60,9 +74,39 @@ class _Commands(TyperGroup):
             typer.secho(f"mmgem: {message}", err=True, fg=typer.colors.RED)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
+            number = signal.Signals(*error.args or (signal.SIGINT,))
+            by = "" if number == signal.SIGINT else f" by {number.name}"
             after = GOING_ON.get(ctx.invoked_subcommand, "")
-            typer.secho(f"mmgem: interrupted{after}", err=True, fg=typer.colors.YELLOW)
-            raise typer.Exit(130) from error  # as of a program that the signal ends
+            typer.secho(f"mmgem: interrupted{by}{after}", err=True, fg=typer.colors.YELLOW)
+            raise typer.Exit(128 + number) from error  # as of a program that the signal ends
+
+
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """Lets the signals that end a job do what Ctrl-C does, once; but not where torchrun sends them to its processes,
+    which may wait for each other and then would not end."""
+    is_ours = threading.current_thread() is threading.main_thread() and "RANK" not in os.environ
+    ours = [number for number in ENDS if is_ours and signal.getsignal(number) is signal.SIG_DFL]  # not of `nohup`
+
+    def interrupt(number: int, frame: object) -> None:
+        for one in ours:
+            signal.signal(one, signal.SIG_IGN)  # what is kept now shall be kept whole
+        raise KeyboardInterrupt(number)
+
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _discard(stream: Any) -> None:
+    """Lets what is still to be written to a closed pipe go nowhere, so that Python does not complain at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

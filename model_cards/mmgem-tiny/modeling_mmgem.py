@@ -29,7 +29,7 @@ from transformers.utils import (
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids, is_distributed
 from .image_vectors import QUERY_STD, ImageVectors
-from .input_checks import check_boxes, check_ids, check_pixels, checked_mask, is_box
+from .input_checks import check_boxes, check_generation, check_ids, check_pixels, checked_mask, is_box
 from .joint_step import JointStep
 from .language_model_probe import PROBING, check_reading
 from .late_interaction import similarity
@@ -969,8 +969,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If `embedding_tokens` are not those of this model, or come with images; if images come with
-                a prompt that has no place for them.
+                a prompt that has no place for them; for a number out of its range, such as `num_beams=0`.
         """
+        check_generation(kwargs, self.get_input_embeddings().num_embeddings)
         if embedding_tokens is None:
             prompt_ids = kwargs.get("input_ids", inputs)
             has_images = kwargs.get("pixel_values") is not None and prompt_ids is not None

@@ -50,6 +50,7 @@ VLM_FOLDER = "vlm_processor"  # in the folder of the processor, where the model 
 WHOLE_IMAGE = {"do_image_splitting": False, "crop_to_patches": False, "do_pan_and_scan": False}
 # Arguments of a call that tokenizers keep, save, and take for their defaults when they are loaded.
 CALL_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+MAX_RESIZED_PIXELS = 1 << 24  # of a picture, before its middle is cut out
 WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # to load from
 
 
@@ -485,6 +486,8 @@ class MMGEMProcessor(ProcessorMixin):
                 f"`text` has {sum(counts)} {self.image_token} placeholders for {len(images)} images; expected one for "
                 "each image, or none to compare texts and images."
             )
+        for number, image in enumerate(images):
+            self.check_proportions(image.size, f"images[{number}]")
         rest = iter(images)
         of_text = [[next(rest) for _ in range(count)] for count in counts]
         defaults = {"padding": True, "padding_side": "left"}
@@ -534,7 +537,33 @@ class MMGEMProcessor(ProcessorMixin):
         if boxes is not None and images is None:
             raise ValueError("`boxes` was given without `images`; expected the images they lie in.")
 
+    def check_proportions(self, size: tuple[int, int], name: str = "image", **kwargs):
+        """Refuses a picture so narrow that it would become huge once its shorter side fits the model's view.
+
+        Args:
+            size: (width, height) in pixels.
+            name: What the error calls it.
+            kwargs: Arguments of a call that change how images are resized.
+
+        Raises:
+            ValueError: If more than `MAX_RESIZED_PIXELS` would come of it.
+        """
+        for image_processor in (self.image_processor, getattr(self.vlm_processor, "image_processor", None)):
+            edges = kwargs.get("size") or getattr(image_processor, "size", None) or {}
+            shortest = edges.get("shortest_edge")
+            # Others bound the longer side, or cut into tiles.
+            if not shortest or edges.get("longest_edge") or getattr(image_processor, "image_grid_pinpoints", None):
+                continue
+            most = MAX_RESIZED_PIXELS // shortest**2
+            if max(size) > most * min(size):
+                raise ValueError(
+                    f"`{name}` has {size[0]} x {size[1]} pixels; expected a longer side of at most {most} times the "
+                    f"shorter, which is resized to {shortest} pixels."
+                )
+
     def _process_images(self, images, boxes=None, **kwargs):
+        for number, image in enumerate(images):
+            self.check_proportions(image.size, f"images[{number}]", **kwargs)
         features = self.image_processor(images, **kwargs)
         if self.vlm_processor is not None:
             features = BatchFeature({"pixel_values": _whole_images(features["pixel_values"], len(images))})

@@ -33,8 +33,12 @@ class KnowingProcessor:
 
     image_token = "<image>"
     image_processor = None  # nothing is cropped
+    vlm_processor = None
     is_plain, prompt_kwargs, allow_urls = True, {}, False
     pad = 0
+
+    def check_proportions(self, size, name):
+        pass
 
     def prompt(self, text="", num_images=1):
         return self.image_token * num_images + text

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 import mmgem
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.cli import app
+from mmgem.training.inference import embed_images
 from mmgem.training.printable import printable
 from mmgem.training.recipes.check import StageCheck
 from mmgem.training.recipes.run import TrainingReport
@@ -347,6 +349,35 @@ def test_who_interrupts_is_told_how_to_go_on(checkpoint, gallery, tmp_path, monk
 
     result = run("index", gallery, "--model", checkpoint, "--out", tmp_path / "index", exit_code=130)
     assert result.stderr.splitlines()[-1].startswith("mmgem: interrupted; what is embedded is kept, and the same")
+
+
+def test_a_job_that_is_ended_from_outside_keeps_what_it_has_embedded(checkpoint, gallery, tmp_path, monkeypatch):
+    batches = []
+
+    def embed(model, processor, images):
+        batches.append(len(images))
+        if len(batches) == 3:  # by a job system at its limit of time
+            os.kill(os.getpid(), signal.SIGTERM)
+        return embed_images(model, processor, images)
+
+    arguments = ("index", gallery, "--model", checkpoint, "--out", tmp_path / "index", "--batch-size", 2)
+    monkeypatch.setattr("mmgem.training.search.building.embed_images", embed)
+    result = run(*arguments, exit_code=128 + signal.SIGTERM)
+    assert result.stderr.splitlines()[-1].startswith("mmgem: interrupted by SIGTERM; what is embedded is kept, and")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    kept = sum(batches[:2])
+    answer = json.loads(run(*arguments, "--json").stdout)
+    assert kept == 4 and answer["embedded"] == answer["images"] - kept
+
+
+def test_who_reads_no_further_is_told_nothing():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from mmgem.training.cli import app; app.command('say')(lambda: print('x' * 100_000)); app(['say'])"
+    process = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize(

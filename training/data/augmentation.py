@@ -122,6 +122,11 @@ class Augmentation:
         if not 0 <= self.color_jitter < 1:
             raise ValueError(f"`color_jitter` is {self.color_jitter}; expected a number from 0 to below 1.")
 
+    @property
+    def least_side(self) -> float:
+        """The least share of a side of the image that a crop has."""
+        return math.sqrt(self.min_crop * 3 / 4)
+
     def draw(self, row: Mapping[str, Any], size: tuple[int, int], seed: int) -> View:
         """Draw a view of the image of a row.
 

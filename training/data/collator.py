@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mmgem.text_rows import IGNORED_LABEL, TEXT_COLUMNS, Role
 from mmgem.training.data.augmentation import Augmentation, View, may_be_augmented
 from mmgem.training.data.drawn_texts import NONE, DrawnText, TextDrawing
 from mmgem.training.data.feature_cache import CachedViews
+from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.data.permutation import hash_numbers
 from mmgem.training.data.rows import ID_COLUMNS, check_row, edit_of, edited_file_of, images_of, row_name
 
@@ -94,6 +96,7 @@ class MMGEMCollator(TextDrawing):
         for number, (row, name) in enumerate(zip(rows, names, strict=True)):
             check_row(row, name)
             options: dict[str, Any] = {"name": f"image of {name}", "allow_urls": self.processor.allow_urls}
+            options["shorter_side"] = None if row.get("boxes") else self.shorter_side
             images.append([load_image(image, **options) for image in self.pictures_of(row)])
             own_views, own_keys = self._views_of(row, images[-1])
             shown.append(own_views)
@@ -133,6 +136,12 @@ class MMGEMCollator(TextDrawing):
             inputs["row_keys"] = [row["row_key"] for row in rows]
         columns = {name: _column(name, texts) for name in self.text_columns}
         return inputs | self.tokenize(texts) | columns, row_index
+
+    @cached_property
+    def shorter_side(self) -> int:
+        """How far images of rows without boxes are scaled down, see [`shorter_side_for`]."""
+        views = self.augmentation_of_images
+        return shorter_side_for(self.processor, 1.0 if views is None else views.least_side)
 
     def _views_of(self, row: Mapping[str, Any], images: list[Image.Image]) -> tuple[list[View], list[str]]:
         """For each image of a row what is shown of it, and the key of its cached features, if there are any."""
@@ -195,10 +204,13 @@ class MMGEMCollator(TextDrawing):
             row: A row that `check_row` has passed.
 
         Raises:
-            ValueError: If it names a prompt that the model does not have, or has more images before its instruction
-                than leave room for it.
+            ValueError: If it names a prompt that the model does not have, has an image that is too narrow, or has more
+                images before its instruction than leave room for it.
         """
         self.check_prompt(row)
+        for image in self.pictures_of(row):
+            if isinstance(image, Image.Image):
+                self.processor.check_proportions(image.size, f"image of {row_name(row, 0)}")
         room = self.processor.text_limit + self.processor.num_visual_tokens
         most = int((room - 1) // self.processor.num_visual_tokens)
         if self.edits_per_image and edit_of(row) is not None and len(images_of(row)) > most:

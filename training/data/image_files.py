@@ -289,17 +289,24 @@ class ImageReader:
             return Skipped(os.fsencode(file_name).decode(errors="replace"), _reason(error))
 
 
-def shorter_side_for(processor) -> int:
+def shorter_side_for(processor, share: float = 1.0) -> int:
     """How many pixels the shorter side of a picture needs, so that the model sees all that it would: twice as many as
-    a square with the pixels that it sees.
+    a square with the pixels that it sees, of all tiles together where a VLM cuts pictures into such.
 
-    The rule holds wherever pictures are embedded or captioned as a whole; regions are cut from pictures in full.
+    The rule holds wherever files are embedded, captioned, measured or trained on as a whole; regions are cut from
+    pictures in full.
 
     Args:
         processor: An `MMGEMProcessor`, which is asked for its view of a large picture.
+        share: How much of each side of the picture is in the view.
     """
-    inputs = processor(images=[Image.new("RGB", (2048, 2048))], return_tensors="pt")
-    return 2 * math.isqrt(inputs["pixel_values"].numel() // 3)
+    images = [Image.new("RGB", (2048, 2048))]
+    views = [processor(images=images, return_tensors="pt")]
+    if processor.vlm_processor is not None:
+        views.append(
+            processor(images=images, text=[processor.prompt()], return_tensors="pt", **processor.prompt_kwargs)
+        )
+    return math.ceil(2 * max(math.isqrt(view["pixel_values"].numel() // 3) for view in views) / share)
 
 
 def content_hash(data: bytes) -> str:

@@ -24,7 +24,12 @@ class ImageFolderDataset(Dataset):
     Args:
         folder: Where the images are.
         rows: For each row its fields, `file_name` among them.
+
+    Attributes:
+        shorter_side: How far images of rows without boxes may be scaled down, see `load_image`.
     """
+
+    shorter_side: int | None = None
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]]):
         self.folder = folder
@@ -36,7 +41,11 @@ class ImageFolderDataset(Dataset):
     def __getitem__(self, row: int) -> dict[str, Any]:
         fields = self.rows[row]
         files = {"image": fields["file_name"], "edited_image": fields.get("edited_image")}
-        return fields | {name: load_image(self.folder / file, file) for name, file in files.items() if file}
+        side = None if fields.get("boxes") else self.shorter_side
+        images = {
+            name: load_image(self.folder / file, file, shorter_side=side) for name, file in files.items() if file
+        }
+        return fields | images
 
 
 def read_image_folder(

@@ -89,12 +89,12 @@ class ShardSource(Source):
                     fields.setdefault("image", data)
         return content | fields
 
-    def _load_image(self, image: Any, index: int) -> Image.Image:
+    def _load_image(self, image: Any, index: int, shorter_side: int | None) -> Image.Image:
         if isinstance(image, str) and not image.startswith("data:"):
             raise ValueError(
                 f"image of {self._row_name(index)} is {image!r:.200}, outside the shard; expected a file in it."
             )
-        return super()._load_image(image, index)
+        return super()._load_image(image, index, shorter_side)
 
     def _parts(self, index: int) -> list[tuple[str, bytes]]:
         """Names and contents of the files of a sample."""

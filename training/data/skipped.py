@@ -5,11 +5,16 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmgem.processing.image_loading import load_image
-from mmgem.processing.url_fetching import AllowedURLs
+from mmgem.training.data.image_files import shorter_side_for
+from mmgem.training.data.rows import images_of
+
+if TYPE_CHECKING:
+    from mmgem.training.distributed import Share  # whose module takes seconds to import
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +75,29 @@ class SkippedLog:
 
 
 def readable_rows(
-    rows: Iterable[Mapping[str, Any]],
+    dataset: Iterable[Mapping[str, Any]],
+    processor,
     skipped: SkippedLog,
     check: Callable[[Mapping[str, Any], int], object] = lambda row, number: None,
-    allow_urls: AllowedURLs = False,
+    share: "Share | None" = None,
 ) -> Iterator[Mapping[str, Any] | None]:
     """Read rows for evaluation as training does: one that cannot be used is left out, and noted by its number.
 
     Args:
-        rows: The rows; with a length and an index, or an iterable that itself does not fail.
+        dataset: The rows; with a length and an index, or an iterable that itself does not fail.
+        processor: An `MMGEMProcessor`, for whose view images of rows without boxes are scaled down, as for an index.
         skipped: Where to note those that are left out.
         check: Raises an error for a row, given with its number, that cannot be used.
-        allow_urls: Whether images are fetched from URLs, see `load_image`.
+        share: Which of the rows are read; by default all.
 
     Yields:
         A row, its images decoded; None for one that is left out.
     """
+    shorter_side = shorter_side_for(processor)
+    if isinstance(dataset, Sized) and hasattr(dataset, "shorter_side"):  # and so decodes images at reduced scale
+        dataset = copy(dataset)
+        dataset.shorter_side = shorter_side  # type: ignore[attr-defined]
+    rows = dataset if share is None else share.of(dataset)
     has_index = isinstance(rows, Sized) and hasattr(rows, "__getitem__")
     items: Iterable[Any] = range(len(rows)) if has_index else rows  # type: ignore[arg-type]
     for place, item in enumerate(items):
@@ -93,12 +105,17 @@ def readable_rows(
         try:
             row = dict(rows[place] if has_index else item)  # type: ignore[index]
             check(row, number)
+            options: dict[str, Any] = {
+                "shorter_side": None if row.get("boxes") else shorter_side,
+                "allow_urls": processor.allow_urls,
+            }
             for column in _PICTURES:
                 if row.get(column) is not None:
-                    row[column] = load_image(row[column], f"{column} of row {number}", allow_urls=allow_urls)
+                    row[column] = load_image(row[column], f"{column} of row {number}", **options)
             if row.get("images"):
-                name = f"image of row {number}"
-                row["images"] = [load_image(image, name, allow_urls=allow_urls) for image in row["images"]]
+                row["images"] = [load_image(image, f"image of row {number}", **options) for image in row["images"]]
+            for image in filter(None, [*images_of(row), row.get("edited_image")]):
+                processor.check_proportions(image.size, f"image of row {number}")
         except UNREADABLE as error:
             skipped.add(skipped.rows_name, str(number), " ".join(str(error).split()) or type(error).__name__)
             yield None

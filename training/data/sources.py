@@ -39,10 +39,12 @@ class Source(Dataset):
     Attributes:
         damaged: Parts of the data that cannot be read at all, each with the reason.
         prompt_name: Name of the model's prompt that the rows have where they name none themselves, or None.
+        shorter_side: How far images of rows without boxes may be scaled down, see `load_image`.
         allow_urls: Whether images are fetched from URLs, see `load_image`.
         allow_outside_paths: Whether paths of images may lead out of the folder that they are relative to.
     """
 
+    shorter_side: int | None = None
     allow_urls: AllowedURLs = False
     allow_outside_paths: bool = False
 
@@ -110,7 +112,8 @@ class Source(Dataset):
             FileNotFoundError, ValueError: As for `texts`, and if an image cannot be read or a box is not in it.
         """
         row = self.texts(index)
-        images = [self._load_image(image, index) for image in images_of(row)]
+        shorter_side = None if row.get("boxes") else self.shorter_side
+        images = [self._load_image(image, index, shorter_side) for image in images_of(row)]
         if row.get("boxes"):
             check_boxes([row["boxes"]], [images[0].size])
         if row.get("images"):
@@ -118,7 +121,7 @@ class Source(Dataset):
         elif images:
             row["image"] = images[0]
         if "edited_image" in row:
-            row["edited_image"] = self._load_image(row["edited_image"], index)
+            row["edited_image"] = self._load_image(row["edited_image"], index, shorter_side)
         return row
 
     def folder_of(self, index: int) -> Path:
@@ -128,14 +131,14 @@ class Source(Dataset):
     def _row_name(self, index: int) -> str:
         return f"row {f'{self.name}:{self.key(index)}'!r}"
 
-    def _load_image(self, image: Any, index: int) -> Image.Image:
+    def _load_image(self, image: Any, index: int, shorter_side: int | None) -> Image.Image:
         name = f"image of {self._row_name(index)}"
         if isinstance(image, Mapping):
             path = image.get("path")
             image, name = (path, name) if image.get("bytes") is None else (image["bytes"], f"{name} ({path})")
         if isinstance(image, str) and not is_url(image) and not image.startswith("data:"):
             image = self.folder_of(index) / (image if self.allow_outside_paths else inside(image, name))
-        return load_image(image, name, allow_urls=self.allow_urls)
+        return load_image(image, name, shorter_side=shorter_side, allow_urls=self.allow_urls)
 
 
 class DatasetSource(Source):

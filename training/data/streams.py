@@ -171,13 +171,13 @@ class StreamSource(Source):
         except Exception as error:
             raise RuntimeError(f"{self.name} broke off in epoch {epoch}: {error}") from error
 
-    def _load_image(self, image: Any, index: int) -> Image.Image:
+    def _load_image(self, image: Any, index: int, shorter_side: int | None) -> Image.Image:
         path = str(image.get("path")) if isinstance(image, Mapping) and image.get("bytes") is None else ""
         if "://" in path and not any(is_url(part) for part in path.split("::")):
             import datasets
 
             image = datasets.Image().decode_example(dict(image))  # a file on the Hub or in an archive
-        return super()._load_image(image, index)
+        return super()._load_image(image, index, shorter_side)
 
 
 class _Reader:

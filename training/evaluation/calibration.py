@@ -106,9 +106,7 @@ def embed_modalities(
     """
     parts: dict[str, list[torch.Tensor]] = {modality: [] for modality in EMBEDDING_MODES}
     skipped = SkippedLog() if skipped is None else skipped
-    readable = readable_rows(
-        rows, skipped, lambda row, number: check_row(row, row_name(row, number)), processor.allow_urls
-    )
+    readable = readable_rows(rows, processor, skipped, lambda row, number: check_row(row, row_name(row, number)))
     remaining = (row for row in tqdm(readable, desc="sample", unit="row", leave=False) if row is not None)
     while batch := list(islice(remaining, batch_size)):
         of_rows = [{"images": images_of(row), "texts": captions_of(row)[:1]} for row in batch]

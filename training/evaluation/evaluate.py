@@ -113,7 +113,7 @@ def evaluate_model(
     writes_regions = samples is not None
     predictor = RowPredictor(model, processor, batch_size, max_new_tokens, caption_judge, writes_regions)
     skipped = SkippedLog() if skipped is None else skipped
-    rows = readable_rows(share.of(dataset), skipped, allow_urls=processor.allow_urls)
+    rows = readable_rows(dataset, processor, skipped, share=share)
     outputs = [output for output in share.gather(predictor.predict(rows)) if output is not None]
     if len(outputs) < 2:
         raise ValueError(f"`dataset` has {len(outputs)} rows that can be read; expected 2 or more.")

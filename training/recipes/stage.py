@@ -111,6 +111,8 @@ def stage_trainer(
     trainer = stage_kind(stage).trainer(model, arguments, processor, collator, train_dataset, eval_dataset)
     if isinstance(train_dataset, Mixture):
         train_dataset.check = collator.check
+        for source in train_dataset.sources:
+            source.shorter_side = collator.shorter_side
     trainer.caption_judge = SCENE_JUDGE  # which leaves what is not of scenes unjudged
     return trainer
 
