@@ -343,6 +343,49 @@ def push(
     answer({"url": url}, as_json, [url])
 
 
+@app.command()
+def serve(
+    model: ModelArgument,
+    index: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder that `mmgem index` wrote with this model, for /search.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine is heard.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs of all requests at a time.")] = 32,
+    max_inputs: Annotated[int, typer.Option(min=1, help="The most inputs of a request.")] = 512,
+    max_bytes: Annotated[int, typer.Option(min=1, help="The most bytes of a request.")] = 32 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="The most pixels of an image.")] = 1 << 26,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="The most tokens of a text, if the model takes as many.")
+    ] = 8192,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
+    max_queue: Annotated[int, typer.Option(min=1, help="The most inputs of all requests that are in work.")] = 2048,
+    timeout: Annotated[float, typer.Option(min=0.1, help="The most seconds of a request.")] = 60,
+    allow_urls: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Fetch images from this host; '*' for any public one; by default none."),
+    ] = None,
+):
+    """Serve embeddings, chat and search over HTTP, in the shapes of OpenAI's and Cohere's clients."""
+    with work():
+        from mmgem.training.serving.limits import Limits
+        from mmgem.training.serving.run import serve as run_server
+
+        limits = Limits(
+            max_bytes=max_bytes,
+            max_inputs=max_inputs,
+            max_pixels=max_pixels,
+            max_tokens=max_tokens,
+            max_new_tokens=max_new_tokens,
+            max_queue=max_queue,
+            max_batch=batch_size,
+            timeout=timeout,
+        )
+        run_server(model, index, host, port, limits, "*" in (allow_urls or []) or allow_urls or False)
+
+
 app.command(cls=cli_index.IndexCommand)(cli_index.index)
 app.command()(cli_index.search)
 app.command()(cli_index.ask)

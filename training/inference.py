@@ -45,6 +45,19 @@ def uncalibrated(model) -> Iterator[None]:
         model.calibrator = calibrator
 
 
+def to_model(model, inputs) -> dict[str, torch.Tensor]:
+    """Returns the tensors on the model's device; pixels in its precision (boxes and ids stay as they are)."""
+    tensors = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    if "pixel_values" in tensors:
+        tensors["pixel_values"] = tensors["pixel_values"].to(model.dtype)
+    return tensors
+
+
+def unit(embeddings: torch.Tensor) -> torch.Tensor:
+    """Returns embeddings of any shape (..., D) with vectors of unit length, float32, on the CPU."""
+    return normalize(embeddings.float(), dim=-1).cpu()
+
+
 def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     """Embeds one batch of images.
 
@@ -58,7 +71,7 @@ def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     """
     inputs = to_model(model, processor(images=list(images), return_tensors="pt"))
     with inference(model):
-        return _unit(model.get_image_features(**inputs).pooler_output)
+        return unit(model.get_image_features(**inputs).pooler_output)
 
 
 def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]]) -> torch.Tensor:
@@ -78,7 +91,7 @@ def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Seque
         inputs = to_model(model, processor(images=some, boxes=their_boxes, return_tensors="pt"))
         with inference(model):
             embeddings = model.get_image_features(**inputs).pooler_output  # (B, R, D) or (B, R, k, D), padded
-        parts += [_unit(row[: len(own)]) for row, own in zip(embeddings, their_boxes, strict=True)]
+        parts += [unit(row[: len(own)]) for row, own in zip(embeddings, their_boxes, strict=True)]
     return torch.cat(parts)
 
 
@@ -106,7 +119,7 @@ def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) ->
         for start in starts if len(starts) == 1 else tqdm(starts, desc="texts", unit="batch", leave=False):
             batch = [processor.plain_text(texts[row]) for row in order[start : start + batch_size]]
             inputs = to_model(model, processor(text=batch, padding=True, return_tensors="pt"))
-            parts.append(_unit(model.get_text_features(**inputs).pooler_output))
+            parts.append(unit(model.get_text_features(**inputs).pooler_output))
     embeddings = torch.cat(parts)
     restored = torch.empty_like(embeddings)
     restored[torch.tensor(order)] = embeddings
@@ -136,7 +149,7 @@ def embed_fused(
     Raises:
         ValueError: If there are not as many images as texts, or an image has no box where there are boxes.
     """
-    return _unit(_fused_features(model, processor, images, texts, boxes).pooler_output)
+    return unit(_fused_features(model, processor, images, texts, boxes).pooler_output)
 
 
 class EmbeddingMode(NamedTuple):
@@ -210,8 +223,8 @@ def embed_and_remember(model, processor, images: Sequence[Any]) -> ImageStates:
             image = model.get_image_features(**pictures)
             with calibrated:
                 fused = model.get_multimodal_features(**inputs, visual_tokens=image.last_hidden_state)
-    fused_embeds = _unit(fused.pooler_output) if can_fuse else None
-    return ImageStates(_unit(image.pooler_output), fused_embeds, fused.last_hidden_state.float().cpu())
+    fused_embeds = unit(fused.pooler_output) if can_fuse else None
+    return ImageStates(unit(image.pooler_output), fused_embeds, fused.last_hidden_state.float().cpu())
 
 
 def generate_captions(model, processor, images: Sequence[Any], max_new_tokens: int = CAPTION_TOKENS) -> list[str]:
@@ -350,15 +363,3 @@ def tower_runs_once(model) -> Iterator[None]:
         yield
     finally:
         del owner._patch_grid
-
-
-def to_model(model, inputs) -> dict[str, torch.Tensor]:
-    """The tensors on the model's device; pixels in its precision (boxes and ids stay as they are)."""
-    tensors = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    if "pixel_values" in tensors:
-        tensors["pixel_values"] = tensors["pixel_values"].to(model.dtype)
-    return tensors
-
-
-def _unit(embeddings: torch.Tensor) -> torch.Tensor:
-    return normalize(embeddings.float(), dim=-1).cpu()
