@@ -97,7 +97,7 @@ def embed_mixed_corpus(model, processor, rows: Iterable[Mapping[str, Any]], batc
     return MixedCorpus(
         torch.cat(queries),
         {modality: torch.cat(embeds) for modality, embeds in documents.items()},
-        embed_texts(model, processor, false, batch_size) if false else None,
+        embed_texts(model, processor, false) if false else None,
     )
 
 

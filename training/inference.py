@@ -17,6 +17,7 @@ from mmgem.training.distributed import is_sharded, reshard
 
 Box = Sequence[float]
 BOXES_AT_A_TIME = 256  # of all images of a batch together
+TEXT_TOKENS_AT_A_TIME = 4096  # of texts that are embedded, padding included
 CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get captions as short as answers
 
 
@@ -95,14 +96,14 @@ def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Seque
     return torch.cat(parts)
 
 
-def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-    """Embeds any number of texts, batched by length so that little padding is computed.
+def embed_texts(model, processor, texts: Sequence[str], batch_tokens: int = TEXT_TOKENS_AT_A_TIME) -> torch.Tensor:
+    """Embeds any number of texts, those of about the same length together, as many as a number of tokens allows.
 
     Args:
         model: An `MMGEMModel`.
         processor: Its `MMGEMProcessor`.
         texts: T texts.
-        batch_size: Texts at a time.
+        batch_tokens: Tokens at a time, padding included; a text that is longer is embedded alone.
 
     Returns:
         (T, D) or (T, k, D), normalised, float32, on the CPU, in the order of `texts`.
@@ -112,18 +113,29 @@ def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 64) ->
     """
     if not texts:
         raise ValueError("`texts` is empty; expected at least one text.")
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
+    plain = [processor.plain_text(text) for text in texts]
+    lengths = [len(ids) for ids in processor(text=plain, padding=False)["input_ids"]]
+    batches = list(_batches_of_tokens(lengths, batch_tokens))
     parts = []
     with inference(model):
-        starts = range(0, len(order), batch_size)
-        for start in starts if len(starts) == 1 else tqdm(starts, desc="texts", unit="batch", leave=False):
-            batch = [processor.plain_text(texts[row]) for row in order[start : start + batch_size]]
-            inputs = to_model(model, processor(text=batch, padding=True, return_tensors="pt"))
-            parts.append(unit(model.get_text_features(**inputs).pooler_output))
+        for batch in batches if len(batches) == 1 else tqdm(batches, desc="texts", unit="batch", leave=False):
+            inputs = processor(text=[plain[row] for row in batch], padding=True, return_tensors="pt")
+            parts.append(unit(model.get_text_features(**to_model(model, inputs)).pooler_output))
     embeddings = torch.cat(parts)
     restored = torch.empty_like(embeddings)
-    restored[torch.tensor(order)] = embeddings
+    restored[torch.tensor([row for batch in batches for row in batch])] = embeddings
     return restored
+
+
+def _batches_of_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yields the numbers of texts of these lengths, in batches of about one length, the longest first."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if batch and (len(batch) + 1) * max(1, lengths[batch[0]]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
 
 
 def embed_fused(

@@ -59,7 +59,9 @@ class KnowingProcessor:
             for row, own in zip(padded, boxes, strict=True):
                 row[: len(own)] = torch.tensor(own)
             inputs["boxes"] = padded
-        if text is not None:
+        if text is not None and not padding:
+            inputs["input_ids"] = [list(sample.encode()) for sample in text]
+        elif text is not None:
             inputs["input_ids"] = self.encode([sample.replace("<image>", "\1") for sample in text])
             inputs["attention_mask"] = (inputs["input_ids"] != self.pad).long()
         return inputs

@@ -65,7 +65,7 @@ def test_embeddings_are_unit_vectors_of_one_or_several_a_piece(model, kind, tiny
     total = sum(map(len, boxes))
     _is_embedding(embed_images(model, tiny_processor, images), (4, *SHAPES[kind]))
     _is_embedding(embed_regions(model, tiny_processor, images, boxes), (total, *SHAPES[kind]))
-    _is_embedding(embed_texts(model, tiny_processor, TEXTS, batch_size=3), (4, *SHAPES[kind]))
+    _is_embedding(embed_texts(model, tiny_processor, TEXTS, batch_tokens=20), (4, *SHAPES[kind]))
     _is_embedding(embed_fused(model, tiny_processor, images, TEXTS), (4, *SHAPES[kind]))
     _is_embedding(embed_fused(model, tiny_processor, images, TEXTS, boxes), (4, *SHAPES[kind]))
     memory = remember(model, tiny_processor, images)
@@ -77,7 +77,7 @@ def test_what_comes_in_a_batch_is_what_comes_alone(model, tiny_processor, images
     boxes = [row["boxes"] for row in rows[:4]]
     one = [slice(row, row + 1) for row in range(4)]
     for together, alone in (
-        (embed_texts(model, tiny_processor, TEXTS, 2), [embed_texts(model, tiny_processor, TEXTS[i]) for i in one]),
+        (embed_texts(model, tiny_processor, TEXTS, 20), [embed_texts(model, tiny_processor, TEXTS[i]) for i in one]),
         (
             embed_fused(model, tiny_processor, images, TEXTS),
             [embed_fused(model, tiny_processor, images[i], TEXTS[i]) for i in one],
@@ -245,7 +245,7 @@ def test_answers_move_with_the_memory(tiny_processor, images):
 def test_texts_are_batched_by_length_and_returned_in_order(rows):
     model, processor = KnowingModel(rows), KnowingProcessor()
     texts = [text for row in rows for text in (*row["captions"], row["long_caption"], "")]
-    embeddings = embed_texts(model, processor, texts, batch_size=4)
+    embeddings = embed_texts(model, processor, texts, batch_tokens=200)
     expected = torch.stack([torch.nn.functional.normalize(model._embed(text), dim=0) for text in texts])
     assert torch.equal(embeddings, expected)
     padding = sum((mask == 0).sum().item() for mask in model.text_batches)

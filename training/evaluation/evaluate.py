@@ -90,7 +90,7 @@ def evaluate_model(
         processor: Its `MMGEMProcessor`.
         dataset: Any iterable of rows: dicts with `image` and any of the columns above; a single caption may also be
             called `caption` or `text`.
-        batch_size: Images, texts or questions at a time.
+        batch_size: Images or questions at a time; of texts, see `embed_texts`.
         max_new_tokens: The length at which a generated caption is cut.
         samples: If given, receives for each row `caption` and, with boxes, `region_captions`, as generated.
         caption_judge: The judge that tells right captions from wrong ones, such as
@@ -118,7 +118,7 @@ def evaluate_model(
     if len(outputs) < 2:
         raise ValueError(f"`dataset` has {len(outputs)} rows that can be read; expected 2 or more.")
 
-    embed = partial(_embed_texts, model, processor, batch_size, share)
+    embed = partial(_embed_texts, model, processor, share)
     figures = _caption_figures(outputs, embed, caption_judge)
     figures |= _language_figures(outputs, embed)
     figures |= _long_caption_figures(outputs, embed)
@@ -140,10 +140,10 @@ def _recalls(name: str, ranks: torch.Tensor, images: Sequence[int], suffix: str 
     return {f"{name}_recall@{k}{suffix}": Mean(ranks < k, numbers) for k in RECALL_AT}
 
 
-def _embed_texts(model, processor, batch_size: int, share: Share, texts: list[str]) -> torch.Tensor:
+def _embed_texts(model, processor, share: Share, texts: list[str]) -> torch.Tensor:
     """(T, D) or (T, k, D), each process embedding its share of the texts."""
     own = list(share.of(texts))
-    embeds = embed_texts(model, processor, own, batch_size) if own else ()
+    embeds = embed_texts(model, processor, own) if own else ()
     return torch.stack(share.gather([embed.clone() for embed in embeds]))
 
 

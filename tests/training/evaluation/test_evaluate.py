@@ -20,6 +20,7 @@ from mmgem.training.evaluation.calibration import calibrate
 from mmgem.training.evaluation.evaluate import _edit_figures, _instruction_figures, _region_figures
 from mmgem.training.evaluation.row_outputs import RowOutputs, RowPredictor
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
+from mmgem.training.inference import TEXT_TOKENS_AT_A_TIME
 
 evaluate_model = partial(evaluate_module.evaluate_model, caption_judge=SCENE_JUDGE)
 COUNT = 12
@@ -360,6 +361,8 @@ def test_no_batch_is_larger_than_it_may_be(rows):
     evaluate_model(model, KnowingProcessor(), rows, batch_size=3)
     counts = {name: [count for method, count in model.calls if method == name] for name in dict(model.calls)}
     counts.pop("describe regions")  # of three images
+    counts.pop("get_text_features")
+    assert max(mask.numel() for mask in model.text_batches) <= TEXT_TOKENS_AT_A_TIME
     assert max(map(max, counts.values())) == 3
     questions = sum(len(row["qa"]) for row in rows)
     assert sum(counts["recall"]) == sum(counts["generate"]) == COUNT + questions  # a caption and the answers, once

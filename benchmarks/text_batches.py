@@ -1,0 +1,90 @@
+"""What batches by a number of tokens save where texts of many lengths are embedded.
+
+    python -m benchmarks.text_batches [--texts 1024] [--rounds 7]
+
+Embeds the same texts of 5 to 60 words with mmgem-tiny in batches of 64 as they come, in batches of 64 sorted by
+length, and as `embed_texts` does. All modes of a round follow one another.
+"""
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.measure import machine_facts, markdown_table, median_ratio, time_alternately
+from mmgem.training.inference import TEXT_TOKENS_AT_A_TIME, embed_texts, inference
+from mmgem.training.loading import load_checkpoint
+
+TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
+LENGTHS = (5, 60)
+BATCH_SIZE = 64
+WORDS = (
+    "red",
+    "star",
+    "a",
+    "blue",
+    "circle",
+    "on",
+    "the",
+    "left",
+    "large",
+    "small",
+    "and",
+    "moon",
+    "striped",
+    "square",
+)
+HEADER = ("batches", "texts/s", "time of batches as they come", "quartiles")
+
+
+def make_texts(count: int, seed: int = 0) -> list[str]:
+    """Texts of words, of all lengths alike."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(*LENGTHS))) for _ in range(count)]
+
+
+def embed_by_size(model, processor, texts: Sequence[str]) -> torch.Tensor:
+    """Embeds `BATCH_SIZE` texts at a time, padded to the longest of them; returns them as they come."""
+    parts = []
+    for start in range(0, len(texts), BATCH_SIZE):
+        inputs = processor(text=list(texts[start : start + BATCH_SIZE]), padding=True, return_tensors="pt")
+        with inference(model):
+            parts.append(model.get_text_features(**inputs).pooler_output)
+    return torch.cat(parts)
+
+
+def compare(model, processor, count: int, rounds: int) -> str:
+    """The table of the benchmark, as markdown."""
+    texts = make_texts(count)
+    modes: dict[str, Callable[[], torch.Tensor]] = {
+        f"{BATCH_SIZE} texts as they come": partial(embed_by_size, model, processor, texts),
+        f"{BATCH_SIZE} texts, sorted": partial(embed_by_size, model, processor, sorted(texts, key=len, reverse=True)),
+        f"{TEXT_TOKENS_AT_A_TIME} tokens, sorted": partial(embed_texts, model, processor, texts),
+    }
+    for embed in modes.values():
+        embed()  # warms up
+    seconds = time_alternately(modes, rounds)
+    unsorted = next(iter(seconds.values()))
+    rows = []
+    for name, times in seconds.items():
+        ratios = sorted(time / other for time, other in zip(times, unsorted, strict=True))
+        low, _, high = statistics.quantiles(ratios, n=4)
+        ratio = f"{median_ratio(times, unsorted):.2f}"
+        rows.append((name, f"{count / statistics.median(times):.0f}", ratio, f"{low:.2f} to {high:.2f}"))
+    return markdown_table(HEADER, rows)
+
+
+def main(
+    texts: Annotated[int, typer.Option(min=BATCH_SIZE, help="How many are embedded.")] = 1024,
+    rounds: Annotated[int, typer.Option(min=2, help="Measured runs of each mode.")] = 7,
+):
+    print(machine_facts(), compare(*load_checkpoint(TINY), texts, rounds), sep="\n\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
