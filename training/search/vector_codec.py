@@ -1,7 +1,6 @@
 """Unit vectors as they are stored: as they are, in a byte for each value, or in a bit for each."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -10,7 +9,8 @@ from mmgem.training.search.settings import Precision
 
 @dataclass(frozen=True)
 class VectorCodec:
-    """Between vectors and their codes, by sentence-transformers' `quantize_embeddings`.
+    """Between vectors and their codes, which are those of sentence-transformers' `quantize_embeddings`. To import it
+    takes seconds, so they are written here.
 
     Encoding what was decoded gives the same codes again, so that an index can be rewritten without loss.
 
@@ -36,21 +36,13 @@ class VectorCodec:
         """The width of one of the 256 steps."""
         return 2 * self.bound / 255
 
-    @cached_property
-    def ranges(self) -> np.ndarray:
-        """(2, D) least and largest value, as sentence-transformers takes them."""
-        return np.array([[-self.bound], [self.bound]], np.float32).repeat(self.dimensions, axis=1)
-
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Encodes (..., D) float32 vectors as (..., W) codes."""
         if self.precision == "float32":
             return vectors
-        from sentence_transformers.util.quantization import quantize_embeddings  # takes seconds to import
-
-        flat = vectors.reshape(-1, self.dimensions)
-        precision = "uint8" if self.precision == "int8" else "ubinary"
-        codes = quantize_embeddings(flat, precision=precision, ranges=self.ranges)  # type: ignore[arg-type]
-        return np.asarray(codes).reshape(*vectors.shape[:-1], self.width)
+        if self.precision == "int8":
+            return ((vectors + self.bound) / self.step).clip(0, 255).astype(np.uint8)
+        return np.packbits(vectors > 0, axis=-1)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Decodes (..., W) codes to (..., D) float32 vectors: the middle of each step, or signs at unit length."""

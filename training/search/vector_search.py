@@ -34,38 +34,42 @@ class VectorSearch:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def search(self, query: np.ndarray, top: int, vectors: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, query: np.ndarray, top: int, vectors: int | None = None, rows: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The images nearest to a query.
 
         Args:
             query: (D,), or (Q, D) for several vectors; float32, of unit length.
             top: The number of answers; fewer if there are fewer images.
             vectors: How many of the R vectors of each image are compared; by default all.
+            rows: (n,) The numbers of the images that are searched, by default all; some are compared one and all.
 
         Returns:
             Scores and numbers of the images, best first, both (top,). A score is the cosine, or the mean of the
             largest cosine of each vector of the query, with the vectors as they are decoded.
         """
-        top = min(top, len(self))
-        if self.codes.ndim == 3:
-            scores = self._score_all(query, vectors)
+        top = min(top, len(self) if rows is None else len(rows))
+        if self.codes.ndim == 3 or rows is not None:
+            scores = self._score_all(query, vectors, rows)
             best = torch.topk(scores, top)
-            return best.values.numpy(), best.indices.numpy()
+            return best.values.numpy(), best.indices.numpy() if rows is None else rows[best.indices.numpy()]
         if self.codec.precision == "float32":
             scores, numbers = self._faiss_index.search(query[None], top)
             return scores[0], numbers[0]
         return self._search_codes(query, top)
 
-    def _score_all(self, query: np.ndarray, vectors: int | None) -> torch.Tensor:
-        """(N,) MaxSim of the query with each image."""
-        codes = self.codes[:, :vectors]  # (N, r, W)
+    def _score_all(self, query: np.ndarray, vectors: int | None, rows: np.ndarray | None) -> torch.Tensor:
+        """(N,) MaxSim of the query with each image, or (n,) with some."""
+        codes = self.codes[:, :vectors] if self.codes.ndim == 3 else self.codes[:, None]  # (N, r, W)
         images = max(1, _VALUES_AT_A_TIME // (codes.shape[1] * self.codec.dimensions))
         # MaxSim is the mean of that of each vector of the query alone, of which one product has all.
-        alone = torch.from_numpy(query)[:, None]  # (Q, 1, D)
-        parts = [
-            maxsim(alone, torch.from_numpy(self.codec.decode(codes[start : start + images]))).mean(dim=0)
-            for start in range(0, len(codes), images)
-        ]
+        alone = torch.from_numpy(np.atleast_2d(query))[:, None]  # (Q, 1, D)
+        parts = [torch.empty(0)]
+        for start in range(0, len(codes) if rows is None else len(rows), images):
+            part = slice(start, start + images)
+            some = codes[part if rows is None else rows[part]]
+            parts.append(maxsim(alone, torch.from_numpy(self.codec.decode(some))).mean(dim=0))
         return torch.cat(parts)
 
     @cached_property
@@ -87,21 +91,8 @@ class VectorSearch:
         return index
 
     def _search_codes(self, query: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-        from sentence_transformers.util.quantization import semantic_search_faiss  # takes seconds to import
-
-        is_binary = self.codec.precision == "binary"
-        results, _, *_ = semantic_search_faiss(
-            query[None],
-            corpus_index=self._faiss_index,
-            corpus_precision="ubinary" if is_binary else "uint8",
-            top_k=top,
-            ranges=self.codec.ranges,
-            rescore_multiplier=RESCORED_PER_ANSWER,
-        )
-        scores = np.array([hit["score"] for hit in results[0]])
-        numbers = np.array([hit["corpus_id"] for hit in results[0]])
-        if is_binary:  # the dot product is with bits, 0 and 1
-            scores = (2 * scores - query.sum()) / self.codec.dimensions**0.5
-        else:  # it is with the lower ends of the steps
-            scores = scores + query.sum() * self.codec.step / 2
-        return scores, numbers
+        candidates = min(RESCORED_PER_ANSWER * top, len(self))
+        _, [numbers] = self._faiss_index.search(self.codec.encode(query)[None], candidates)
+        scores = self.codec.decode(self.codes[numbers]) @ query
+        best = np.argsort(-scores, kind="stable")[:top]
+        return scores[best], numbers[best]

@@ -19,6 +19,17 @@ def test_codes_are_as_small_as_they_say_and_decoding_loses_nothing_more(precisio
     np.testing.assert_array_equal(codec.encode(codec.decode(codes)), codes)
 
 
+def test_codes_are_those_of_sentence_transformers():
+    from sentence_transformers.util.quantization import quantize_embeddings
+
+    vectors = unit_vectors(300, 20)
+    ranges = np.array([[-0.4] * 20, [0.4] * 20], np.float32)
+    expected = quantize_embeddings(vectors, precision="uint8", ranges=ranges)
+    codes = VectorCodec("int8", 20, bound=0.4).encode(vectors)
+    assert np.abs(codes.astype(int) - expected).max() <= 1 and (codes == expected).mean() > 0.999  # float32 rounds
+    np.testing.assert_array_equal(VectorCodec("binary", 20).encode(vectors), quantize_embeddings(vectors, "ubinary"))
+
+
 def test_int8_is_off_by_half_a_step_at_most_and_cuts_what_is_beyond_its_bound():
     vectors = unit_vectors(200, 20)
     bound = float(np.abs(vectors).max())

@@ -97,3 +97,18 @@ def test_more_answers_than_vectors_are_all_vectors(precision):
     ]:
         scores, numbers = build(vectors, precision).search(query, 50)
         assert sorted(numbers) == [0, 1, 2] and len(scores) == 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+def test_some_vectors_are_searched_as_if_there_were_no_others(precision):
+    rows = np.array([1, 4, 17, 30, 59])
+    for vectors, query in [
+        (unit_vectors(60, 20), unit_vectors(20, seed=1)),
+        (unit_vectors(60, 4, 20), unit_vectors(2, 20, seed=1)),
+    ]:
+        search = build(vectors, precision)
+        scores, numbers = search.search(query, 3, rows=rows)
+        expected, places = VectorSearch(search.codes[rows], search.codec).search(query, 3)
+        np.testing.assert_array_equal(numbers, rows[places])
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+        assert len(search.search(query, 3, rows=rows[:0])[0]) == 0
