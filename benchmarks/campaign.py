@@ -34,7 +34,7 @@ from mmgem.training.captioning import caption_folder
 from mmgem.training.inference import embed_and_remember, generate_captions
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.scenes.dataset import SceneDataset
-from mmgem.training.search import building
+from mmgem.training.search import building, item_embedder
 from mmgem.training.search.building import build_index
 from mmgem.training.search.checked_files import DamagedFileError
 from mmgem.training.search.fingerprint import Fingerprint
@@ -202,9 +202,9 @@ class Jobs:
             embeds, memories, _ = zip(*look_up(images), strict=True)
             return torch.cat(embeds), None, torch.cat(memories)
 
-        building.embed_and_remember = embed  # type: ignore[assignment]
+        item_embedder.embed_and_remember = embed  # type: ignore[assignment]
         captioning.generate_captions = lambda model, processor, images: [caption for *_, caption in look_up(images)]
-        building.ROWS_PER_PART = ROWS_PER_PART
+        item_embedder.ROWS_PER_PART = ROWS_PER_PART
         take, fingerprints = Fingerprint.take, {}
 
         def take_once(model, processor, kinds):

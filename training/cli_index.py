@@ -1,9 +1,10 @@
-"""The commands of `mmgem` that make an index of images, search it, and ask about what is in it."""
+"""The commands of `mmgem` that make an index of images and texts, search it, and ask about what is in it."""
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from textwrap import shorten
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -68,22 +69,57 @@ def index(
         bool,
         typer.Option("--moved", help="OUT is the index of a folder from which the images have moved here."),
     ] = False,
+    image_mode: Annotated[
+        Literal["image", "fused"],
+        typer.Option(help="Images are embedded by the vision tower, or (CoMa) through the language model."),
+    ] = "image",
+    captions: Annotated[
+        Literal["beside", "fused"] | None,
+        typer.Option(help="Captions in the metadata: texts of their own beside the images, or one vector with each."),
+    ] = None,
+    regions: Annotated[
+        str | None,
+        typer.Option(metavar="boxes|N", help="Parts of images: the boxes in the metadata, or a grid of N x N."),
+    ] = None,
+    texts: Annotated[
+        bool,
+        typer.Option("--texts", help="Texts: .txt and .md files, and records of .jsonl, .csv and .parquet."),
+    ] = False,
+    text_column: Annotated[str, typer.Option(help="Of records, the column with the text.")] = "text",
     max_pixels: MaxPixels = 1 << 28,
     wait: Wait = False,
     as_json: AsJson = False,
 ):
-    """Embed every image below a folder into a search index; again, to bring it up to date."""
-    memory = _memory(with_memory)
+    """Embed every image below a folder into a search index; again, to bring it up to date.
+
+    Captions, boxes and values to filter by come from the folder's metadata.jsonl or .csv, which has a `file_name` for
+    each line. --captions, --regions and --texts add rows to those of the images.
+    """
+    memory, parts = _memory(with_memory), _regions(regions)
     with work(wait):
         from mmgem.training.search.building import build_index
 
         report = build_index(
-            folder, *load_model(model), out, batch_size, vectors, dimensions, precision, memory, moved, max_pixels
+            folder,
+            *load_model(model),
+            out,
+            batch_size,
+            vectors,
+            dimensions,
+            precision,
+            memory,
+            moved,
+            max_pixels,
+            image_mode,
+            captions,
+            parts,
+            text_column if texts else None,
         )
     report_skipped(report.skipped, report.passed_over)
     result = {"index": str(out), **report._asdict(), "skipped": [file._asdict() for file in report.skipped]}
+    kinds = [f"{count} {kind}{'s' * (kind != 'fused')}" for kind, count in report.rows.items()]
     summary = (
-        f"{report.images} images in {out}, {report.embedded} of them new; {len(report.skipped)} files left out; "
+        f"{', '.join(kinds)} in {out}, {report.embedded} of them new; {len(report.skipped)} files left out; "
         f"{report.bytes_per_image:,} bytes for each image"
     )
     answer(result, as_json, [summary])
@@ -114,6 +150,30 @@ def search(
     query_vectors: Annotated[
         int | None, typer.Option(min=1, help="Likewise of the query; by default as many as of an image.")
     ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Kind of answer: image, fused, region, caption, text; may be given again. By default all."),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Condition on the metadata, also with !=, <, <=, > or >=; may be given again."
+        ),
+    ] = None,
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="Also by the words of TEXT, in texts, captions and names of files.")
+    ] = False,
+    lexical_weight: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Hybrid, and how much the words count; by default 0.5.")
+    ] = None,
+    fit_on: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="FILE",
+            help='Instead of searching, fit --lexical-weight to JSON lines {"text": ..., "relevant": [FILE, ...]}.',
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of answers.")] = 10,
     explain: Annotated[
         Path | None,
@@ -123,7 +183,16 @@ def search(
     table_file: Table = None,
     as_json: AsJson = False,
 ):
-    """Find images by text, by image, or by both."""
+    """Find images and texts by text, by image, or by both.
+
+    Without TEXT a terminal is asked for one after the other, and the model stays loaded.
+    """
+    weight = 0.5 if hybrid and lexical_weight is None else lexical_weight
+    if fit_on is not None:
+        if text is not None or image or weight is not None:
+            raise typer.BadParameter("--fit-on takes its queries from FILE; give no other, and no weight")
+        _fit(index, fit_on, prompt, vectors, query_vectors, kind, where, model, as_json)
+        return
     if text is None and not image and sys.stdin.isatty():
         text = "-"
     if text is None and not image:
@@ -135,8 +204,11 @@ def search(
         raise FileExistsError(f"`--explain` is {str(explain)!r}, which is there; expected a new or an empty folder.")
     parts, is_stream = [_box(box) for box in boxes or []], text == "-" or "-" in (image or [])
     with work():
+        from mmgem.training.search.conditions import Condition
         from mmgem.training.search.index import SearchIndex
 
+        conditions = [Condition.parse(condition) for condition in where or []] or None
+        kinds = kind or (None if explain is None else ["image"])  # which maps are of
         loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
     found = []
     for number, line in enumerate(_lines() if is_stream else [None], 1):
@@ -144,13 +216,24 @@ def search(
         images = [line if name == "-" else name for name in image or []] or None
         try:
             with work():
-                hits = loaded.search(of_line, images, top, parts or None, prompt, vectors, query_vectors)
+                hits = loaded.search(
+                    of_line,
+                    images,
+                    top,
+                    parts or None,
+                    prompt,
+                    vectors,
+                    query_vectors,
+                    kinds,
+                    conditions,
+                    weight,
+                )
         except (OSError, ValueError) as error:
             if not (is_stream and sys.stdin.isatty()):
                 raise
             typer.secho(printable(str(error)), err=True, fg=typer.colors.RED)  # and is asked again
             continue
-        rows: list[dict] = [{"score": round(hit.score, 4), "path": str(hit.path)} for hit in hits]
+        rows = [{"score": round(hit.score, 4), "path": str(hit.path), **hit.details} for hit in hits]
         if explain is not None:
             with work():
                 embed = loaded.query(of_line, images, parts or None, prompt, vectors, query_vectors)
@@ -158,7 +241,7 @@ def search(
                 maps = _draw_maps(loaded, hits, embed, vectors, folder)
             rows = [row | {"heat_map": str(file)} for row, file in zip(rows, maps, strict=True)]
         found += [{"query": query, "rank": rank, **row} for rank, row in enumerate(rows, 1)]
-        answers = [f"{hit.score:7.4f}  {hit.path}" for hit in hits]
+        answers = [f"{hit.score:7.4f}  {_shown(hit)}" for hit in hits]
         if is_stream and as_json:
             typer.echo(to_json({"query": query, "hits": rows}))
         else:
@@ -174,6 +257,43 @@ def _draw_maps(index, hits: list, query, vectors: int | None, folder: Path) -> l
         picture, similarity_map = index.explain(hit.row, query, vectors)
         similarity_map.draw(picture).save(file, quality=90)
     return files
+
+
+def _fit(index: Path, file: Path, prompt, vectors, query_vectors, kinds, where, model, as_json: bool) -> None:
+    """Fits the weight of the words to labelled queries."""
+    with work():
+        from mmgem.training.data.records import read_records
+        from mmgem.training.search.conditions import Condition
+        from mmgem.training.search.hybrid import LabelledQuery, fit_lexical_weight
+        from mmgem.training.search.index import SearchIndex
+
+        queries = []
+        for number, fields in read_records(file):
+            if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+                raise ValueError(f"line {number} of {file} is {str(fields)!r:.80}; expected `text` and `relevant`.")
+            queries.append(LabelledQuery(fields["text"], fields.get("relevant") or []))
+        conditions = [Condition.parse(condition) for condition in where or []] or None
+        loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
+        limits = {"prompt": prompt, "vectors": vectors, "query_vectors": query_vectors}
+        fitted = fit_lexical_weight(loaded, queries, **limits, kinds=kinds or None, where=conditions)
+    best, reached, dense, lexical = fitted
+    answer(
+        fitted._asdict(),
+        as_json,
+        [
+            f"--lexical-weight {best:.2f}: mean reciprocal rank {reached:.3f} over {len(queries)} queries; by vectors "
+            f"alone {dense:.3f}, by words alone {lexical:.3f}"
+        ],
+    )
+
+
+def _shown(hit) -> str:
+    """An answer as a line: the file, and what of it."""
+    if hit.kind == "image":
+        return str(hit.path)
+    where = ",".join(f"{edge:g}" for edge in hit.box or [])
+    place = f"{hit.path}:{hit.part}" if hit.kind == "text" and hit.part else str(hit.path)
+    return "  ".join(filter(None, [place, hit.kind, where, shorten(hit.text, 80, placeholder=" …")]))
 
 
 def _lines() -> Iterator[str]:
@@ -236,6 +356,11 @@ def _memory(states: str | None) -> int | bool:
     if not states.isdecimal() or int(states) == 0:
         raise typer.BadParameter(f"--with-memory is {states!r}; expected a number, 1 or more")
     return int(states)
+
+
+def _regions(regions: str | None) -> Any:
+    """A number as one; what is expected besides, `build_index` says."""
+    return int(regions) if regions is not None and regions.isdecimal() else regions
 
 
 def _box(text: str) -> list[float]:

@@ -343,7 +343,7 @@ def test_no_name_costs_the_result(encoding):
 
 
 def test_who_interrupts_is_told_how_to_go_on(checkpoint, gallery, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmgem.training.search.building.embed_images", lambda *arguments: interrupt())
+    monkeypatch.setattr("mmgem.training.search.item_embedder.embed_images", lambda *arguments: interrupt())
 
     def interrupt():
         raise KeyboardInterrupt

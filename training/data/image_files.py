@@ -4,12 +4,12 @@ import math
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from threading import Condition
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from PIL import Image
 
@@ -85,7 +85,7 @@ class ImageFile(NamedTuple):
 
 
 class FoundImages(NamedTuple):
-    """The image files below a folder.
+    """The image files below a folder, and files of texts where they were asked for.
 
     Args:
         versions: For each file, by its path relative to the folder, with forward slashes and sorted, what changes when
@@ -107,19 +107,21 @@ class FoundImages(NamedTuple):
         return next((place for place in places if place in self.unseen or place in self.empty), None)
 
 
-def find_images(folder: str | Path) -> FoundImages:
+def find_images(folder: str | Path, text_suffixes: tuple[str, ...] = ()) -> FoundImages:
     """Find the image files below a folder, by extension; hidden files and folders are passed over.
 
     Args:
         folder: The folder. Links to folders are not followed.
+        text_suffixes: Extensions of other files to find, such as `.txt`.
 
     Raises:
         FileNotFoundError: If there is no such folder.
         OSError: If it cannot be listed.
-        ValueError: If it is a file, or there are no images below it.
+        ValueError: If it is a file, or there are no images, and no such other files, below it.
     """
     if not str(folder):
         raise ValueError("`folder` is ''; expected a folder of images.")
+    suffixes = (*SUFFIXES, *text_suffixes)
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"`folder` is {str(folder)!r}, which is not there; expected a folder of images.")
@@ -145,30 +147,33 @@ def find_images(folder: str | Path) -> FoundImages:
                 if entry.is_dir(follow_symlinks=False):
                     remaining.append(name)
                 else:
-                    _look_at(entry, name, found)
+                    _look_at(entry, name, suffixes, found)
     if not found.versions and not found.unseen:
-        raise ValueError(f"`folder` is {str(folder)!r}, without images; expected files with {', '.join(SUFFIXES)}.")
+        raise ValueError(
+            f"`folder` is {str(folder)!r}, without images{' or texts' * bool(text_suffixes)}; expected "
+            f"files with {', '.join(suffixes)}."
+        )
     return found._replace(
         versions=dict(sorted(found.versions.items())), passed_over=dict(sorted(found.passed_over.items()))
     )
 
 
-def _look_at(entry: os.DirEntry, name: str, found: FoundImages) -> None:
+def _look_at(entry: os.DirEntry, name: str, suffixes: tuple[str, ...], found: FoundImages) -> None:
     """Adds a file or a link to what was found."""
     suffix = os.path.splitext(name)[1].lower()
     try:
         status = entry.stat()
     except OSError as error:  # also of a link to what is not there at the moment
-        if suffix in SUFFIXES:
+        if suffix in suffixes:
             found.unseen[name] = f"it cannot be looked at: {error.strerror or error}"
         return
     if stat.S_ISDIR(status.st_mode):
         found.passed_over["links to folders"] += 1
     elif suffix in OTHER_SUFFIXES:
         found.passed_over[f"{suffix} files"] += 1
-    elif suffix in SUFFIXES and not stat.S_ISREG(status.st_mode):
+    elif suffix in suffixes and not stat.S_ISREG(status.st_mode):
         found.passed_over["pipes and devices"] += 1
-    elif suffix in SUFFIXES:
+    elif suffix in suffixes:
         found.versions[name] = f"{status.st_size}-{status.st_mtime_ns}"
 
 
@@ -208,7 +213,7 @@ class ImageReader:
         folder: The folder that names are relative to.
         shorter_side: As for `load_image`, see [`shorter_side_for`].
         max_pixels: As for `load_image`.
-        known: Contents of files that need not be decoded.
+        is_known: Whether a file need not be decoded, by its name and content; by default none.
     """
 
     def __init__(
@@ -216,9 +221,10 @@ class ImageReader:
         folder: str | Path,
         shorter_side: int | None = None,
         max_pixels: int = MAX_PIXELS,
-        known: Container[str] = (),
+        is_known: Callable[[str, str], bool] = lambda file_name, content: False,
     ):
-        self.folder, self.shorter_side, self.max_pixels, self.known = Path(folder), shorter_side, max_pixels, known
+        self.folder, self.shorter_side, self.max_pixels = Path(folder), shorter_side, max_pixels
+        self.is_known = is_known
         self.recognized: dict[str, str] = {}  # the contents of known files that were met, by name
         self._budget = _PixelBudget(PIXELS_IN_MEMORY)
         self._for_large = ThreadPoolExecutor(1)
@@ -270,7 +276,7 @@ class ImageReader:
             file_name.encode()  # a name that is not valid UTF-8 can be neither stored nor printed
             data = read_file(self.folder / file_name)
             content = content_hash(data)
-            if content in self.known:
+            if self.is_known(file_name, content):
                 self.recognized[file_name] = content
                 return None
             picture = open_picture(data, "the file", self.max_pixels, self.shorter_side)
@@ -318,15 +324,26 @@ def _pixels(image: Image.Image) -> int:
     return image.width * image.height
 
 
+class Named(Protocol):
+    """What has the name of a file, such as `ImageFile`."""
+
+    @property
+    def file_name(self) -> str:
+        """The name in reports."""
+
+
+_File = TypeVar("_File", bound=Named)
+
+
 def apply_to_batch(
-    function: Callable[[list[ImageFile]], Sequence[Any]], batch: list[ImageFile], skipped: list[Skipped]
-) -> list[tuple[ImageFile, Any]]:
-    """Pair each image with its result; the images that make `function` fail are skipped, not the batch they are in.
+    function: Callable[[list[_File]], Sequence[Any]], batch: list[_File], skipped: list[Skipped]
+) -> list[tuple[_File, Any]]:
+    """Pair each file with its result; the files that make `function` fail are skipped, not the batch they are in.
 
     Args:
-        function: Gives one result for each image of a batch.
-        batch: The images, possibly none.
-        skipped: Receives the images for which `function` raises a `ValueError` even alone.
+        function: Gives one result for each file of a batch.
+        batch: The files, possibly none.
+        skipped: Receives the files for which `function` raises a `ValueError` even alone.
     """
     if not batch:
         return []

@@ -1,6 +1,5 @@
 """Image folders with a `metadata.jsonl` or `.csv`: the data of users, and scenes once they are written."""
 
-import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from torch.utils.data import Dataset
 
 from mmgem.processing.image_loading import load_image
 from mmgem.training.data.paths import inside
+from mmgem.training.data.records import read_records
 from mmgem.training.data.rows import CAPTION_COLUMNS, ColumnName, check_columns, edited_file_of, map_columns
 from mmgem.training.data.sources import Source
-from mmgem.training.json_text import read_json
 
 METADATA_NAME = "metadata.jsonl"
 METADATA_NAMES = (METADATA_NAME, "metadata.csv")
@@ -132,7 +131,7 @@ def read_metadata(metadata: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         ValueError: If the file has no lines, or as a whole cannot be read.
     """
     is_empty = True
-    for number, fields in (_read_csv if metadata.suffix == ".csv" else _read_json_lines)(metadata):
+    for number, fields in read_records(metadata):
         is_empty = False
         where = f"line {number} of {metadata}"
         yield where, f"{where} {fields}" if isinstance(fields, str) else fields
@@ -143,48 +142,6 @@ def read_metadata(metadata: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 def columns_of(lines: list[tuple[str, dict[str, Any] | str]]) -> set[str]:
     """All columns that occur in the lines of `read_metadata`."""
     return {column for _, fields in lines if isinstance(fields, dict) for column in fields}
-
-
-def _read_json_lines(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    with open(metadata, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                fields = read_json(line.decode("utf-8-sig"))
-            except ValueError as error:
-                yield number, f"is no JSON object; expected one with a `file_name`: {error}"
-                continue
-            if isinstance(fields, dict):
-                yield number, fields
-            else:
-                yield number, f"is {line.strip()[:80]!r}; expected a JSON object with a `file_name`."
-
-
-def _read_csv(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    with open(metadata, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, restkey="")
-        try:
-            for fields in reader:
-                if "" in fields or None in fields.values():
-                    yield (
-                        reader.line_num,
-                        f"has the cells {list(fields.values())}; expected {len(reader.fieldnames or ())}.",
-                    )
-                else:
-                    yield reader.line_num, {name: _read_cell(cell) for name, cell in fields.items() if cell}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{metadata} cannot be read; expected comma-separated UTF-8 text: {error}") from error
-
-
-def _read_cell(cell: str) -> Any:
-    """A list or mapping where a cell holds one as JSON, else its text."""
-    if cell[0] in "[{":
-        try:
-            return read_json(cell)
-        except ValueError:
-            pass
-    return cell
 
 
 def _check_fields(fields: dict[str, Any], columns: Mapping[str, ColumnName], where: str) -> dict[str, Any]:

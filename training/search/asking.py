@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from mmgem.training.inference import answer_from_memory
 from mmgem.training.search.index import SearchIndex
+from mmgem.training.search.items import WHOLE_IMAGES
 
 BATCH_SIZE = 32
 
@@ -64,7 +65,8 @@ def ask(
             )
         rows, scores = _find_rows(index, images), [None] * len(images)
     else:
-        hits = index.search(search, top=top, prompt=prompt)
+        kinds = set(WHOLE_IMAGES) & set(index.rows["kind"])
+        hits = index.search(search, top=top, prompt=prompt, kinds=kinds)
         rows, scores = [hit.row for hit in hits], [hit.score for hit in hits]
     texts: list[str] = []
     for start in range(0, len(rows), BATCH_SIZE):
@@ -77,7 +79,8 @@ def ask(
 def _find_rows(index: SearchIndex, images: Sequence[str | Path]) -> list[int]:
     if not images:
         raise ValueError("`images` is empty; expected at least one name.")
-    row_of = {name: row for row, name in enumerate(index.rows["file_name"])}
+    of_whole = zip(index.rows["file_name"], index.rows["kind"], strict=True)
+    row_of = {name: row for row, (name, kind) in enumerate(of_whole) if kind in WHOLE_IMAGES}
     rows = []
     for image in images:
         # A path may lead there through a link, and the file may itself be one.

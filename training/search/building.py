@@ -1,63 +1,73 @@
-"""A search index of a folder of images is made, or brought up to date."""
+"""A search index of a folder of images and texts is made, or brought up to date."""
 
+import logging
+import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from mmgem.processing.image_loading import MAX_PIXELS
-from mmgem.training.data.image_files import (
-    FoundImages,
-    ImageFile,
-    ImageReader,
-    Skipped,
-    apply_to_batch,
-    find_images,
-    shorter_side_for,
-)
-from mmgem.training.inference import embed_and_remember, embed_images
+from mmgem.training.data.image_files import FoundImages, ImageReader, Skipped, find_images, shorter_side_for
+from mmgem.training.data.image_folder import METADATA_NAMES
 from mmgem.training.output_lock import one_writer
 from mmgem.training.search.fingerprint import Fingerprint
+from mmgem.training.search.item_embedder import ROWS_PER_PART, ItemEmbedder, ReadItem
+from mmgem.training.search.items import (
+    EMBEDDED_AS,
+    TEXT_SUFFIXES,
+    WHOLE_IMAGES,
+    Description,
+    Item,
+    RowKey,
+    content_of,
+    is_text_file,
+    items_of_image,
+    read_descriptions,
+    read_texts,
+)
 from mmgem.training.search.merging import (
+    EarlierRows,
+    EarlierRun,
     Place,
     common_bound,
-    current_rows,
     finished_run,
     merge,
-    rows_by_content,
     runs_of_parts,
+    sort_rows,
+    whole_images,
 )
-from mmgem.training.search.settings import IndexSettings, Precision
+from mmgem.training.search.settings import CaptionMode, ImageMode, IndexSettings, Precision
 from mmgem.training.search.storage import (
     UNFINISHED,
     IndexFacts,
     StoredIndex,
     is_free,
     is_index,
-    next_part,
     read_index,
     remove_parts,
     write_index,
-    write_part,
 )
 
-ROWS_PER_PART = 256  # what a killed run loses at most
+logger = logging.getLogger(__name__)
+
+# What may be added to an index that does not have it.
+_ADDED = ("captions", "regions", "texts")
 
 
 class IndexReport(NamedTuple):
     """Report of `build_index`.
 
     Args:
-        images: Images in the index.
-        embedded: How many of them it had to embed.
+        images: Whole images in the index.
+        embedded: How many of all rows it had to embed.
         skipped: The files it left out, and folders it could not look into.
         bytes_per_image: Bytes that the vectors and the memory of one image take.
         passed_over: How many files and links there are that are not read, by kind, see `FoundImages`.
+        rows: How many rows of each kind there are, see `Item`.
     """
 
     images: int
@@ -65,6 +75,7 @@ class IndexReport(NamedTuple):
     skipped: list[Skipped]
     bytes_per_image: int
     passed_over: dict[str, int]
+    rows: dict[str, int]
 
 
 @one_writer
@@ -80,16 +91,23 @@ def build_index(
     memory: int | bool = False,
     moved: bool = False,
     max_pixels: int = MAX_PIXELS,
+    image_mode: ImageMode = "image",
+    captions: CaptionMode | None = None,
+    regions: Literal["boxes"] | int | None = None,
+    texts: str | None = None,
 ) -> IndexReport:
     """Embeds every image below a folder into an index, or brings an index up to date.
 
-    An image is not embedded again whose file has the size and time it had, or whose content a file had, whatever it
+    What is said of images (captions, boxes, and metadata that a search filters by) is read from the metadata of the
+    folder, see `read_image_folder`. Texts, captions and regions have rows of their own beside those of the images.
+
+    An item is not embedded again whose file has the size and time it had, or whose content a file had, whatever it
     was called; whether the earlier run finished or was killed. Rows of files that are gone are dropped. Rows of files
     that cannot be seen are kept: those in a folder that cannot be listed, or is empty, as that of a disk that is away.
     Files that cannot be read are left out. All of this is reported.
 
     Args:
-        folder: Where the images are, at any depth.
+        folder: Where the files are, at any depth.
         model: An `MMGEMModel`.
         processor: Its `MMGEMProcessor`.
         out: The folder of the index: a new or empty one, or an index of the same folder by the same model.
@@ -101,21 +119,33 @@ def build_index(
             keeps the first of them.
         moved: Whether `out` may be the index of another folder, from which the images have moved to this one.
         max_pixels: The most pixels of an image that is read.
+        image_mode: How images and regions are embedded: `"image"`, by the vision tower alone, or `"fused"`, through
+            the language model, which is what CoMa trains (https://arxiv.org/abs/2511.08480).
+        captions: `"beside"` gives each caption of an image a row of its own; `"fused"` embeds each image together with
+            its first caption, if it has one. By default captions are only searched by their words.
+        regions: `"boxes"` gives each box of the metadata a row of its own; a number n each cell of a grid of n x n.
+        texts: Gives each text a row of its own: `.txt` and `.md` files, and this column of `.jsonl`, `.csv` and
+            `.parquet` files, whose other columns are metadata.
 
     Returns:
         How many images there are, and were embedded, and what was left out.
 
     Raises:
         BlockingIOError: If another job writes `out`.
-        FileNotFoundError: If `folder` is not there.
-        ValueError: If there is no image below it that can be read, if the model does not give what is asked for, or
-            if `out` is something else already, such as an index with other settings.
+        FileNotFoundError: If `folder` is not there, or has no metadata with the captions or boxes that are asked for.
+        ValueError: If there is nothing below it that can be read, if the model does not give what is asked for, or if
+            `out` is something else already, such as an index with other settings.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; expected 1 or more.")
-    found = find_images(folder)
+    found = find_images(folder, TEXT_SUFFIXES if texts is not None else ())
+    for metadata in METADATA_NAMES:  # which say something of the others
+        found.versions.pop(metadata, None)
     folder, out = Path(folder).resolve(), Path(out).resolve()
-    settings = IndexSettings.settle(model, vectors, dimensions, precision, memory)
+    items = {"image_mode": image_mode, "captions": captions, "regions": regions, "texts": texts}
+    settings = IndexSettings.settle(model, vectors, dimensions, precision, memory, **items)
+    skipped: list[Skipped] = []
+    descriptions = read_descriptions(folder, settings, found, skipped)
     kinds = ["weights", *model.config.embedded_kinds, *([] if settings.memory is None else ["memory"])]
     name = model.name_or_path
     facts = IndexFacts(
@@ -135,32 +165,42 @@ def build_index(
 
     finished = finished_run(stored)
     runs = finished + runs_of_parts(unfinished, facts)
-    places, by_content = current_rows(runs, found), rows_by_content(runs)
-    todo = [file_name for file_name in found.versions if file_name not in places]
-    skipped: list[Skipped] = []
-    reader = ImageReader(folder, shorter_side_for(processor), max_pixels, by_content)
-    _embed_files(reader, todo, found, model, processor, unfinished, batch_size, settings, skipped)
-    runs = finished + runs_of_parts(unfinished, facts)
-    rows = current_rows(runs, found)
-    embedded = len(rows) - len(places)
-    for file_name, content in reader.recognized.items():
-        rows[file_name] = by_content[content]._replace(version=found.versions[file_name])
+    earlier = EarlierRows(runs)
+    embedder = ItemEmbedder(model, processor, settings, unfinished, skipped)
+    shorter_side = None if settings.regions is not None else shorter_side_for(processor)  # boxes are in full pixels
+    reader = ImageReader(folder, shorter_side, max_pixels)
+    try:  # what was embedded is kept, also of a run that is interrupted
+        rows = _embed_texts(folder, found, descriptions, settings, earlier, embedder, skipped)
+        rows |= _embed_images(reader, batch_size, found, descriptions, settings, earlier, embedder, skipped)
+    finally:
+        embedder.write()
+    rows |= {key: place for key, place in earlier.by_key.items() if _is_hidden(key[0], found)}
+    known_runs, runs = len(runs), finished + runs_of_parts(unfinished, facts)
+    new = {key: place for number in range(known_runs, len(runs)) for key, _, place in runs[number].places(number)}
+    rows = sort_rows(rows | new)
     skipped = _unseen(found, rows) + skipped
     if not rows:
         remove_parts(unfinished)
         if not any(out.iterdir()):
             out.rmdir()
-        raise ValueError(
-            f"`folder` is {str(folder)!r}, where no image can be read, such as {skipped[0].file_name!r}: "
-            f"{skipped[0].reason}"
-        )
-    rows = dict(sorted(rows.items()))
+        what = "no image" if texts is None else "nothing"
+        such = f", such as {skipped[0].file_name!r}: {skipped[0].reason}" if skipped else "; expected something."
+        raise ValueError(f"`folder` is {str(folder)!r}, where {what} can be read{such}")
     if not _is_current(stored, facts, rows):
         if settings.precision == "int8":
             facts = replace(facts, bound=common_bound(runs))
-        write_index(out, facts, stored.version + 1 if stored else 1, len(rows), merge(runs, rows, facts.codec))
+        batches = merge(runs, rows, facts.codec)
+        write_index(out, facts, stored.version + 1 if stored else 1, len(rows), batches, whole_images(rows))
     remove_parts(unfinished)
-    return IndexReport(len(rows), embedded, skipped, read_index(out, "out").bytes_per_row, found.passed_over)
+    counts = dict(Counter(kind for _, kind, _ in rows))
+    images = sum(counts.get(kind, 0) for kind in WHOLE_IMAGES)
+    if len({EMBEDDED_AS[kind] for kind in counts}) > 1 and model.config.calibrated_modalities is None:
+        logger.warning(
+            "images and texts are in one index, and the model is not calibrated: texts may come first whatever is "
+            "looked for; see `mmgem calibrate`"
+        )
+    size = read_index(out, "out").bytes_per_row
+    return IndexReport(images, len(new), skipped, size, found.passed_over, dict(sorted(counts.items())))
 
 
 def _read_same(place: Path, facts: IndexFacts, moved: bool) -> StoredIndex:
@@ -184,7 +224,7 @@ def _read_same(place: Path, facts: IndexFacts, moved: bool) -> StoredIndex:
         )
     for name in IndexSettings.__dataclass_fields__:
         kept, asked = getattr(there.settings, name), getattr(facts.settings, name)
-        if kept != asked:
+        if kept != asked and not (name in _ADDED and kept is None):
             raise ValueError(
                 f"`out` is {str(place)!r}, an index with {name} {kept}; expected {asked}, as is asked for now. "
                 f"{another}"
@@ -192,88 +232,124 @@ def _read_same(place: Path, facts: IndexFacts, moved: bool) -> StoredIndex:
     return stored
 
 
-def _is_current(stored: StoredIndex | None, facts: IndexFacts, rows: dict[str, Place]) -> bool:
+def _is_current(stored: StoredIndex | None, facts: IndexFacts, rows: dict[RowKey, Place]) -> bool:
     """Whether the index that is there has these rows, and no others, of the same folder."""
     if stored is None or stored.rows is None or stored.version == 0:
         return False
     if (stored.facts.folder, stored.facts.model) != (facts.folder, facts.model):
         return False
-    versions = zip(stored.rows["file_name"], stored.rows["version"], strict=True)
-    return rows == {name: Place(0, row, version) for row, (name, version) in enumerate(versions)}
+    if stored.facts.settings != facts.settings:
+        return False
+    return rows == EarlierRows([EarlierRun(stored.rows, stored.facts.codec)]).by_key
 
 
-def _unseen(found: FoundImages, rows: dict[str, Place]) -> list[Skipped]:
+def _is_hidden(file_name: str, found: FoundImages) -> bool:
+    """Whether a file was not found, but may be there."""
+    return file_name not in found.versions and found.hiding_place(file_name) is not None
+
+
+def _unseen(found: FoundImages, rows: dict[RowKey, Place]) -> list[Skipped]:
     """What cannot be seen, and what is kept of it."""
-    kept = Counter(found.hiding_place(name) for name in rows if name not in found.versions)
+    kept = Counter(found.hiding_place(name) for name, _, _ in rows if name not in found.versions)
     report = []
     for place in sorted({*found.unseen, *filter(None, kept)}):
         reason = found.unseen.get(place, "it is empty, as if its disk were away")
         if kept[place]:
-            reason += f"; what the index has of it, {kept[place]} images, is kept until it is gone"
+            reason += f"; what the index has of it, {kept[place]} rows, is kept until it is gone"
         report.append(Skipped(place, reason))
     return report
 
 
-def _embed_files(
-    reader: ImageReader,
-    file_names: list[str],
+def _embed_texts(
+    folder: Path,
     found: FoundImages,
-    model,
-    processor,
-    place: Path,
-    batch_size: int,
+    descriptions: dict[str, Description],
     settings: IndexSettings,
+    earlier: EarlierRows,
+    embedder: ItemEmbedder,
     skipped: list[Skipped],
-) -> None:
-    """Embeds files into parts, each of which is there as a whole or not at all."""
-    rows: list[dict[str, Any]] = []
-    part_numbers = count(next_part(place))
+) -> dict[RowKey, Place]:
+    """Embeds the captions and the texts that are new; returns the rows of the others."""
+    rows: dict[RowKey, Place] = {}
+    new: list[ReadItem] = []
 
-    def write_rows() -> None:
-        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
-        columns |= {name: np.stack(columns[name]) for name in ("embedding", "memory") if name in columns}
-        write_part(place, next(part_numbers), columns)
-        rows.clear()
+    def items() -> Iterator[Item]:
+        for file_name, version in list(found.versions.items()):
+            if is_text_file(file_name):
+                yield from _read_texts(folder, file_name, settings, found, skipped)
+            elif settings.captions == "beside":
+                of_image = items_of_image(file_name, version, descriptions.get(file_name), settings)
+                yield from (item for item in of_image if item.kind == "caption")
 
-    def embed(files: list[ImageFile]) -> list[dict[str, np.ndarray]]:
-        images = [file.image for file in files]
-        columns = {}
-        if settings.memory is None:
-            embeds = embed_images(model, processor, images)
-        else:
-            embeds, _, memory = embed_and_remember(model, processor, images)
-            columns["memory"] = _to_half(memory[:, : settings.memory])
-        columns["embedding"] = _check_unit(settings.shorten(embeds)).numpy()
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-    images = len(found.versions)
-    with tqdm(total=images, initial=images - len(file_names), desc="images", unit="image") as progress:
-        try:
-            for batch in reader.read_batches(file_names, batch_size, skipped):
-                for file, arrays in apply_to_batch(embed, batch, skipped):
-                    facts = {"file_name": file.file_name, "width": file.size[0], "height": file.size[1]}
-                    facts |= {"content": file.content, "version": found.versions[file.file_name]}
-                    rows.append(facts | arrays)
-                progress.update(len(batch))
-                if len(rows) >= ROWS_PER_PART:
-                    write_rows()
-        finally:  # also of a run that is interrupted
-            if rows:
-                write_rows()
+    for item in tqdm(items(), desc="texts", unit="text", disable=not settings.has_texts):
+        content = content_of(item, settings)
+        if place := earlier.unchanged(item) or earlier.same(item, content):
+            rows[item.key] = place
+            continue
+        new.append(ReadItem(item, content))
+        if len(new) == ROWS_PER_PART:
+            embedder.embed(new)
+            new = []
+    embedder.embed(new)
+    return rows
 
 
-def _check_unit(embeddings: torch.Tensor) -> torch.Tensor:
-    """Raises a ValueError for vectors that no query has a cosine with."""
-    if not embeddings.isfinite().all():
-        raise ValueError("`embedding` holds values that are NaN or infinite; expected finite ones.")
-    if (embeddings.norm(dim=-1) < 0.5).any():
-        raise ValueError("`embedding` is a vector of zeros; expected one with a direction.")
-    return embeddings
+def _read_texts(
+    folder: Path, file_name: str, settings: IndexSettings, found: FoundImages, skipped: list[Skipped]
+) -> Iterator[Item]:
+    """Reads the texts of a file; what cannot be read now is noted as unseen, what is broken as left out."""
+    try:
+        file_name.encode()  # a name that is not valid UTF-8 can be neither stored nor printed
+        yield from read_texts(folder, file_name, settings.texts or "", skipped)
+    except OSError as error:
+        found.unseen[file_name] = f"it cannot be read: {error.strerror or error}"
+        del found.versions[file_name]
+    except ValueError as error:
+        shown = os.fsencode(file_name).decode(errors="replace")
+        skipped.append(Skipped(shown, " ".join(str(error).split())))
 
 
-def _to_half(memory: torch.Tensor) -> np.ndarray:
-    """Raises a ValueError for what float16 cannot hold."""
-    half = memory.half()
-    if not half.isfinite().all():
-        raise ValueError(f"`memory` holds values up to {memory.abs().max():.3g}; expected at most 65504.")
-    return half.numpy()
+def _embed_images(
+    reader: ImageReader,
+    batch_size: int,
+    found: FoundImages,
+    descriptions: dict[str, Description],
+    settings: IndexSettings,
+    earlier: EarlierRows,
+    embedder: ItemEmbedder,
+    skipped: list[Skipped],
+) -> dict[RowKey, Place]:
+    """Embeds the images and regions that are new; returns the rows of the others."""
+    rows: dict[RowKey, Place] = {}
+    todo: dict[str, list[Item]] = {}
+    images = [file_name for file_name in found.versions if not is_text_file(file_name)]
+    for file_name in images:
+        of_image = items_of_image(file_name, found.versions[file_name], descriptions.get(file_name), settings)
+        for item in of_image:
+            if item.kind == "caption":
+                continue
+            if place := earlier.unchanged(item):
+                rows[item.key] = place
+            else:
+                todo.setdefault(file_name, []).append(item)
+
+    def is_known(file_name: str, content: str) -> bool:
+        return all(earlier.same(item, content_of(item, settings, content)) for item in todo[file_name])
+
+    reader.is_known = is_known
+    with tqdm(total=len(images), initial=len(images) - len(todo), desc="images", unit="image") as progress:
+        for files in reader.read_batches(list(todo), batch_size, skipped):
+            new: list[ReadItem] = []
+            for file in files:
+                for item in todo[file.file_name]:
+                    content = content_of(item, settings, file.content)
+                    if place := earlier.same(item, content):
+                        rows[item.key] = place
+                    else:
+                        new.append(ReadItem(item, content, file.image, file.size))
+            embedder.embed(new)
+            progress.update(len(files))
+    for file_name, content in reader.recognized.items():
+        for item in todo[file_name]:
+            rows[item.key] = earlier.same(item, content_of(item, settings, content))  # type: ignore[assignment]
+    return rows

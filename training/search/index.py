@@ -1,9 +1,11 @@
 """A search index in memory, asked with text, images, or both; `building` makes it, `storage` keeps it."""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -11,7 +13,9 @@ from mmgem.processing.image_loading import load_image
 from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.inference import Box, embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.loading import load_checkpoint
+from mmgem.training.search.conditions import Condition, select_rows
 from mmgem.training.search.fingerprint import Fingerprint
+from mmgem.training.search.hybrid import RANKED, LexicalSearch, fuse_ranks
 from mmgem.training.search.storage import UNFINISHED, IndexFacts, IndexRows, is_index, read_index
 from mmgem.training.search.vector_search import VectorSearch
 from mmgem.training.similarity_maps import SimilarityMap, similarity_map
@@ -22,13 +26,29 @@ class Hit(NamedTuple):
 
     Args:
         score: The cosine to the query, -1 to 1, or MaxSim of several vectors.
-        path: The image file.
-        row: Its number in the index.
+        path: The file.
+        row: The number of the row in the index.
+        kind: What it is of the file, see `Item`.
+        part: The number of the caption, region or record.
+        text: The text, or the captions.
+        box: Of a region `[x0, y0, x1, y1]` in pixels.
     """
 
     score: float
     path: Path
     row: int
+    kind: str
+    part: int
+    text: str
+    box: list[float] | None
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What is known of the row besides score and file; of a whole image nothing, as its path says all."""
+        if self.kind == "image":
+            return {}
+        details = {"kind": self.kind, "part": self.part, "text": self.text}
+        return details if self.box is None else details | {"box": self.box}
 
 
 class SearchIndex:
@@ -45,6 +65,7 @@ class SearchIndex:
         self.rows, self.facts, self.model, self.processor = rows, facts, model, processor
         self.vectors = VectorSearch(rows.arrays["embedding"][:], facts.codec)
         self._checked: set[str] = set()
+        self._selected: tuple[tuple, np.ndarray] = ((), np.empty(0, int))  # the last limits, and their rows
 
     @classmethod
     def load(cls, path: str | Path, model=None, processor=None) -> "SearchIndex":
@@ -87,11 +108,11 @@ class SearchIndex:
 
     @property
     def folder(self) -> Path:
-        """The folder where the images are, or were."""
+        """The folder where the files are, or were."""
         return Path(self.facts.folder)
 
     def path(self, row: int) -> Path:
-        """Returns the image file of a row."""
+        """Returns the file of a row."""
         return self.folder / self.rows.table["file_name"][row].as_py()
 
     def search(
@@ -103,33 +124,51 @@ class SearchIndex:
         prompt: str | None = None,
         vectors: int | None = None,
         query_vectors: int | None = None,
+        kinds: Iterable[str] | None = None,
+        where: Sequence[Condition] | None = None,
+        lexical_weight: float | None = None,
     ) -> list[Hit]:
-        """Searches the images nearest to a query.
+        """Searches the rows nearest to a query: images, regions, captions and texts, as far as the index has them.
 
         Args:
             text: What to look for; with an image, what is said about the image (read after it, by the language model).
             image: A picture of any kind `load_image` takes; with a text also a list of them.
-            top: The number of answers; fewer if the index has fewer images.
+            top: The number of answers; fewer if fewer rows are searched.
             boxes: Of the image, the part that is looked for, or, with a text, the parts that it speaks about:
                 `[x0, y0, x1, y1]` in pixels.
             prompt: Name of the model's prompt that is put before the text.
             vectors: How many of the first vectors of each image are compared, in an index with several; by default
                 all. Nothing is embedded again: they are what an index with fewer vectors has.
             query_vectors: Likewise of the query; by default as many as of an image.
+            kinds: The kinds of rows that are searched, see `Item`; by default all.
+            where: Conditions that hold for all answers.
+            lexical_weight: For a hybrid search the weight of the words, from 0 to 1, beside that of the vectors (see
+                `fuse_ranks`; 0.5 if nothing is known, or see `fit_lexical_weight`). The words of a row are those of
+                its text or captions and of the name of its file.
 
         Returns:
-            The answers, best first.
+            The answers, best first. The score of a hybrid search is not a cosine, but that of `fuse_ranks`.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: If `image` or `boxes` cannot be read, see `load_image` and
                 `check_boxes`; if neither text nor image is given; for a name that is not among the model's prompts,
-                or numbers that are out of range; or if the model embeds otherwise than it did.
+                kinds or names that no row has, or numbers that are out of range; or if the model embeds otherwise
+                than it did.
         """
         if top < 1:
             raise ValueError(f"`top` is {top}; expected 1 or more.")
+        if lexical_weight is not None and (text is None or not 0 <= lexical_weight <= 1):
+            if text is None:
+                raise ValueError(f"`lexical_weight` is {lexical_weight}, but there is no `text`; expected one.")
+            raise ValueError(f"`lexical_weight` is {lexical_weight}; expected 0 to 1, or None.")
+        selected = self._select(tuple(kinds or ()), tuple(where or ()))
         query = self.query(text, image, boxes, prompt, vectors, query_vectors)
-        scores, rows = self.vectors.search(query[0].numpy(), top, vectors)
-        return [Hit(float(score), self.path(int(row)), int(row)) for score, row in zip(scores, rows, strict=True)]
+        depth = top if lexical_weight is None else max(top, RANKED)
+        scores, rows = self.vectors.search(query[0].numpy(), depth, vectors, selected)
+        if lexical_weight is not None:
+            rankings = (rows, self._lexical_search.rank(text or "", depth, selected))
+            scores, rows = fuse_ranks(rankings, (1 - lexical_weight, lexical_weight), top)
+        return [self._hit(float(score), int(row)) for score, row in zip(scores, rows, strict=True)]
 
     def query(
         self,
@@ -161,7 +200,7 @@ class SearchIndex:
         return query
 
     def explain(self, row: int, query: torch.Tensor, vectors: int | None = None) -> tuple[Image.Image, SimilarityMap]:
-        """Say why an image is found, from its file.
+        """Say why a whole image is found, from its file.
 
         Args:
             row: Its number in the index.
@@ -174,8 +213,13 @@ class SearchIndex:
 
         Raises:
             FileNotFoundError, ValueError: If the file is gone or cannot be read; as `similarity_map`; if the model
-                embeds images otherwise than it did.
+                embeds images otherwise than it did; for a row whose vector is not that of an image alone.
         """
+        kind, mode = self.rows.table["kind"][row].as_py(), self.facts.settings.image_mode
+        if kind != "image" or mode != "image":
+            raise ValueError(
+                f"`row` is {row}, of the kind {kind!r} with `image_mode` {mode!r}; expected 'image' for both."
+            )
         self._check("image")
         [picture] = _load_all([self.path(row)], shorter_side_for(self.processor), self.processor.allow_urls)
         vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0) or self.facts.settings.vectors
@@ -194,7 +238,27 @@ class SearchIndex:
             raise ValueError(
                 f"the index of {self.facts.folder!r} has no memory; expected one that was made `--with-memory`."
             )
+        if bad := [row for row in rows if row >= len(self.rows.arrays.get("memory", ()))]:
+            raise ValueError(f"`rows` holds {bad[0]}, which is no whole image; expected rows that have a memory.")
         return torch.tensor(self.rows.arrays["memory"][rows])
+
+    def _select(self, kinds: tuple[str, ...], where: tuple[Condition, ...]) -> np.ndarray | None:
+        """The numbers of the rows that are searched; None for all."""
+        if not kinds and not where:
+            return None
+        if self._selected[0] != (kinds, where):
+            self._selected = (kinds, where), select_rows(self.rows.table, kinds, where)
+        selected = self._selected[1]
+        return None if len(selected) == len(self) else selected
+
+    @cached_property
+    def _lexical_search(self) -> LexicalSearch:
+        columns = zip(self.rows["text"], self.rows["file_name"], strict=True)
+        return LexicalSearch([f"{text} {file_name}" for text, file_name in columns])
+
+    def _hit(self, score: float, row: int) -> Hit:
+        kind, part, text, box = (self.rows.table[name][row].as_py() for name in ("kind", "part", "text", "box"))
+        return Hit(score, self.path(row), row, kind, part, text, box)
 
     def _check(self, *kinds: str) -> None:
         """Compares what the model makes of probes with what it made of them, once."""
@@ -244,15 +308,22 @@ class SearchIndex:
     def _embed_with_images(
         self, text: str | None, images: list[Image.Image], boxes: Sequence[Box] | None
     ) -> torch.Tensor:
+        if text is None and self.facts.settings.image_mode == "fused":
+            text = ""  # as the images of the index were embedded
+            self._check_alone(images, boxes)
         self._check("image" if text is None else "fused")
         if text is not None:
             return embed_fused(self.model, self.processor, [images], [text], None if boxes is None else [boxes])
-        if len(images) > 1 or (boxes is not None and len(boxes) > 1):
-            parts = f"`image` holds {len(images)} images" if boxes is None else f"`boxes` holds {len(boxes)} boxes"
-            raise ValueError(f"{parts}, without a `text` that speaks about them; expected one.")
+        self._check_alone(images, boxes)
         if boxes is None:
             return embed_images(self.model, self.processor, images)
         return embed_regions(self.model, self.processor, images, [boxes])
+
+    def _check_alone(self, images: list[Image.Image], boxes: Sequence[Box] | None) -> None:
+        """Refuses several images or boxes, of which no text says what they are together."""
+        if len(images) > 1 or (boxes is not None and len(boxes) > 1):
+            parts = f"`image` holds {len(images)} images" if boxes is None else f"`boxes` holds {len(boxes)} boxes"
+            raise ValueError(f"{parts}, without a `text` that speaks about them; expected one.")
 
 
 def _load_all(images: Iterable[Any], shorter_side: int | None, allow_urls: bool | list[str]) -> list[Image.Image]:

@@ -1,17 +1,18 @@
 """The rows of earlier runs, the one that finished and those that were killed since, merged into one index."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmgem.training.data.image_files import FoundImages
+from mmgem.training.search.items import WHOLE_IMAGES, Item, RowKey
 from mmgem.training.search.storage import IndexFacts, IndexRows, StoredIndex, chunks, read_parts
 from mmgem.training.search.vector_codec import VectorCodec
 
 ROWS_AT_A_TIME = 1024  # that are rewritten
+_KEY = ("file_name", "kind", "part")
 
 
 class EarlierRun:
@@ -27,13 +28,27 @@ class EarlierRun:
         self.rows, self.codec = rows, codec
         self.is_damaged = np.zeros(len(rows), bool) if is_damaged is None else is_damaged
 
+    def places(self, number: int) -> Iterator[tuple[RowKey, str, "Place"]]:
+        """Yields the key, the content and the place of each row that is as it was written; `number` is of this run."""
+        columns = [self.rows[name] for name in (*_KEY, "content", "version")]
+        for row, (file_name, kind, part, content, version) in enumerate(zip(*columns, strict=True)):
+            if not self.is_damaged[row]:
+                yield (file_name, kind, part), content, Place(number, row, version)
+
 
 class Place(NamedTuple):
-    """Where the row of an image is: the number of an earlier run, and of a row of it; and the version of its file."""
+    """Where a row is.
+
+    Args:
+        run, row: The number of an earlier run, and of a row of it.
+        version: Of the item.
+        item: The item, where something else is said of it than the row says.
+    """
 
     run: int
     row: int
     version: str
+    item: Item | None = None
 
 
 def finished_run(stored: StoredIndex | None) -> list[EarlierRun]:
@@ -48,27 +63,31 @@ def runs_of_parts(place: Path, facts: IndexFacts) -> list[EarlierRun]:
     return [EarlierRun(rows, VectorCodec("float32", facts.settings.dimensions)) for rows in read_parts(place)]
 
 
-def current_rows(runs: list[EarlierRun], found: FoundImages) -> dict[str, Place]:
-    """Finds the rows of images whose files are as they were, or cannot be seen, by file name."""
-    places = {}
-    for number, run in enumerate(runs):
-        columns = zip(run.rows["file_name"], run.rows["version"], run.is_damaged, strict=True)
-        for row, (file_name, version, is_damaged) in enumerate(columns):
-            if not is_damaged and (
-                found.versions.get(file_name) == version or found.hiding_place(file_name) is not None
-            ):
-                places[file_name] = Place(number, row, version)
-    return places
+class EarlierRows:
+    """The rows of all earlier runs, of which later ones count.
 
+    Args:
+        runs: The runs, the first one first.
+    """
 
-def rows_by_content(runs: list[EarlierRun]) -> dict[str, Place]:
-    """Finds the rows by the content of their files, whatever these are called and wherever they are now."""
-    return {
-        content: Place(number, row, "")
-        for number, run in enumerate(runs)
-        for row, (content, is_damaged) in enumerate(zip(run.rows["content"], run.is_damaged, strict=True))
-        if content and not is_damaged
-    }
+    def __init__(self, runs: Sequence[EarlierRun]):
+        self.by_key: dict[RowKey, Place] = {}
+        self._by_content: dict[str, Place] = {}
+        for number, run in enumerate(runs):
+            for key, content, place in run.places(number):
+                self.by_key[key] = place
+                if content:
+                    self._by_content[content] = place
+
+    def unchanged(self, item: Item) -> Place | None:
+        """The row of an item that is as it was."""
+        place = self.by_key.get(item.key)
+        return place if place is not None and place.version == item.version else None
+
+    def same(self, item: Item, content: str) -> Place | None:
+        """A row with this content, whatever its item was called, for the item."""
+        place = self._by_content.get(content)
+        return None if place is None else place._replace(version=item.version, item=item)
 
 
 def common_bound(runs: list[EarlierRun]) -> float:
@@ -83,29 +102,54 @@ def common_bound(runs: list[EarlierRun]) -> float:
     return max(bounds)
 
 
-def merge(runs: list[EarlierRun], places: Mapping[str, Place], codec: VectorCodec) -> Iterator[dict[str, Any]]:
-    """Yields batches of the rows at these places, by file name, with all vectors stored by one codec."""
-    kept = {column: [run.rows[column] for run in runs] for column in ("width", "height", "content")}
-    items = list(places.items())
+def sort_rows(rows: Mapping[RowKey, Place]) -> dict[RowKey, Place]:
+    """Sorts rows by file, those of whole images first."""
+    return dict(sorted(rows.items(), key=lambda row: (row[0][1] not in WHOLE_IMAGES, row[0])))
+
+
+def whole_images(rows: Mapping[RowKey, Place]) -> int:
+    """The number of rows that are of whole images."""
+    return sum(kind in WHOLE_IMAGES for _, kind, _ in rows)
+
+
+def merge(runs: list[EarlierRun], rows: Mapping[RowKey, Place], codec: VectorCodec) -> Iterator[dict[str, Any]]:
+    """Yields batches of rows that `sort_rows` has sorted, with all vectors stored by one codec."""
+    items, remembered = list(rows.items()), whole_images(rows)
+    has_memory = any("memory" in run.rows.arrays for run in runs)
     for part in chunks(len(items), ROWS_AT_A_TIME):
-        file_names, batch = zip(*items[part], strict=True)
-        columns: dict[str, Any] = {"file_name": list(file_names), "version": [place.version for place in batch]}
-        columns |= {name: [values[place.run][place.row] for place in batch] for name, values in kept.items()}
-        for name in runs[0].rows.arrays:
-            columns[name] = _gather(runs, batch, name, codec)
+        keys, places = zip(*items[part], strict=True)
+        columns: dict[str, Any] = dict(zip(_KEY, map(list, zip(*keys, strict=True)), strict=True))
+        columns["version"] = [place.version for place in places]
+        for name in ("text", "metadata", "box", "width", "height", "content"):
+            columns[name] = _gather(places, lambda number, numbers, name=name: _cells(runs[number], name, numbers))
+        for name in ("text", "metadata"):
+            own = [place.item and getattr(place.item, name) for place in places]
+            columns[name] = [old if new is None else new for old, new in zip(columns[name], own, strict=True)]
+        vectors = _gather(
+            places, lambda number, numbers: codec.encode(runs[number].codec.decode(_array(runs[number], numbers)))
+        )
+        columns["embedding"] = np.stack(vectors)
+        if has_memory and part.start < remembered:
+            with_memory = places[: remembered - part.start]
+            memories = _gather(with_memory, lambda number, numbers: _array(runs[number], numbers, "memory"))
+            columns["memory"] = np.stack(memories)
         yield columns
 
 
-def _gather(runs: list[EarlierRun], places, name: str, codec: VectorCodec) -> np.ndarray:
-    """The array of the rows at these places, (P, ...); vectors as codes."""
+def _cells(run: EarlierRun, name: str, rows: list[int]) -> list:
+    return run.rows.table[name].take(rows).to_pylist()
+
+
+def _array(run: EarlierRun, rows: list[int], name: str = "embedding") -> np.ndarray:
+    return run.rows.arrays[name][rows]
+
+
+def _gather(places: Sequence[Place], read) -> list:
+    """What `read(run, rows)` gives of the rows at these places, in their order; each run is read once."""
     positions_of: dict[int, list[int]] = defaultdict(list)
     for position, place in enumerate(places):
         positions_of[place.run].append(position)
-    values: dict[int, np.ndarray] = {}
+    values: dict[int, Any] = {}
     for number, positions in positions_of.items():
-        run = runs[number]
-        part = run.rows.arrays[name][[places[position].row for position in positions]]
-        if name == "embedding":
-            part = codec.encode(run.codec.decode(part))
-        values.update(zip(positions, part, strict=True))
-    return np.stack([values[position] for position in range(len(places))])
+        values.update(zip(positions, read(number, [places[position].row for position in positions]), strict=True))
+    return [values[position] for position in range(len(places))]

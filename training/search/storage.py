@@ -3,9 +3,11 @@
 An index is a folder. Its manifest, `search_index.json`, says of what folder it is, by which model, with which
 settings, and which files belong to it, with a checksum of each MiB of each:
 
-- `rows-V.parquet`: a row for each image, with `file_name` relative to the images' folder, `width` and `height` (of the
-  file as displayed), `version` (size and time of the file) and `content` (a hash of it);
-- `embedding-V.npy`: the codes of its vectors; `memory-V.npy`, if it is kept, its memory, float16;
+- `rows-V.parquet`: a row for each item, see `items`, with `file_name` relative to the folder, `kind`, `part`, `text`,
+  `metadata` and `box`, `width` and `height` (of an image as displayed), `version` (size and time of the file, and what
+  is said of it) and `content` (a hash of what was embedded);
+- `embedding-V.npy`: the codes of its vectors; `memory-V.npy`, if it is kept, the memory of the first rows, which are
+  those of whole images, float16;
 - `probes-V.safetensors`: what the model made of the probes of its fingerprint.
 
 V is the number of an update. An update writes files of its own beside those of the one before it, and then replaces
@@ -15,7 +17,6 @@ the manifest, in one step: a reader has the one or the other. Who has files open
 import json
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -42,7 +43,8 @@ from mmgem.training.search.vector_codec import VectorCodec
 
 MANIFEST = "search_index.json"
 UNFINISHED = "unfinished"  # the folder, in that of the index, of what a run has embedded until it ends
-FORMAT = 3
+FORMAT = 4
+_ROW_OF_FORMAT_3 = {"kind": "image", "part": 0, "text": "", "metadata": "", "box": None}  # besides what it has
 _FILES_OF_AN_UPDATE = re.compile(r"(rows|embedding|memory|probes)-\d+\.(parquet|npy|safetensors)|search_index\.tmp")
 _FORMAT_2_FILES = ("rows.arrow", "probes.safetensors")
 _DAMAGE = (AttributeError, KeyError, TypeError, ValueError, OSError, SafetensorError, pa.ArrowException)
@@ -98,7 +100,7 @@ class IndexRows:
 
     Args:
         table: The columns that are small, which are in memory.
-        arrays: `embedding`, and `memory` if it is kept.
+        arrays: `embedding`, and `memory`, of the first rows, if it is kept.
     """
 
     def __init__(self, table: pa.Table, arrays: Mapping[str, ArrayFile | np.ndarray]):
@@ -112,8 +114,11 @@ class IndexRows:
 
     def damaged(self) -> np.ndarray:
         """(N,) Whether the arrays of a row are not what was written; reads all of them."""
-        files = [array for array in self.arrays.values() if isinstance(array, ArrayFile)]
-        return np.any([np.zeros(len(self), bool), *(file.damaged_rows() for file in files)], axis=0)
+        is_damaged = np.zeros(len(self), bool)
+        for array in self.arrays.values():
+            if isinstance(array, ArrayFile):
+                is_damaged[: len(array)] |= array.damaged_rows()
+        return is_damaged
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class IndexFacts:
     Args:
         folder: The folder of the images.
         model: The folder or name of the model that embedded them.
-        settings: The parts that are kept of each image.
+        settings: What it holds, and the parts that are kept of each item.
         fingerprint: The fingerprint of the model.
         bound: The largest value of the vectors, see `VectorCodec`.
     """
@@ -175,7 +180,12 @@ def is_free(place: Path) -> bool:
 
 
 def write_index(
-    place: Path, facts: IndexFacts, version: int, count: int = 0, batches: Iterable[Mapping[str, Any]] = ()
+    place: Path,
+    facts: IndexFacts,
+    version: int,
+    count: int = 0,
+    batches: Iterable[Mapping[str, Any]] = (),
+    memories: int | None = None,
 ) -> None:
     """Writes an index, which takes the place of the one that is there in one step.
 
@@ -184,10 +194,10 @@ def write_index(
         facts: What is known of the rows.
         version: The number of the update, another than that of the index that is there.
         count: The number of rows; 0 for none.
-        batches: As for `write_rows`.
+        batches, memories: As for `write_rows`.
     """
     place.mkdir(parents=True, exist_ok=True)
-    rows = write_rows(place, str(version), count, batches) if count else None
+    rows = write_rows(place, str(version), count, batches, memories) if count else None
     with write_checked(place / f"probes-{version}.safetensors") as probes:
         probes.write(save({kind: probe.contiguous() for kind, probe in facts.fingerprint.probes.items()}))
     manifest = {
@@ -238,7 +248,9 @@ def read_index(place: Path, name: str) -> StoredIndex:
         ) from error
 
 
-def write_rows(place: Path, name: str, count: int, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def write_rows(
+    place: Path, name: str, count: int, batches: Iterable[Mapping[str, Any]], memories: int | None = None
+) -> dict[str, Any]:
     """Writes batches of rows into files, which nobody knows of before they are named in a manifest.
 
     Args:
@@ -246,28 +258,31 @@ def write_rows(place: Path, name: str, count: int, batches: Iterable[Mapping[str
         name: What distinguishes the files from others.
         count: The number of rows of all batches.
         batches: Columns are lists, or arrays (B, ...) of any precision; at least one batch.
+        memories: The number of the first rows that have a `memory`; by default all.
 
     Returns:
         What `read_rows` knows them by.
     """
-    columns: dict[str, list] = defaultdict(list)
+    tables: list[pa.Table] = []
     writers: dict[str, Any] = {}
     arrays: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         for batch in batches:
+            tables.append(pa.table({name: values for name, values in batch.items() if isinstance(values, list)}))
             for column, values in batch.items():
-                if not isinstance(values, np.ndarray):
-                    columns[column] += values
+                if isinstance(values, list):
                     continue
                 if column not in writers:
                     writers[column] = stack.enter_context(write_checked(place / f"{column}-{name}.npy"))
-                    shape = (count, *values.shape[1:])
+                    length = memories if column == "memory" and memories is not None else count
+                    shape = (length, *values.shape[1:])
                     layout = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(writers[column], layout)  # type: ignore[arg-type]
                     arrays[column] = {"dtype": values.dtype.str, "shape": shape}
                 writers[column].write(values.tobytes())
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), buffer)
+    # A column may be without a value in some of the batches.
+    pq.write_table(pa.concat_tables(tables, promote_options="default"), buffer)
     with write_checked(place / f"rows-{name}.parquet") as table:
         table.write(buffer.getvalue())
     return {
@@ -293,13 +308,13 @@ def read_rows(place: Path, facts: Mapping[str, Any], hold: bool = False) -> Inde
     if hold:
         for array in arrays.values():
             array.file.hold()
-    return IndexRows(table, arrays)
+    return IndexRows(_complete(table), arrays)
 
 
 def write_part(place: Path, number: int, batch: Mapping[str, Any]) -> None:
     """Writes a part of an index, which is there when all of it is on the disk."""
     name = f"part-{number:06d}"
-    facts = write_rows(place, name, len(batch["file_name"]), [batch])
+    facts = write_rows(place, name, len(batch["file_name"]), [batch], len(batch.get("memory", ())))
     write_json(place / f"{name}.json", facts)
 
 
@@ -350,7 +365,7 @@ def verify_index(place: str | Path) -> IndexCheck:
     files: list[CheckedFile] = []
     for one in places:
         manifest = _read_manifest(one, "index")
-        if manifest["format"] == FORMAT:
+        if manifest["format"] >= 3:
             files += _files(one, manifest)
         else:  # it has no checksums
             read_index(one, "index")
@@ -376,15 +391,17 @@ class _UnknownFormatError(ValueError):
 
 def _read_manifest(place: Path, name: str) -> dict[str, Any]:
     try:
-        return read_json(place / MANIFEST)
+        manifest = read_json(place / MANIFEST)
+        known: tuple[int, ...] = (3, FORMAT)
     except DamagedFileError:
-        manifest = _read_without_checksum(place / MANIFEST)
-        if manifest is None or manifest.get("format") == FORMAT:
+        unchecked = _read_without_checksum(place / MANIFEST)
+        if unchecked is None or unchecked.get("format") in (3, FORMAT):
             raise DamagedFileError(
                 f"`{name}` is {str(place)!r}, an index whose {MANIFEST} is damaged; expected a whole one. Delete it, "
                 "and make it anew with `mmgem index`."
             ) from None
-    if manifest.get("format") != 2:
+        manifest, known = unchecked, (2,)
+    if manifest.get("format") not in known:
         raise _UnknownFormatError(
             f"`{name}` is {str(place)!r}, an index of format {manifest.get('format', 1)}; expected format {FORMAT}. "
             "Delete it, and make it anew with `mmgem index`."
@@ -402,7 +419,7 @@ def _read_without_checksum(path: Path) -> dict[str, Any] | None:
 
 
 def _open(place: Path, manifest: Mapping[str, Any]) -> StoredIndex:
-    if manifest["format"] == FORMAT:
+    if manifest["format"] >= 3:
         rows = None if manifest["rows"] is None else read_rows(place, manifest["rows"], hold=True)
         probes = load(bytes(CheckedFile(place, manifest["probes"]).read()))
     else:
@@ -423,7 +440,16 @@ def _read_rows_of_format_2(path: Path) -> IndexRows:
     table.validate(full=True)  # wrong offsets would end the process
     names = [name for name in ("embedding", "memory") if name in table.column_names]
     arrays = {name: _to_numpy(table[name].combine_chunks()) for name in names}
-    return IndexRows(table.drop_columns(names).append_column("content", pa.array([""] * len(table))), arrays)
+    table = table.drop_columns(names).append_column("content", pa.array([""] * len(table)))
+    return IndexRows(_complete(table), arrays)
+
+
+def _complete(table: pa.Table) -> pa.Table:
+    """The table with the columns that formats before 4 do not have: all their rows are whole images."""
+    for name, value in _ROW_OF_FORMAT_3.items():
+        if name not in table.column_names:
+            table = table.append_column(name, pa.array([value] * len(table)))
+    return table
 
 
 def _to_numpy(values: pa.Array) -> np.ndarray:

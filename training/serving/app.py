@@ -148,7 +148,12 @@ def create_app(name: str, model, processor, index: SearchIndex | None = None, li
         hits = await server.search(request)
         root = Path(index.facts.folder)
         found = [
-            {"score": round(hit.score, 6), "path": hit.path.relative_to(root).as_posix(), "row": hit.row}
+            {
+                "score": round(hit.score, 6),
+                "path": hit.path.relative_to(root).as_posix(),
+                "row": hit.row,
+                **hit.details,
+            }
             for hit in hits
         ]
         return JSONResponse({"hits": found})

@@ -176,7 +176,7 @@ def test_files_of_known_content_are_recognized_and_not_decoded(tmp_path):
         write_image(tmp_path / f"{number}.png", size=(number + 1, 1))
     contents = [content_hash((tmp_path / f"{number}.png").read_bytes()) for number in range(4)]
     names, skipped = [f"{number}.png" for number in range(4)], []
-    reader = ImageReader(tmp_path, known={contents[2]})
+    reader = ImageReader(tmp_path, is_known=lambda file_name, content: (file_name, content) == ("2.png", contents[2]))
     [batch] = reader.read_batches(names, 10, skipped)
     assert [file.file_name for file in batch] == ["0.png", "1.png", "3.png"] and skipped == []
     assert reader.recognized == {"2.png": contents[2]}

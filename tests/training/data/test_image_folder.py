@@ -62,7 +62,7 @@ def test_missing_folder_file_images_and_metadata(tmp_path):
     ("line", "error", "message"),
     [
         ("{", ValueError, "line 2 of .* is no JSON object"),
-        ("[1]", ValueError, "line 2 of .* is .*; expected a JSON object with a `file_name`"),
+        ("[1]", ValueError, "line 2 of .* is .*; expected a JSON object"),
         ('{"text": "a"}', ValueError, "line 2 of .* is .*; expected a JSON object with a `file_name`"),
         ('{"file_name": "b.png", "text": "a"}', FileNotFoundError, "line 2 of .* names b.png, which is not in"),
         ('{"file_name": "a.png"}', ValueError, "line 2 of .* has `captions` .*; expected a list"),

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from tiny_models import build_model
 
 from mmgem.training.inference import embed_and_remember, embed_images, remember
-from mmgem.training.search import building, storage
+from mmgem.training.search import building, item_embedder, storage
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
 from mmgem.training.search.storage import MANIFEST, UNFINISHED, read_index, verify_index
@@ -41,8 +41,8 @@ def embedded(monkeypatch):
         sizes.append(len(images))
         return function(model, processor, images)
 
-    monkeypatch.setattr(building, "embed_images", partial(counting, embed_images))
-    monkeypatch.setattr(building, "embed_and_remember", partial(counting, embed_and_remember))
+    monkeypatch.setattr(item_embedder, "embed_images", partial(counting, embed_images))
+    monkeypatch.setattr(item_embedder, "embed_and_remember", partial(counting, embed_and_remember))
     return sizes
 
 
@@ -72,7 +72,7 @@ def test_the_vision_tower_runs_once_over_each_image(folder, out, tiny_processor,
 
 def test_an_index_has_the_unit_embedding_of_every_image(folder, out, tiny_model, tiny_processor):
     report = build_index(folder, tiny_model, tiny_processor, out, batch_size=3)
-    assert report == (7, 7, [], 64, {})
+    assert report == (7, 7, [], 64, {}, {"image": 7})
     rows = read(out)
     assert rows["file_name"] == sorted(NAMES)
     assert set(zip(rows["width"], rows["height"], strict=True)) == {(40, 30)}
@@ -157,15 +157,15 @@ def test_a_killed_run_goes_on_where_it_stopped(
     settings = {"batch_size": 2, "precision": precision, "memory": True}
     build_index(folder, tiny_model, tiny_processor, out.with_name("reference"), **settings)
     embedded.clear()
-    monkeypatch.setattr(building, "ROWS_PER_PART", 2)
-    counting = building.embed_and_remember
+    monkeypatch.setattr(item_embedder, "ROWS_PER_PART", 2)
+    counting = item_embedder.embed_and_remember
 
     def killed_at_the_third_batch(model, processor, images):
         if len(embedded) == 2:
             raise KeyboardInterrupt
         return counting(model, processor, images)
 
-    monkeypatch.setattr(building, "embed_and_remember", killed_at_the_third_batch)
+    monkeypatch.setattr(item_embedder, "embed_and_remember", killed_at_the_third_batch)
     with pytest.raises(KeyboardInterrupt):
         build_index(folder, tiny_model, tiny_processor, out, **settings)
     assert os.listdir(out) == [UNFINISHED]
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
     with pytest.raises(ValueError, match="unfinished', an index with dimensions 16; expected 8"):
         build_index(folder, tiny_model, tiny_processor, out, dimensions=8, **settings)
 
-    monkeypatch.setattr(building, "embed_and_remember", counting)
+    monkeypatch.setattr(item_embedder, "embed_and_remember", counting)
     embedded.clear()
     report = build_index(folder, tiny_model, tiny_processor, out, **settings)
     assert report[:3] == (7, 3, []) and embedded == [2, 1]
@@ -213,7 +213,7 @@ def test_a_run_that_is_killed_at_its_end_loses_nothing(
         build_index(folder, tiny_model, tiny_processor, out)
     monkeypatch.undo()
     assert len(SearchIndex.load(out, tiny_model, tiny_processor)) == 7 + (killed_at != "before the manifest")
-    monkeypatch.setattr(building, "embed_images", None)  # nothing is left to embed
+    monkeypatch.setattr(item_embedder, "embed_images", None)  # nothing is left to embed
     assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (8, 0, [])
     assert len(os.listdir(out)) == 4 and verify_index(out).damaged == {}
 
@@ -232,17 +232,17 @@ def test_a_run_that_is_killed_before_it_wrote_what_it_is_about_leaves_a_free_pla
 def test_who_interrupts_a_run_keeps_what_it_has_embedded(
     folder, out, tiny_model, tiny_processor, monkeypatch, embedded
 ):
-    counting = building.embed_images
+    counting = item_embedder.embed_images
 
     def interrupted(model, processor, images):
         if len(embedded) == 2:
             raise KeyboardInterrupt
         return counting(model, processor, images)
 
-    monkeypatch.setattr(building, "embed_images", interrupted)
+    monkeypatch.setattr(item_embedder, "embed_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_index(folder, tiny_model, tiny_processor, out, batch_size=2)
-    monkeypatch.setattr(building, "embed_images", counting)
+    monkeypatch.setattr(item_embedder, "embed_images", counting)
     embedded.clear()
     assert build_index(folder, tiny_model, tiny_processor, out)[:2] == (7, 3) and embedded == [3]
 
@@ -290,7 +290,7 @@ def test_images_whose_rows_are_damaged_are_embedded_again(folder, out, tiny_mode
 
 
 def test_a_damaged_part_of_a_killed_run_is_embedded_again(folder, out, tiny_model, tiny_processor, monkeypatch):
-    monkeypatch.setattr(building, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(item_embedder, "ROWS_PER_PART", 2)
     with monkeypatch.context() as patch:
         patch.setattr(building, "merge", None)
         with pytest.raises(TypeError):
@@ -348,7 +348,7 @@ def test_what_cannot_be_seen_is_kept_until_it_is_gone(
     away.add("er")
     write_noise(folder / "new.png", seed=101)
     report = build_index(folder, tiny_model, tiny_processor, out, precision=precision)
-    reason = "it cannot be listed: Permission denied; what the index has of it, 3 images, is kept until it is gone"
+    reason = "it cannot be listed: Permission denied; what the index has of it, 3 rows, is kept until it is gone"
     assert report[:3] == (8, 1, [("deep/er", reason)])
     assert set(NAMES) < set(read(out)["file_name"])
 
@@ -452,7 +452,7 @@ def test_memory_that_float16_cannot_hold_leaves_the_image_out(folder, out, tiny_
         states = embed_and_remember(model, processor, images)
         return states._replace(memory=torch.full_like(states.memory, 1e5))
 
-    monkeypatch.setattr(building, "embed_and_remember", remember_too_much)
+    monkeypatch.setattr(item_embedder, "embed_and_remember", remember_too_much)
     with pytest.raises(ValueError, match="no image can be read.*up to 1e.05; expected at most 65504"):
         build_index(folder, tiny_model, tiny_processor, out, memory=True)
 
@@ -468,7 +468,7 @@ def test_an_image_without_a_direction_is_left_out_by_name(folder, out, tiny_mode
                 embeds[row] = torch.full_like(embeds[row], value)
         return embeds
 
-    monkeypatch.setattr(building, "embed_images", embed)
+    monkeypatch.setattr(item_embedder, "embed_images", embed)
     report = build_index(folder, tiny_model, tiny_processor, out, batch_size=3)
     assert (report.images, [file_name for file_name, _ in report.skipped]) == (6, [NAMES[2]])
     assert "zeros" in report.skipped[0].reason if value == 0 else "NaN or infinite" in report.skipped[0].reason

@@ -156,7 +156,7 @@ def test_folders_that_are_no_index_of_this_format_are_refused_by_a_sentence(fact
         verify_index(tmp_path)
     earlier = {"folder": "/images", "model": "a/model", "probe": [0.1, 0.2]}
     (tmp_path / MANIFEST).write_text(json.dumps(earlier))
-    with pytest.raises(ValueError, match="`index` is .*of format 1; expected format 3. Delete it, and make it anew"):
+    with pytest.raises(ValueError, match="`index` is .*of format 1; expected format 4. Delete it, and make it anew"):
         read_index(tmp_path, "index")
     write(tmp_path, facts)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
