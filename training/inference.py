@@ -6,6 +6,7 @@ An embedding is one vector (D,), or k vectors (k, D) of a model with `embedding_
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +26,16 @@ CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get ca
 def inference(model) -> Iterator[None]:
     """Runs what is within without gradients and in evaluation mode; the model's former mode comes back after it."""
     was_training, is_in_shards = model.training, is_sharded(model)
-    model.eval()
+    changes_mode = any(module.training for module in model.modules())  # setting it takes longer than a small batch
+    if changes_mode:
+        model.eval()
     try:
         # FSDP keeps the tensors that it gathers parameters into, and could not train with those of inference mode.
         with torch.no_grad() if is_in_shards else torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
+        if changes_mode:
+            model.train(was_training)
         if is_in_shards:
             reshard(model)
 
@@ -87,13 +91,14 @@ def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Seque
     Returns:
         (N, D) or (N, k, D), N the number of all boxes, normalised, float32, on the CPU; image after image.
     """
-    parts = []
-    for some, their_boxes in _with_some_boxes(images, boxes):
+    embeds: dict[tuple[int, int], torch.Tensor] = {}
+    for parts in _in_batches(boxes):
+        some, their_boxes = [images[part.image] for part in parts], [part.boxes for part in parts]
         inputs = to_model(model, processor(images=some, boxes=their_boxes, return_tensors="pt"))
         with inference(model):
             embeddings = model.get_image_features(**inputs).pooler_output  # (B, R, D) or (B, R, k, D), padded
-        parts += [unit(row[: len(own)]) for row, own in zip(embeddings, their_boxes, strict=True)]
-    return torch.cat(parts)
+        embeds |= {part[:2]: unit(own[: len(part.boxes)]) for part, own in zip(parts, embeddings, strict=True)}
+    return torch.cat([embeds[part] for part in sorted(embeds)])
 
 
 def embed_texts(model, processor, texts: Sequence[str], batch_tokens: int = TEXT_TOKENS_AT_A_TIME) -> torch.Tensor:
@@ -248,13 +253,15 @@ def generate_region_captions(
     model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
     """Writes the caption of each box of one batch of images, greedily; `boxes` and order as in `embed_regions`."""
-    captions: list[str] = []
-    for some, their_boxes in _with_some_boxes(images, boxes):
+    captions: dict[tuple[int, int], list[str]] = {}
+    for parts in _in_batches(boxes):
+        some, their_boxes = [images[part.image] for part in parts], [part.boxes for part in parts]
         prompts = [processor.prompt()] * sum(map(len, their_boxes))
         options = {"return_tensors": "pt", **processor.prompt_kwargs}
         inputs = processor(images=some, boxes=their_boxes, text=prompts, **options)
-        captions += _generate(model, inputs, processor, max_new_tokens)
-    return captions
+        written = iter(_generate(model, inputs, processor, max_new_tokens))
+        captions |= {part[:2]: list(islice(written, len(part.boxes))) for part in parts}
+    return [caption for part in sorted(captions) for caption in captions[part]]
 
 
 def generate_answers(
@@ -303,18 +310,28 @@ def answer_from_memory(
     return _generate(model, inputs, processor, max_new_tokens, embedding_tokens=memory.to(model.device, model.dtype))
 
 
-def _with_some_boxes(images: Sequence[Any], boxes: Sequence[Sequence[Box]]) -> Iterator[tuple[list, list]]:
-    """Images with their boxes, `BOXES_AT_A_TIME`; one with more than that comes several times."""
-    some: list[tuple[Any, Sequence[Box]]] = []
-    for image, own in zip(images, boxes, strict=True):
-        for start in range(0, max(1, len(own)), BOXES_AT_A_TIME):
-            part = own[start : start + BOXES_AT_A_TIME]
-            if some and sum(len(other) for _, other in some) + len(part) > BOXES_AT_A_TIME:
-                yield [one for one, _ in some], [other for _, other in some]
-                some = []
-            some.append((image, part))
-    if some:
-        yield [one for one, _ in some], [other for _, other in some]
+class _Part(NamedTuple):
+    """Boxes of one image, by the number of the image and of the first of them."""
+
+    image: int
+    first: int
+    boxes: Sequence[Box]
+
+
+def _in_batches(boxes: Sequence[Sequence[Box]]) -> Iterator[list[_Part]]:
+    """The boxes of all images, `BOXES_AT_A_TIME` with the padding of a batch, which images with as many boxes lack;
+    an image with more than that comes several times."""
+    starts = [(image, first) for image, own in enumerate(boxes) for first in range(0, len(own), BOXES_AT_A_TIME)]
+    parts = [_Part(image, first, boxes[image][first : first + BOXES_AT_A_TIME]) for image, first in starts]
+    parts = parts or [_Part(image, 0, own) for image, own in enumerate(boxes)]  # which the processor refuses
+    batch: list[_Part] = []
+    for part in sorted(parts, key=lambda part: len(part.boxes)):
+        if batch and (len(batch) + 1) * len(part.boxes) > BOXES_AT_A_TIME:
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch
 
 
 def _fused_features(model, processor, images, texts, boxes=None):

@@ -27,9 +27,13 @@ class SimilarityMap(NamedTuple):
     box: tuple[float, float, float, float]
 
     def peaks(self) -> torch.Tensor:
-        """(T, 2), the pixel x, y in the middle of the patch with the largest share, of each query."""
-        _, rows, columns = self.shares.shape
-        best = self.shares.flatten(1).argmax(dim=1)  # (T,)
+        """(T, 2), the pixel x, y that each query is seen around: the middle of the window, a third of each side of the
+        grid, whose shares sum to the most. Single patches speak for their surroundings, which the tower mixes in."""
+        rows, columns = self.shares.shape[1:]
+        window = rows // 3 | 1, columns // 3 | 1  # odd
+        padding = window[0] // 2, window[1] // 2
+        sums = F.avg_pool2d(self.shares[:, None].float(), window, stride=1, padding=padding)  # (T, 1, rows, columns)
+        best = sums.flatten(1).argmax(dim=1)  # (T,)
         x0, y0, x1, y1 = self.box
         x = x0 + (best % columns + 0.5) / columns * (x1 - x0)
         y = y0 + (best // columns + 0.5) / rows * (y1 - y0)

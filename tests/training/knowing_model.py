@@ -28,11 +28,20 @@ def knowable_rows(count: int) -> list[dict]:
     return rows
 
 
+class WholeImages:
+    """An image processor that crops nothing."""
+
+    model_input_names = ["pixel_values"]
+
+    def __call__(self, images, **kwargs):
+        return {"pixel_values": torch.zeros(1, 3, images[0].height, images[0].width)}
+
+
 class KnowingProcessor:
     """Images as their pixels, texts as their bytes; the image token is expanded to one byte of value 1."""
 
     image_token = "<image>"
-    image_processor = None  # nothing is cropped
+    image_processor = WholeImages()
     vlm_processor = None
     is_plain, prompt_kwargs, allow_urls = True, {}, False
     pad = 0
@@ -91,6 +100,7 @@ class KnowingModel(torch.nn.Module):
         self.config = SimpleNamespace(
             prompts=PROMPTS, has_memory=True, embedded_kinds=["text", "image", "fused"], calibrated_modalities=None
         )
+        self.config.grid = SimpleNamespace(stride=(1, 1))
         self.row_list = rows
         self.rows = {self._key(np.array(row["image"])): row for row in rows}
         twins = [row for row in rows if row.get("edited_image")]
@@ -148,6 +158,17 @@ class KnowingModel(torch.nn.Module):
         assert regions.shape[:2] == boxes.shape[:2]
         return _Output(regions)
 
+    def similarity_map(self, pixel_values, query_embeds, num_vectors=None):
+        """Shares in a heap around the middle of the box that a query is of."""
+        [row] = self._rows(pixel_values)
+        own = torch.stack([self._embed(text) for text in row["region_captions"]])
+        x0, y0, x1, y1 = torch.tensor(row["boxes"])[(query_embeds @ own.T).argmax(dim=1)].T[
+            ..., None, None
+        ]  # (T, 1, 1)
+        place = torch.arange(IMAGE_SIZE) + 0.5
+        distances = (place - (x0 + x1) / 2) ** 2 + (place[:, None] - (y0 + y1) / 2) ** 2
+        return torch.exp(-distances / 9)[None]
+
     def get_text_features(self, input_ids, attention_mask):
         self._called("get_text_features", len(input_ids))
         self.text_batches.append(attention_mask)
@@ -204,6 +225,11 @@ class IgnorantModel(KnowingModel):
     def get_image_features(self, pixel_values, boxes=None):
         output = super().get_image_features(pixel_values, boxes)
         return _Output(torch.ones_like(output.pooler_output), output.last_hidden_state)
+
+    def similarity_map(self, pixel_values, query_embeds, num_vectors=None):
+        shares = torch.zeros(1, len(query_embeds), IMAGE_SIZE, IMAGE_SIZE)
+        shares[..., 0, 0] = 1
+        return shares
 
     def _embed_fused(self, row, text):
         return torch.ones_like(super()._embed_fused(row, text))

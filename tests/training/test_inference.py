@@ -259,11 +259,35 @@ def test_many_boxes_go_through_the_model_some_at_a_time(tiny_model, tiny_process
     embeds = embed_regions(tiny_model, tiny_processor, images, boxes)
     captions = generate_region_captions(tiny_model, tiny_processor, images, boxes, max_new_tokens=4)
     monkeypatch.setattr(inference, "BOXES_AT_A_TIME", 3)
-    parts = list(inference._with_some_boxes(images, boxes))
-    assert [[len(own) for own in their_boxes] for _, their_boxes in parts] == [[1], [3], [3], [1, 2], [3]]
-    assert sum((box for _, their_boxes in parts for box in their_boxes), []) == sum(boxes, [])
+    batches = list(inference._in_batches(boxes))
+    assert [[len(part.boxes) for part in batch] for batch in batches] == [[1, 1], [2], [3], [3], [3]]
+    parts = sorted(part for batch in batches for part in batch)
+    assert [box for part in parts for box in part.boxes] == sum(boxes, [])
     torch.testing.assert_close(embed_regions(tiny_model, tiny_processor, images, boxes), embeds, atol=1e-5, rtol=0)
     assert generate_region_captions(tiny_model, tiny_processor, images, boxes, max_new_tokens=4) == captions
+
+
+def test_images_without_boxes_are_passed_over_and_of_no_boxes_nothing_is_embedded(tiny_model, tiny_processor, images):
+    boxes = [[], [[0, 0, 9, 20], [5, 5, 30, 30]], [], [[0, 0, 20, 9]]]
+    expected = embed_regions(tiny_model, tiny_processor, images[1::2], boxes[1::2])
+    torch.testing.assert_close(embed_regions(tiny_model, tiny_processor, images, boxes), expected)
+    with pytest.raises(ValueError, match="without any box"):
+        embed_regions(tiny_model, tiny_processor, images, [[]] * 4)
+
+
+def test_a_model_in_evaluation_mode_is_not_told_so_again(tiny_model, monkeypatch):
+    def train(mode=True):
+        raise AssertionError
+
+    monkeypatch.setattr(tiny_model, "train", train)
+    with inference.inference(tiny_model):
+        assert torch.is_inference_mode_enabled()
+    monkeypatch.undo()
+    part = tiny_model.language_model
+    part.train()
+    with inference.inference(tiny_model):
+        assert not part.training
+    part.eval()
 
 
 def test_regions_come_without_padding(rows):

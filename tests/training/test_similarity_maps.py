@@ -23,9 +23,18 @@ def with_image_processor(processor, image_processor):
     return MMGEMProcessor(image_processor, processor.tokenizer, num_visual_tokens=4)
 
 
+def test_a_peak_is_where_a_window_has_the_largest_share():
+    shares = torch.randn(5, 8, 6, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(shares, (1, 1, 1, 1))
+    found = SimilarityMap(shares, (0, 0, 6, 8)).peaks() - 0.5
+    for own, (column, row) in zip(padded, found.int().tolist(), strict=True):
+        sums = {(y, x): own[y : y + 3, x : x + 3].sum().item() for y in range(8) for x in range(6)}
+        assert max(sums, key=sums.get) == (row, column)
+
+
 def test_a_peak_is_the_middle_of_a_patch():
     shares = torch.zeros(2, 2, 4)
-    shares[0, 1, 3], shares[1, 0, 0] = 1, -0.5
+    shares[0, 1, 3] = 1
     shares[1] -= 1
     shares[1, 0, 0] = -0.5
     peaks = SimilarityMap(shares, (10, 0, 50, 20)).peaks()

@@ -69,6 +69,12 @@ FIGURES = {
         "texts whose region comes first among those of its own image",
         "{:.1%}",
     ),
+    "pointing_accuracy": (
+        "Text → place in its image",
+        "texts of regions that the model sees in their box, by the shares of patches",
+        "{:.1%}",
+    ),
+    "pointing_center_accuracy": ("Center → place", "the same for pointing at the center, whatever is said", "{:.1%}"),
     "region_caption_fidelity": ("Region caption fidelity", "captions of regions that are right in all", "{:.1%}"),
     "instructed_region_accuracy": (
         "Image and instruction → region",

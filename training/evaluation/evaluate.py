@@ -20,6 +20,7 @@ from mmgem.training.evaluation.metrics import (
     bleu4,
     caption_variety,
     cider,
+    pointing_hits,
     prior_accuracy,
     recall_at,
     retrieval_ranks,
@@ -66,12 +67,16 @@ def evaluate_model(
     | `memory_answer_accuracy` | `qa` | as `answer_accuracy`, from the memory of the image alone |
     | `region_recall@1` | `boxes`, `region_captions` | every region caption searches all regions of all images |
     | `region_in_image_recall@1` | `boxes`, `region_captions` | every region caption searches those of its own image |
+    | `pointing_accuracy` | `boxes`, `region_captions` | captions of regions that the model sees in their box |
+    | `pointing_center_accuracy` | `boxes`, `region_captions` | of pointing at the center, whatever is said |
     | `region_caption_fidelity` | `boxes`, `region_captions` | as `caption_fidelity`, for each box |
     | `instructed_region_accuracy` | `boxes`, `instructions` | an image with an instruction finds that of its boxes |
     | `composed_recall@1` | `edit`, `edited_image` | an image with the instruction finds the edited image |
 
     A text that several images share is right for each of them; so is a region caption for regions of the same meaning,
-    and for the same box. In its own image it counts where there are several boxes.
+    and for the same box. In its own image it counts where there are several boxes. In the pointing game every meaning
+    counts once in an image, and any box of it is right; it points at
+    [`mmgem.training.similarity_maps.SimilarityMap.peaks`].
 
     An instruction `{"text", "box"}` names a box by its number, and counts where the image has several boxes. An image
     with the instruction of its `edit` searches all images and all edited ones: itself is the nearest distractor. What
@@ -124,7 +129,8 @@ def evaluate_model(
     figures |= _long_caption_figures(outputs, embed)
     figures |= _label_figures(outputs, embed, caption_judge)
     figures |= _answer_figures(outputs)
-    figures |= _region_figures(outputs, embed, caption_judge)
+    figures |= _region_figures(outputs, caption_judge)
+    figures |= _pointing_figures(outputs, caption_judge)
     figures |= _instruction_figures(outputs)
     figures |= _edit_figures(outputs)
     if samples is not None:
@@ -267,13 +273,13 @@ def _answer_figures(outputs: Sequence[RowOutputs]) -> Figures:
     return figures
 
 
-def _region_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJudge | None) -> Figures:
+def _region_figures(outputs: Sequence[RowOutputs], judge: CaptionJudge | None) -> Figures:
     """A region of the same meaning, and the same box, is right as well."""
     captioned = [output for output in outputs if region_texts_of(output.row)]
     if not captioned:
         return {}
     texts = [text for output in captioned for text in region_texts_of(output.row)]
-    meanings = [(judge and judge.parse_region_caption(text)) or text.lower() for text in texts]
+    meanings = [_meaning(text, judge) for text in texts]
     images = [image for image, output in enumerate(captioned) for _ in region_texts_of(output.row)]
     boxes = [(image, *box) for image, output in enumerate(captioned) for box in output.row["boxes"]]
     places: dict[Hashable, set[int]] = defaultdict(set)
@@ -281,7 +287,8 @@ def _region_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJ
         for name in names:
             places[name].add(region)
     right = [places[meaning] | places[box] for meaning, box in zip(meanings, boxes, strict=True)]
-    region_embeds, text_embeds = torch.cat([output.region_embeds for output in captioned]), embed(texts)
+    region_embeds = torch.cat([output.region_embeds for output in captioned])
+    text_embeds = torch.cat([output.region_text_embeds for output in captioned])
     figures: Figures = {
         "region_recall@1": Mean(retrieval_ranks(text_embeds, region_embeds, right) < 1, torch.tensor(images))
     }
@@ -301,6 +308,39 @@ def _region_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJ
         said = [text for output in written for text in region_texts_of(output.row)]
         figures["region_caption_fidelity"] = judge.region_caption_fidelity(captions, said)
     return figures
+
+
+def _meaning(text: str, judge: CaptionJudge | None) -> Hashable:
+    return (judge and judge.parse_region_caption(text)) or text.lower()
+
+
+def _pointing_figures(outputs: Sequence[RowOutputs], judge: CaptionJudge | None) -> Figures:
+    """Each meaning points once in its image, and wherever it has a box there is right."""
+    points: list[torch.Tensor] = []
+    right: list[list] = []
+    centers, images = [], []
+    for image, output in enumerate(outputs):
+        if output.region_points is None or output.center is None:
+            continue
+        boxes: dict[Hashable, list] = defaultdict(list)
+        point_of: dict[Hashable, torch.Tensor] = {}
+        for text, box, point in zip(
+            region_texts_of(output.row), output.row["boxes"], output.region_points, strict=True
+        ):
+            meaning = _meaning(text, judge)
+            boxes[meaning].append(box)
+            point_of.setdefault(meaning, point)
+        points += point_of.values()
+        right += boxes.values()
+        centers += [output.center] * len(boxes)
+        images += [image] * len(boxes)
+    if not points:
+        return {}
+    numbers = torch.tensor(images)
+    return {
+        "pointing_accuracy": Mean(pointing_hits(torch.stack(points), right), numbers),
+        "pointing_center_accuracy": Mean(pointing_hits(torch.tensor(centers), right), numbers),
+    }
 
 
 def _instruction_figures(outputs: Sequence[RowOutputs]) -> Figures:

@@ -111,16 +111,36 @@ class Mean:
             counts = torch.zeros_like(sums).index_add(0, numbers, torch.ones_like(values))  # (I,)
         generator = torch.Generator().manual_seed(seed)
         means = []
-        for _ in range(samples):
-            drawn = torch.randint(len(sums), (len(sums),), generator=generator)
-            means.append(sums[drawn].sum() / counts[drawn].sum())
-        low, high = torch.stack(means).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype))
+        step = max(1, _MAX_SCORES // len(sums))
+        for start in range(0, samples, step):
+            drawn = torch.randint(len(sums), (min(step, samples - start), len(sums)), generator=generator)
+            means.append(sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1))
+        low, high = torch.cat(means).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype))
         return low.item(), high.item()
 
 
 def recall_at(ranks: torch.Tensor, k: int) -> float:
     """The share of queries with a right row among their first `k`, from the ranks of `retrieval_ranks`."""
     return (ranks < k).double().mean().item()
+
+
+def pointing_hits(points: torch.Tensor, boxes: Sequence[Sequence[Sequence[float]]]) -> torch.Tensor:
+    """The pointing game (Zhang et al., 2016, https://arxiv.org/abs/1608.00507): whether a point lies in a box of what
+    it points at.
+
+    Args:
+        points: (N, 2) x, y, in pixels.
+        boxes: For each point the boxes `[x0, y0, x1, y1]` that are right, edges included.
+
+    Returns:
+        (N,) bool.
+    """
+    return torch.tensor(
+        [
+            any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in own)
+            for (x, y), own in zip(points.tolist(), boxes, strict=True)
+        ]
+    )
 
 
 class BudgetRecall(NamedTuple):

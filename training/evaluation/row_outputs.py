@@ -20,10 +20,12 @@ from mmgem.training.inference import (
     embed_fused,
     embed_images,
     embed_regions,
+    embed_texts,
     generate_answers,
     generate_region_captions,
     tower_runs_once,
 )
+from mmgem.training.similarity_maps import similarity_map
 
 _PICTURES = (*IMAGE_COLUMNS, "edited_image")
 
@@ -42,6 +44,10 @@ class RowOutputs:
         memory_caption: Caption from the memory of the image alone, where captions can be judged.
         answers, memory_answers: Answers to the questions of `qa`, from the image and from its memory alone.
         region_embeds: (R, D) or (R, k, D) embeddings of the boxes.
+        region_text_embeds: (R, D) or (R, k, D) embeddings of their captions in the row.
+        region_points: (R, 2), the pixel x, y where the model sees most of each of these captions, see
+            [`mmgem.training.similarity_maps.SimilarityMap.peaks`]; None for a model without similarity maps.
+        center: The pixel x, y in the middle of the image.
         region_captions: Captions of the boxes.
         instruction_embeds: (N, D) or (N, k, D) embeddings of the image with each of its `instructions`.
         edit_embed: Embedding of the image with the instruction of its `edit`.
@@ -56,6 +62,9 @@ class RowOutputs:
     answers: list[str] = field(default_factory=list)
     memory_answers: list[str] = field(default_factory=list)
     region_embeds: torch.Tensor | None = None
+    region_text_embeds: torch.Tensor | None = None
+    region_points: torch.Tensor | None = None
+    center: tuple[float, float] | None = None
     region_captions: list[str] = field(default_factory=list)
     instruction_embeds: torch.Tensor | None = None
     edit_embed: torch.Tensor | None = None
@@ -136,6 +145,7 @@ class RowPredictor:
         self.max_answer_tokens = min(max_new_tokens, ANSWER_TOKENS)
         self.prompts = model.config.prompts or {}
         self.can_fuse = "fused" in model.config.embedded_kinds
+        self._embed_of_text: dict[str, torch.Tensor] = {}  # captions of regions, which are often the same
 
     def predict(self, rows: Iterable[Mapping[str, Any] | None]) -> list[RowOutputs | None]:
         """Runs the model.
@@ -247,6 +257,7 @@ class RowPredictor:
             embeds = embed_regions(self.model, self.processor, [images[number] for number in boxed], boxes)
             for number, own_embeds in zip(boxed, embeds.split([len(own) for own in boxes]), strict=True):
                 outputs[number].region_embeds = own_embeds.clone()
+        self._point_at_regions([(outputs[n], images[n]) for n in boxed if region_texts_of(outputs[n].row)])
         captioned = [number for number in boxed if self._is_written(region_texts_of(outputs[number].row))]
         if captioned:
             boxes = [outputs[number].row["boxes"] for number in captioned]
@@ -263,6 +274,20 @@ class RowPredictor:
         texts = [[prompt + one["text"] for one in instructions_of(output.row)] for output in outputs]
         for output, own_embeds in zip(outputs, self._each(self._embed, images, texts), strict=True):
             output.instruction_embeds = torch.stack(own_embeds) if own_embeds else None
+
+    def _point_at_regions(self, shown: Sequence[tuple[RowOutputs, Any]]):
+        """Embeddings of the captions of boxes, and where in their image each of them is seen."""
+        texts = {text for output, _ in shown for text in region_texts_of(output.row)}
+        if new := sorted(texts - self._embed_of_text.keys()):
+            embeds = embed_texts(self.model, self.processor, new)
+            self._embed_of_text |= dict(zip(new, _rows_of(embeds), strict=True))
+        for output, image in shown:
+            queries = torch.stack([self._embed_of_text[text] for text in region_texts_of(output.row)])
+            output.region_text_embeds = queries
+            if self.model.config.has_memory:  # else the language model reads the image
+                picture = load_image(image)
+                output.region_points = similarity_map(self.model, self.processor, picture, queries).peaks()
+                output.center = picture.width / 2, picture.height / 2
 
     def _embed_edits(
         self, outputs: Sequence[RowOutputs], images: Sequence[Any], edits: Sequence[tuple[str, Any] | None]

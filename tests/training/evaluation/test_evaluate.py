@@ -17,16 +17,29 @@ from mmgem.late_interaction import similarity
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.evaluation import evaluate as evaluate_module
 from mmgem.training.evaluation.calibration import calibrate
-from mmgem.training.evaluation.evaluate import _edit_figures, _instruction_figures, _region_figures
+from mmgem.training.evaluation.evaluate import (
+    _edit_figures,
+    _instruction_figures,
+    _pointing_figures,
+    _region_figures,
+)
 from mmgem.training.evaluation.row_outputs import RowOutputs, RowPredictor
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
-from mmgem.training.inference import TEXT_TOKENS_AT_A_TIME
+from mmgem.training.inference import TEXT_TOKENS_AT_A_TIME, embed_texts
+from mmgem.training.similarity_maps import similarity_map
 
 evaluate_model = partial(evaluate_module.evaluate_model, caption_judge=SCENE_JUDGE)
 COUNT = 12
 PER_ROW = ("caption_fidelity", "memory_caption_fidelity", "answer_accuracy", "memory_answer_accuracy")
 NEW = ("fused_text_to_image_recall@1", "instructed_region_accuracy", "composed_recall@1")
-WORDING = ("answer_prior_accuracy", "bleu4", "caption_distinct", "caption_most_repeated", "caption_length")
+WORDING = (
+    "answer_prior_accuracy",
+    "pointing_center_accuracy",
+    "bleu4",
+    "caption_distinct",
+    "caption_most_repeated",
+    "caption_length",
+)
 
 
 def without_wording(metrics):
@@ -44,7 +57,8 @@ def test_a_model_that_knows_everything_scores_one(rows):
     metrics = evaluate_model(KnowingModel(rows), KnowingProcessor(), rows, batch_size=5)
     names = {f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
     names |= {"long_text_to_image_recall@1", "zero_shot_accuracy", "caption_fidelity", "cider"}
-    names |= {"region_recall@1", "region_in_image_recall@1", "region_caption_fidelity", *PER_ROW, *NEW, *WORDING}
+    names |= {"region_recall@1", "region_in_image_recall@1", "region_caption_fidelity", "pointing_accuracy"}
+    names |= {*PER_ROW, *NEW, *WORDING}
     assert set(metrics) == names
     assert without_wording(metrics) == {name: 1 for name in names - {*WORDING, "cider"}}
 
@@ -57,6 +71,7 @@ def test_a_model_that_knows_nothing_scores_zero(rows):
         "long_text_to_image_recall@1",
         "region_recall@1",
         "region_caption_fidelity",
+        "pointing_accuracy",
         *PER_ROW,
         *NEW,
     ):
@@ -86,7 +101,8 @@ def test_missing_columns_are_not_measured(rows):
     assert set(evaluate_model(model, processor, only("label"))) == {"zero_shot_accuracy"}
     assert set(evaluate_model(model, processor, only("long_caption"))) == {"long_text_to_image_recall@1"}
     regions = evaluate_model(model, processor, only("boxes", "region_captions"))
-    assert set(regions) == {"region_recall@1", "region_in_image_recall@1", "region_caption_fidelity"}
+    pointing = {"pointing_accuracy", "pointing_center_accuracy"}
+    assert set(regions) == {"region_recall@1", "region_in_image_recall@1", "region_caption_fidelity", *pointing}
     assert set(evaluate_model(model, processor, only("boxes", "instructions"))) == {"instructed_region_accuracy"}
     assert set(evaluate_model(model, processor, only("edit", "edited_image"))) == {"composed_recall@1"}
     answers = evaluate_model(model, processor, only("qa"))
@@ -232,14 +248,39 @@ def test_a_region_searches_those_of_its_own_image():
     """Four boxes in two images, of which the first has one twice, and a text that finds the wrong image's box."""
     boxes = [[[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]], [[0, 0, 1, 1]]]
     texts, embeds = [["a", "b", "c"], ["d"]], torch.eye(4)
+    regions = embeds[[0, 0, 1]], embeds[2:3]
+    said = torch.stack([embeds[0], embeds[0], 0.1 * embeds[1] + embeds[2]]), embeds[3:]
     outputs = [
-        RowOutputs({"boxes": own, "region_captions": said}, embeds[0], region_embeds=part, region_captions=said)
-        for own, said, part in zip(boxes, texts, (embeds[[0, 0, 1]], embeds[2:3]), strict=True)
+        RowOutputs(
+            {"boxes": own, "region_captions": own_texts}, embeds[0], region_embeds=part, region_text_embeds=queries
+        )
+        for own, own_texts, part, queries in zip(boxes, texts, regions, said, strict=True)
     ]
-    vectors = {"a": embeds[0], "b": embeds[0], "c": 0.1 * embeds[1] + embeds[2], "d": embeds[3]}
-    figures = _region_figures(outputs, lambda names: torch.stack([vectors[name] for name in names]), None)
+    figures = _region_figures(outputs, None)
     assert float(figures["region_recall@1"]) == 2 / 4  # "c" finds the box of "d", and "d" nothing
     assert float(figures["region_in_image_recall@1"]) == 1  # of "a", "b" and "c"
+
+
+def test_a_meaning_points_once_in_its_image_at_any_of_its_boxes():
+    """Two boxes of a dog, of which the second is hit, a cat that is missed, and an image without boxes."""
+    boxes, points = [[0, 0, 2, 2], [6, 6, 9, 9], [0, 4, 4, 8]], torch.tensor([[7.0, 9.0], [7.0, 9.0], [4.5, 5.0]])
+    row = {"boxes": boxes, "region_captions": ["a dog", "A dog", "a cat"]}
+    outputs = [
+        RowOutputs({}, torch.zeros(2)),
+        RowOutputs(row, torch.zeros(2), region_points=points, center=(2.0, 5.0)),
+    ]
+    figures = {name: value.values.tolist() for name, value in _pointing_figures(outputs, None).items()}
+    assert figures == {"pointing_accuracy": [True, False], "pointing_center_accuracy": [False, True]}
+    assert _pointing_figures(outputs[:1], None) == {}
+
+
+def test_captions_of_regions_point_where_their_similarity_map_is_largest(rows, tiny_processor):
+    model = build_model()
+    for output, row in zip(RowPredictor(model, tiny_processor, 2, 2).predict(rows[:3]), rows, strict=False):
+        queries = embed_texts(model, tiny_processor, row["region_captions"])
+        torch.testing.assert_close(output.region_text_embeds, queries)
+        peaks = similarity_map(model, tiny_processor, row["image"], queries).peaks()
+        assert torch.equal(output.region_points, peaks) and output.center == (24, 24)
 
 
 @pytest.mark.slow
@@ -293,7 +334,7 @@ def test_boxes_that_are_cropped_away_are_not_measured(tiny_processor):
         "instructions": [{"text": "left", "box": 0}, {"text": "right", "box": 1}],
     }
     [outputs] = RowPredictor(build_model(), processor, 4, 4).predict([row])
-    assert outputs.region_embeds.shape[0] == 2 and len(outputs.region_captions) == 2
+    assert outputs.region_embeds.shape[0] == len(outputs.region_points) == 2 and len(outputs.region_captions) == 2
     assert outputs.row["region_captions"] == ["seen", "also seen"]
     assert outputs.row["instructions"] == [{"text": "right", "box": 0}] and len(outputs.instruction_embeds) == 1
 

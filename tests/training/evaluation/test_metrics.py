@@ -15,6 +15,7 @@ from mmgem.training.evaluation.metrics import (
     bleu4,
     caption_variety,
     cider,
+    pointing_hits,
     prior_accuracy,
     recall_at,
     recall_by_budget,
@@ -217,3 +218,9 @@ def test_answers_are_judged_by_their_words():
     assert answer_accuracy(["Red star.", "at top left", "the two", "YES", "a"], references) == 1
     assert answer_accuracy(["a star red", "at the top", "3", "", "an"], references) == 0
     assert answer_accuracy(["red star", "", "", "", ""], references) == pytest.approx(1 / 5)
+
+
+def test_a_hit_is_a_point_in_a_box_of_its_own():
+    points = torch.tensor([[5.0, 5.0], [5.0, 5.0], [0.0, 9.0], [9.1, 3.0]])
+    boxes = [[[0, 0, 4, 9], [4, 4, 6, 6]], [[0, 0, 4, 9]], [[0, 0, 4, 9]], [[5, 0, 9, 9]]]
+    assert pointing_hits(points, boxes).tolist() == [True, False, True, False]
