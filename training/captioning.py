@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from mmgem.training.data.image_files import (
     shorter_side_for,
 )
 from mmgem.training.data.image_folder import find_metadata, read_metadata
-from mmgem.training.inference import generate_captions, generate_region_captions
+from mmgem.training.inference import generate_captions, generate_region_captions, tower_runs_once
 from mmgem.training.output_lock import one_writer
 
 
@@ -83,7 +84,8 @@ def caption_folder(
     reader = ImageReader(folder, None if with_boxes else shorter_side_for(processor), max_pixels)
 
     def write_lines(files: list[ImageFile]) -> list[dict[str, Any]]:
-        return _caption(model, processor, files, boxes)
+        with nullcontext() if boxes is None else tower_runs_once(model):  # over an image and its boxes
+            return _caption(model, processor, files, boxes)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with (

@@ -75,25 +75,24 @@ def index(
     ] = "image",
     captions: Annotated[
         Literal["beside", "fused"] | None,
-        typer.Option(help="Captions in the metadata: texts of their own beside the images, or one vector with each."),
+        typer.Option(help="Also index captions in the metadata, beside the images, or fused with them in one vector."),
     ] = None,
     regions: Annotated[
         str | None,
-        typer.Option(metavar="boxes|N", help="Parts of images: the boxes in the metadata, or a grid of N x N."),
+        typer.Option(metavar="boxes|N", help="Also index boxes in the metadata, or the cells of an N x N grid."),
     ] = None,
     texts: Annotated[
         bool,
-        typer.Option("--texts", help="Texts: .txt and .md files, and records of .jsonl, .csv and .parquet."),
+        typer.Option("--texts", help="Also index .txt and .md files, and records of .jsonl, .csv, .parquet."),
     ] = False,
-    text_column: Annotated[str, typer.Option(help="Of records, the column with the text.")] = "text",
+    text_column: Annotated[str, typer.Option(help="Column of the records that holds the text.")] = "text",
     max_pixels: MaxPixels = 1 << 28,
     wait: Wait = False,
     as_json: AsJson = False,
 ):
     """Embed every image below a folder into a search index; again, to bring it up to date.
 
-    Captions, boxes and values to filter by come from the folder's metadata.jsonl or .csv, which has a `file_name` for
-    each line. --captions, --regions and --texts add rows to those of the images.
+    Captions, boxes and what `search --where` compares come from the folder's metadata.jsonl or metadata.csv.
     """
     memory, parts = _memory(with_memory), _regions(regions)
     with work(wait):

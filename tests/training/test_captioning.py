@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmgem.training import captioning
@@ -71,9 +72,19 @@ def test_every_box_has_the_caption_the_model_generates_for_it(folder, out, tiny_
     assert lines["1.png"]["boxes"] == lines["deep/2.png"]["region_captions"] == []
 
 
+def test_the_vision_tower_runs_once_over_an_image_and_its_boxes(folder, out, tiny_model, tiny_processor):
+    counts = []
+    hook = tiny_model.vision_tower.register_forward_hook(
+        lambda module, inputs, kwargs, output: counts.append(len((*inputs, *kwargs.values())[0])), with_kwargs=True
+    )
+    caption_folder(folder, tiny_model, tiny_processor, out, with_boxes=True)
+    hook.remove()
+    assert sum(counts) == len(NAMES)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_captions_of_boxes_go_to_their_image(folder, out, echo, batch_size):
-    caption_folder(folder, None, None, out, with_boxes=True, batch_size=batch_size)
+    caption_folder(folder, torch.nn.Identity(), None, out, with_boxes=True, batch_size=batch_size)
     for line in read(out):
         color = str(Image.open(folder / line["file_name"]).getpixel((0, 0)))
         assert line["caption"] == color
