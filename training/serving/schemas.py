@@ -218,6 +218,8 @@ class Search(Request):
         boxes: Of the image, the part that is looked for, or, with a text, the parts that it speaks about.
         prompt_name: Of the model's prompts, the one that stands before the text.
         vectors, query_vectors: How many of the first vectors of an image and of the query are compared.
+        kinds, lexical_weight: As for `SearchIndex.search`.
+        where: Conditions, see `Condition.parse`.
         top: The number of answers.
     """
 
@@ -227,6 +229,9 @@ class Search(Request):
     prompt_name: str | None = None
     vectors: int | None = None
     query_vectors: int | None = None
+    kinds: list[str] | None = None
+    where: list[str] | None = None
+    lexical_weight: float | None = None
     top: int = Field(10, ge=1, le=1000)
 
 

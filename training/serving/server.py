@@ -13,6 +13,7 @@ from transformers import AsyncTextIteratorStreamer
 
 from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.inference import CAPTION_TOKENS
+from mmgem.training.search.conditions import Condition
 from mmgem.training.search.index import Hit, SearchIndex
 from mmgem.training.serving.answers import Answer, ChatSettings, embed, write
 from mmgem.training.serving.batching import Job, ModelWorker
@@ -107,8 +108,9 @@ class Server:
             reads.append(partial(self.reader.embedding_input, EmbeddingInput(text=request.text), "text"))
         with self.worker.places(1):
             pictures = (await self._read_all(reads))[: len(sources)]
-            fields = ("text", "boxes", "vectors", "query_vectors", "top")
+            fields = ("text", "boxes", "vectors", "query_vectors", "kinds", "lexical_weight", "top")
             query = {name: getattr(request, name) for name in fields}
+            query["where"] = [Condition.parse(text) for text in request.where or []]
             query |= {"image": pictures or None, "prompt": request.prompt_name}
             [hits] = await self.worker.answer([(("search",), query)])
         return hits

@@ -30,6 +30,7 @@ from mmgem.processing.sentence_transformers_export import save_sentence_transfor
 from mmgem.training.cli import app
 from mmgem.training.inference import embed_fused, embed_images, embed_regions, embed_texts, generate_answers
 from mmgem.training.search.building import build_index
+from mmgem.training.search.conditions import Condition
 from mmgem.training.search.index import SearchIndex
 from mmgem.training.serving import run as serving_run
 from mmgem.training.serving.app import create_app
@@ -287,6 +288,10 @@ def test_search_finds_what_the_index_finds(index, model, tiny_processor):
             {"text": "a", "image": image, "prompt": "edit"},
         ),
         ({"image": data_uri(image), "boxes": [[0, 0, 9, 9]]}, {"image": image, "boxes": [[0, 0, 9, 9]]}),
+        (
+            {"text": "5", "kinds": ["image"], "where": ["file_name!=0.png"], "lexical_weight": 0.7},
+            {"text": "5", "where": [Condition.parse("file_name!=0.png")], "lexical_weight": 0.7},
+        ),
     ]
     with TestClient(create_app("tiny", model, tiny_processor, index)) as client:
         for request, query in queries:
@@ -296,6 +301,8 @@ def test_search_finds_what_the_index_finds(index, model, tiny_processor):
             assert [hit["path"] for hit in found] == [hit.path.relative_to(index.folder).as_posix() for hit in hits]
             np.testing.assert_allclose([hit["score"] for hit in found], [hit.score for hit in hits], atol=1e-5)
         assert "`text` has 1,9" in sentence(client.post("/search", json={"text": "star " * 999}), 422)
+        assert "`where` is 'x'" in sentence(client.post("/search", json={"text": "a", "where": ["x"]}), 422)
+        assert "`kinds` holds 'x'" in sentence(client.post("/search", json={"text": "a", "kinds": ["x"]}), 422)
         assert "`prompt` is 'x'" in sentence(client.post("/search", json={"text": "a", "prompt_name": "x"}), 422)
         sentence(client.post("/search", json={}), 422)
 
