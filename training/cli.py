@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from mmgem import __version__
 from mmgem.training import cli_index
 from mmgem.training.cli_common import (
+    PHOTO,
     TINY,
     AsJson,
     BatchSize,
@@ -133,19 +134,38 @@ def main(
 
 @app.command()
 def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(parser=path, help="Folder of photographs; by default scenes and free photographs are shown."),
+    ] = None,
     out: Annotated[Path, typer.Option(parser=path, help="Folder for the page and its parts.")] = Path("demo"),
-    count: Annotated[int, typer.Option(min=12, help="Scenes in the gallery.")] = 500,
-    model: ModelOption = str(TINY),
+    count: Annotated[int, typer.Option(min=12, help="Scenes in the gallery, without FOLDER.")] = 500,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Class to choose from for each photograph; may be given again.")
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Question to ask about photographs; may be given again.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a checkpoint, or a name on the Hub; by default mmgem-tiny, for FOLDER mmgem-photo."
+        ),
+    ] = None,
     wait: Wait = False,
     as_json: AsJson = False,
 ):
-    """Draw a gallery; index, search, classify, caption and measure it; leave one HTML page."""
+    """Index, search, classify, caption and ask about a folder of photographs, or measure a drawn gallery; leave one
+    HTML page."""
+    if model is None and folder is not None and not (PHOTO / "model.safetensors").is_file():
+        raise typer.BadParameter("mmgem-photo has no weights here; give --model")
     with work(wait):
         from mmgem.training.demo.run import run_demo
 
-        page, figures = run_demo(out, *load_model(model), count)
+        name = str(TINY if folder is None else PHOTO) if model is None else model
+        page, figures = run_demo(out, *load_model(name), count, folder, label or (), question or ())
     result = {"page": str(page), "figures": figures}
-    answer(result, as_json, [*table(figures), "", f"The page is {page.resolve().as_uri()}"])
+    answer(result, as_json, [*table(figures), *[""] * bool(figures), f"The page is {page.resolve().as_uri()}"])
 
 
 @app.command()

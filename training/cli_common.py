@@ -12,7 +12,8 @@ import typer
 from mmgem.training.json_text import to_json
 from mmgem.training.printable import printable
 
-TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
+CARDS = Path(__file__).parent.parent / "model_cards"
+TINY, PHOTO = CARDS / "mmgem-tiny", CARDS / "mmgem-photo"
 
 
 def path(text: str) -> Path:

@@ -439,6 +439,23 @@ def test_each_line_of_standard_input_is_a_query(index, gallery):
     run("search", index, "-", "--image", "-", exit_code=2)
 
 
+def test_a_demonstration_is_of_the_folder_the_model_and_the_words_given(checkpoint, gallery, tmp_path, monkeypatch):
+    calls = []
+
+    def run_demo(out, model, processor, *rest):
+        calls.append((out, model.name_or_path, *rest))
+        return out / "index.html", {}
+
+    monkeypatch.setattr("mmgem.training.demo.run.run_demo", run_demo)
+    words = ("--label", "a cat", "--label", "a dog", "--question", "what?")
+    assert "index.html" in run("demo", gallery, "--out", tmp_path / "o", "--model", checkpoint, *words).stdout
+    run("demo", "--out", tmp_path / "o", "--model", checkpoint, "--count", 12)
+    given = (tmp_path / "o", str(checkpoint))
+    assert calls == [(*given, 500, gallery, ["a cat", "a dog"], ["what?"]), (*given, 12, None, (), ())]
+    monkeypatch.setattr("mmgem.training.cli.PHOTO", tmp_path / "nowhere")
+    assert "give --model" in run("demo", gallery, exit_code=2).output
+
+
 def test_what_is_found_is_explained_by_heat_maps(index, tmp_path):
     rows = json.loads(run("search", index, "a star", "--top", 2, "--explain", tmp_path / "why", "--json").stdout)
     files = sorted((tmp_path / "why").iterdir())

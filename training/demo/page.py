@@ -7,8 +7,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
+
+from mmgem.processing.image_loading import load_image
+from mmgem.training.similarity_maps import SimilarityMap
 
 TEMPLATE = "page.html.jinja"
 PICTURE_SIZE = 288  # longer side, pixels: sharp on a dense screen at the sizes of the page
@@ -93,22 +97,31 @@ BESIDE = {
 HEADLINES = ("text_to_image_recall@1", "zero_shot_accuracy", "caption_fidelity", "region_caption_fidelity")
 
 
-def render_page(results: dict[str, Any], folder: str | Path) -> str:
+def render_page(results: dict[str, Any], *folders: str | Path) -> str:
     """Renders the page as HTML.
 
     Args:
         results: The results that `run_demo` collects; its `demo.json` is an example.
-        folder: The folder of the images that `results` names.
+        folders: The folders of the images that `results` names, by names that differ.
 
     Returns:
         The source of the page.
     """
-    folder = Path(folder)
+
+    @cache
+    def load(file_name: str) -> Image.Image:
+        return load_image(next(file for folder in folders if (file := Path(folder) / file_name).is_file()))
 
     @cache
     def picture(file_name: str) -> dict[str, Any]:
-        with Image.open(folder / file_name) as image:
-            return {"uri": data_uri(image), "width": image.width, "height": image.height}
+        image = load(file_name)
+        return {"uri": data_uri(image), "width": image.width, "height": image.height}
+
+    def heat(found: dict[str, Any]) -> str:
+        image = load(found["file_name"])
+        x0, y0, x1, y1 = found["part"]
+        box = (x0 * image.width, y0 * image.height, x1 * image.width, y1 * image.height)
+        return data_uri(SimilarityMap(torch.tensor([found["shares"]]), box).draw(image))
 
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -122,7 +135,7 @@ def render_page(results: dict[str, Any], folder: str | Path) -> str:
         for name, (title, meaning, form) in FIGURES.items()
         if name in results["figures"] and (name not in BESIDE or results[BESIDE[name]])
     ]
-    nested = results["nested"]
+    nested = results.get("nested")
     headlines = [figure for figure in figures if figure["name"] in HEADLINES]
     return templates.get_template(TEMPLATE).render(
         **results | {"figures": figures},
@@ -130,6 +143,7 @@ def render_page(results: dict[str, Any], folder: str | Path) -> str:
         headlines=headlines,
         curve=nested and budget_curve(nested["budgets"]),
         picture=picture,
+        heat=heat,
     )
 
 

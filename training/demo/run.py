@@ -1,6 +1,8 @@
-"""The demonstration: everything one checkpoint does, on a gallery of files, as one HTML page.
+"""The demonstration: everything one checkpoint does, on a folder of pictures, as one HTML page.
 
-The gallery is scenes of a seed that no recipe trains on, so that the page can say for each answer whether it is right.
+Of a folder of photographs nothing is known, see `photographs`. Without one there are free photographs, and a gallery
+of scenes of a seed that no recipe trains on, so that the page can say for each answer whether it is right.
+
 Nothing on it is picked by its outcome: each section takes scenes by their order in the gallery. Sections about
 something that a checkpoint does not have, such as several vectors, prompts or a memory, are left out; see
 `embedding_modes`.
@@ -9,7 +11,7 @@ something that a checkpoint does not have, such as several vectors, prompts or a
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from mmgem.training.captioning import caption_folder
 from mmgem.training.demo.embedding_modes import ask_index, follow_instructions, search_edits, search_nested
 from mmgem.training.demo.gallery import HITS, SEED, Gallery, show_hits
 from mmgem.training.demo.page import render_page
+from mmgem.training.demo.photographs import copy_free_photographs, show_photographs
 from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 from mmgem.training.inference import embed_regions, embed_texts, inference
@@ -37,24 +40,42 @@ BATCH_SIZE = 64
 
 
 @one_writer
-def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path, dict[str, float]]:
-    """Writes a gallery, runs everything on it, and leaves a page about it.
+def run_demo(
+    out: str | Path,
+    model,
+    processor,
+    count: int = 500,
+    folder: str | Path | None = None,
+    labels: Sequence[str] = (),
+    questions: Sequence[str] = (),
+) -> tuple[Path, dict[str, float]]:
+    """Runs everything on pictures, and leaves a page about it.
 
     Args:
-        out: A new or empty folder, or one with an earlier demo, which is replaced. It receives `gallery/` (images and
-            `metadata.jsonl`), `index/`, `captions.jsonl`, `demo.json` (what the page shows) and `index.html`.
+        out: A new or empty folder, or one with an earlier demo, which is replaced. It receives `demo.json` (what the
+            page shows), `index.html` and `photograph_index/`; without `folder` also `photographs/`, `gallery/` (images
+            and `metadata.jsonl`), `index/` and `captions.jsonl`.
         model: An `MMGEMModel`.
         processor: Its `MMGEMProcessor`.
         count: Scenes in the gallery; most come with a twin that differs in one detail.
+        folder: Photographs, at any depth. By default scenes, and the free photographs of other packages.
+        labels, questions: As for `show_photographs`.
 
     Returns:
-        The page, and the figures of `evaluate_model`.
+        The page, and the figures of `evaluate_model` on the scenes.
 
     Raises:
         BlockingIOError: If another job writes `out`.
         FileExistsError: If `out` holds something else.
+        FileNotFoundError, ValueError: If `folder` is not there, has no pictures, or is where `out` is.
     """
     out = Path(out)
+    if folder is not None:
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"`folder` is {str(folder)!r}, which is no folder; expected photographs.")
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"`folder` is {str(folder)!r}, in `out`, which is replaced; expected it elsewhere.")
     _make_room(out)
     seconds: dict[str, float] = {}
 
@@ -64,7 +85,34 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
         seconds[name] = time.perf_counter() - start
         return result
 
-    folder = timed("drawing", write_scene_folder, out / "gallery", SEED, count)
+    results: dict[str, Any] = {
+        "model": {
+            "name": Path(model.name_or_path).name,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "seconds": seconds,
+        "gallery": None,
+        "figures": {},
+        "photographs": None,
+    }
+    folders, photographs = [], folder or out / "photographs"
+    if folder is None:
+        folders.append(timed("drawing", write_scene_folder, out / "gallery", SEED, count))
+        results |= _show_scenes(out, folders[0], count, model, processor, timed)
+    if folder is not None or copy_free_photographs(photographs):
+        folders.append(photographs)
+        index = out / "photograph_index"
+        results["photographs"] = timed(
+            "photographs", show_photographs, photographs, model, processor, index, labels, questions
+        )
+    results["images"] = sum(results[part]["images"] for part in ("gallery", "photographs") if results[part])
+    (out / RESULTS_FILE).write_text(to_json(results, indent=1), encoding="utf-8")
+    (out / PAGE_FILE).write_text(render_page(results, *folders), encoding="utf-8")
+    return out / PAGE_FILE, results["figures"]
+
+
+def _show_scenes(out: Path, folder: Path, count: int, model, processor, timed: Callable) -> dict[str, Any]:
+    """Everything on the gallery of scenes in a folder, whose right answers are known."""
     has_memory = model.config.num_embedding_tokens > 1  # a single state carries a vector, and is trained for no more
     report = timed("indexing", build_index, folder, model, processor, out / "index", memory=has_memory)
     timed("captioning", caption_folder, folder, model, processor, out / "captions.jsonl", with_boxes=True)
@@ -74,13 +122,8 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
     index = SearchIndex.load(out / "index", model, processor)
     with open(out / "captions.jsonl", encoding="utf-8") as lines:
         captions = {line["file_name"]: line for line in map(json.loads, lines)}
-    results = {
-        "model": {
-            "name": Path(model.name_or_path).name,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        },
+    return {
         "gallery": {"scenes": count, "images": report.images, "first": gallery.file_names[:24]},
-        "seconds": seconds,
         "figures": figures,
         "text_searches": _search_by_text(gallery, index),
         "image_searches": _search_by_image(gallery, index),
@@ -93,9 +136,6 @@ def run_demo(out: str | Path, model, processor, count: int = 500) -> tuple[Path,
         "regions": _judge_regions(gallery, captions),
         "region_searches": _search_regions(gallery, model, processor),
     }
-    (out / RESULTS_FILE).write_text(to_json(results, indent=1), encoding="utf-8")
-    (out / PAGE_FILE).write_text(render_page(results, folder), encoding="utf-8")
-    return out / PAGE_FILE, figures
 
 
 def _make_room(out: Path) -> None:

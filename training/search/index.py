@@ -103,6 +103,10 @@ class SearchIndex:
         index._check("weights", *(kind for kind in model.config.embedded_kinds if kind == "text"))
         return index
 
+    @cached_property
+    def _shorter_side(self) -> int:
+        return shorter_side_for(self.processor)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -221,7 +225,7 @@ class SearchIndex:
                 f"`row` is {row}, of the kind {kind!r} with `image_mode` {mode!r}; expected 'image' for both."
             )
         self._check("image")
-        [picture] = _load_all([self.path(row)], shorter_side_for(self.processor), self.processor.allow_urls)
+        [picture] = _load_all([self.path(row)], self._shorter_side, self.processor.allow_urls)
         vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0) or self.facts.settings.vectors
         return picture, similarity_map(self.model, self.processor, picture, query, vectors)
 
@@ -302,7 +306,7 @@ class SearchIndex:
         if boxes is not None and len(images) > 1:
             raise ValueError(f"`image` holds {len(images)} images, with `boxes`; expected the one that they lie in.")
         # As the images of the index were read.
-        shorter_side = None if boxes is not None else shorter_side_for(self.processor)
+        shorter_side = None if boxes is not None else self._shorter_side
         return self._embed_with_images(text, _load_all(images, shorter_side, self.processor.allow_urls), boxes)
 
     def _embed_with_images(

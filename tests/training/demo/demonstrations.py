@@ -53,6 +53,7 @@ def demonstrate(out, model, processor):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "caption_folder", caption_folder)
+        patch.setattr(demo, "copy_free_photographs", lambda folder: 0)  # see `test_photographs`
         page, figures = demo.run_demo(out, model, processor, count=16)
     assert page == out / "index.html" and set(figures) <= set(FIGURES)
     return out, json.loads((out / "demo.json").read_text())
