@@ -11,7 +11,7 @@ from mmgem.processing.image_loading import load_image
 from mmgem.training.inference import inference, to_model
 
 LEAST, MIDDLE, LARGEST = "#35065e", "#f0532d", "#fdf3a0"  # colours of shares
-HEAT_OPACITY = 0.65  # of the largest share; the least one leaves the picture dark, but visible
+HEAT_OPACITY = 0.65  # of the largest share
 DIM = 0.45  # how bright the rest of the picture stays
 
 
@@ -26,25 +26,27 @@ class SimilarityMap(NamedTuple):
     shares: torch.Tensor
     box: tuple[float, float, float, float]
 
+    def window_sums(self) -> torch.Tensor:
+        """(T, rows, columns), the shares in a window around each patch, a third of each side of the grid. One patch
+        speaks for its surroundings, which the vision tower mixes in."""
+        window = tuple(side // 3 | 1 for side in self.shares.shape[1:])  # odd
+        padding = tuple(side // 2 for side in window)
+        return F.avg_pool2d(self.shares[:, None].float(), window, 1, padding)[:, 0] * window[0] * window[1]
+
     def peaks(self) -> torch.Tensor:
-        """(T, 2), the pixel x, y that each query is seen around: the middle of the window, a third of each side of the
-        grid, whose shares sum to the most. Single patches speak for their surroundings, which the tower mixes in."""
+        """(T, 2), the pixel x, y that each query is seen around, the middle of the window with the largest share."""
         rows, columns = self.shares.shape[1:]
-        window = rows // 3 | 1, columns // 3 | 1  # odd
-        padding = window[0] // 2, window[1] // 2
-        sums = F.avg_pool2d(self.shares[:, None].float(), window, stride=1, padding=padding)  # (T, 1, rows, columns)
-        best = sums.flatten(1).argmax(dim=1)  # (T,)
+        best = self.window_sums().flatten(1).argmax(dim=1)  # (T,)
         x0, y0, x1, y1 = self.box
         x = x0 + (best % columns + 0.5) / columns * (x1 - x0)
         y = y0 + (best // columns + 0.5) / rows * (y1 - y0)
         return torch.stack([x, y], dim=1)
 
     def draw(self, picture: Image.Image, query: int = 0) -> Image.Image:
-        """Lay the shares of one query over the picture: the least is dark, the largest glows."""
+        """Lay the shares of one query's windows over the picture: the largest glows, below the mean it is dark."""
         picture = picture.convert("RGB")
-        shares = self.shares[query].float()  # (rows, columns)
-        low, high = shares.aminmax()
-        levels = (shares - low) / (high - low).clamp(min=1e-12)
+        sums = self.window_sums()[query]  # (rows, columns)
+        levels = ((sums - sums.mean()) / (sums.max() - sums.mean()).clamp(min=1e-6)).clamp(min=0, max=1)
         x0, y0, x1, y1 = self.box
         x = (torch.arange(picture.width) + 0.5 - x0) / (x1 - x0) * 2 - 1  # (w,), -1 to 1 within the box
         y = (torch.arange(picture.height) + 0.5 - y0) / (y1 - y0) * 2 - 1  # (h,)
