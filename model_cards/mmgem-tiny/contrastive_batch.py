@@ -8,6 +8,11 @@ from transformers.utils import ModelOutput
 
 IMAGE, REGION, DOCUMENT = 0, 1, 2  # modalities: what a text was written for; a document is another text
 REGION_BITS = 20  # of a target id: the number of the box in its image
+# The columns of a `ContrastiveBatch` that have a row for each query, and for each target; the embeddings first.
+COLUMNS = {
+    "query": ("query_embeds", "target_index", "query_ids", "query_modality"),
+    "target": ("target_embeds", "target_ids", "target_modality"),
+}
 
 
 def is_distributed() -> bool:
@@ -125,20 +130,11 @@ class ContrastiveBatch(ModelOutput):
         if not is_distributed():
             return self
         device = self.query_embeds.device
-        query_sizes = gather_sizes(len(self.query_embeds), device)
-        target_sizes = gather_sizes(len(self.target_embeds), device)
-        first_target = sum(target_sizes[: dist.get_rank()])
-        shifted = torch.where(self.target_index < 0, -1, self.target_index + first_target)
-        return replace(
-            self,
-            query_embeds=gather_rows(self.query_embeds, query_sizes),
-            target_embeds=gather_rows(self.target_embeds, target_sizes),
-            target_index=gather_rows(shifted, query_sizes),
-            query_ids=gather_rows(self.query_ids, query_sizes),
-            target_ids=gather_rows(self.target_ids, target_sizes),
-            query_modality=gather_rows(self.query_modality, query_sizes),
-            target_modality=gather_rows(self.target_modality, target_sizes),
-        )
+        sizes = {side: gather_sizes(len(getattr(self, names[0])), device) for side, names in COLUMNS.items()}
+        first_target = sum(sizes["target"][: dist.get_rank()])
+        own = replace(self, target_index=torch.where(self.target_index < 0, -1, self.target_index + first_target))
+        rows = ((name, side) for side, names in COLUMNS.items() for name in names)
+        return replace(own, **{name: gather_rows(getattr(own, name), sizes[side]) for name, side in rows})
 
     def in_float32(self) -> "ContrastiveBatch":
         """Half precision numbers as float32; the rest stays."""
@@ -154,18 +150,15 @@ class ContrastiveBatch(ModelOutput):
         Raises:
             ValueError: If shapes do not fit together, or an index points to no target or to one of the other modality.
         """
-        for side, names in {
-            "query": ("target_index", "query_ids", "query_modality"),
-            "target": ("target_ids", "target_modality"),
-        }.items():
-            embeds = getattr(self, f"{side}_embeds")
+        for embeds_name, *names in COLUMNS.values():
+            embeds = getattr(self, embeds_name)
             if embeds.ndim not in (2, 3):
-                raise ValueError(f"`{side}_embeds` has shape {tuple(embeds.shape)}; expected (N, D) or (N, k, D).")
+                raise ValueError(f"`{embeds_name}` has shape {tuple(embeds.shape)}; expected (N, D) or (N, k, D).")
             for name in names:
                 if getattr(self, name).shape != embeds.shape[:1]:
                     raise ValueError(
                         f"`{name}` has shape {tuple(getattr(self, name).shape)}; expected ({len(embeds)},), a number "
-                        f"for each row of `{side}_embeds`."
+                        f"for each row of `{embeds_name}`."
                     )
         if self.query_embeds.shape[-1] != self.target_embeds.shape[-1]:
             raise ValueError(
