@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -111,10 +111,14 @@ def recall(model: GridModel, processor, held_out: HeldOut) -> float:
             model.get_multimodal_features(image.repeat(len(grids), 1), pixel_values=grids).pooler_output
             for grids in held_out.grids.split(EVAL_BATCH)
         ]
-    images = normalize(torch.cat(parts), dim=-1)  # (I, D)
+    return caption_recall(model, processor, held_out, torch.cat(parts))
+
+
+def caption_recall(model: GridModel, processor, held_out: HeldOut, image_embeds: torch.Tensor) -> float:
+    """Recall@1 of all held-out captions among the images, whose embeddings are (I, D)."""
     captions = embed_texts(model, processor, [text for texts in held_out.captions for text in texts])  # (T, D)
     right = [{number} for number, texts in enumerate(held_out.captions) for _ in texts]
-    return recall_at(retrieval_ranks(captions, images, right), 1)
+    return recall_at(retrieval_ranks(captions, normalize(image_embeds, dim=-1), right), 1)
 
 
 def execute(run: Run, setting: Setting, out: Path) -> dict:
@@ -151,8 +155,16 @@ def _weights_path(out: Path, run: Run) -> Path:
     return out / "data" / f"compressed-{run.vectors}-{run.seed}.pt"
 
 
-def finished_runs(out: Path, setting: Setting) -> dict[Run, dict]:
+def finished_runs(out: Path, setting: Setting, run_class: Any) -> dict[Any, dict]:
     """What `OUT/runs.jsonl` holds; an empty one begins with the setting. A line that was cut off is removed.
+
+    Args:
+        out: The folder.
+        setting: That all its runs have.
+        run_class: A named tuple of those fields of a line that tell runs apart.
+
+    Returns:
+        The lines, by run.
 
     Raises:
         ValueError: If it is that of another setting.
@@ -168,7 +180,14 @@ def finished_runs(out: Path, setting: Setting) -> dict[Run, dict]:
     first, *lines = (json.loads(line) for line in whole.splitlines())
     if first != setting.as_dict():
         raise ValueError(f"`out` is {str(out)!r}, which holds runs of another setting; expected another folder.")
-    return {Run(*(line[name] for name in Run._fields)): line for line in lines}
+    return {run_class(*(line[name] for name in run_class._fields)): line for line in lines}
+
+
+def write_line(out: Path, line: dict) -> dict:
+    """Append the line of a run to those of [`finished_runs`], and return it."""
+    with open(out / "runs.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
 
 
 def run_all(setting: Setting, out: Path, workers: int) -> list[dict]:
@@ -181,7 +200,7 @@ def run_all(setting: Setting, out: Path, workers: int) -> list[dict]:
         FileNotFoundError, ValueError: As `check_checkpoint` and `finished_runs`.
     """
     check_checkpoint(setting.checkpoint)
-    finished, runs = finished_runs(out, setting), all_runs(setting)
+    finished, runs = finished_runs(out, setting, Run), all_runs(setting)
     bases = {
         run._replace(pairs=0) for run in runs if run.compressed and run not in finished
     }  # whose weights are needed
@@ -202,10 +221,8 @@ def run_all(setting: Setting, out: Path, workers: int) -> list[dict]:
         running = {submit(run): run for run in left if run not in waiting}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run, line = running.pop(future), future.result()
-                finished[run] = line
-                with open(out / "runs.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                run = running.pop(future)
+                finished[run] = write_line(out, future.result())
                 progress.update()
                 if run.compressed and not run.pairs:
                     running |= {submit(later): later for later in waiting if later._replace(pairs=0) == run}

@@ -10,26 +10,24 @@ The table shows recall@1 of held-out captions among the held-out images, and the
 by seed. Every finished run is a line of `OUT/runs.jsonl`; a command that was stopped is given again and goes on.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from torch.nn.functional import normalize
 from transformers import set_seed
 
-from benchmarks.compression_data import GridModel, HeldOut, Setting, Stage, prepare_batches, prepare_held_out
+from benchmarks.compression import caption_recall, finished_runs, write_line
+from benchmarks.compression_data import GridModel, Setting, Stage, prepare_batches, prepare_held_out
 from benchmarks.experiment_report import interval
 from benchmarks.experiment_training import train
 from benchmarks.measure import machine_facts, markdown_table
 from benchmarks.peers import Batch
 from mmgem.text_rows import IGNORED_LABEL
-from mmgem.training.evaluation.metrics import recall_at, retrieval_ranks
-from mmgem.training.inference import embed_texts, inference
+from mmgem.training.inference import inference
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.trainer.contrastive_losses import build_objective
 from mmgem.training.trainer.teacher import Teacher
@@ -50,13 +48,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
 HEADER = ("option", "R@1", "difference", "seeds")
 
 
-@dataclass
+class Run(NamedTuple):
+    """One run of the comparison: the name of the option, the share of wrong pairs, the seed."""
+
+    option: str
+    wrong: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class ObjectiveTraining:
-    """What `train` asks for: the loss of a batch, by an objective and, where it needs one, its teacher."""
+    """What `train` asks for: the loss of a batch, by an objective and, where it needs one, its teacher; the schedule
+    of its steps.
+    """
 
     model: GridModel
     objective: Any
     teacher: Teacher | None
+    learning_rate: float
+    warmup: int
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         if self.teacher is not None:  # which follows the step before
@@ -92,38 +102,25 @@ def with_wrong_pairs(batch: Batch, share: float) -> Batch:
     return {**batch, "image_index": image_index}
 
 
-def recall(model: GridModel, processor, held_out: HeldOut) -> float:
-    """Recall@1 of all held-out captions among the images."""
-    with inference(model):
-        images = normalize(model.get_image_features(held_out.grids).pooler_output, dim=-1)  # (I, D)
-    captions = embed_texts(model, processor, [text for texts in held_out.captions for text in texts])  # (T, D)
-    right = [{number} for number, texts in enumerate(held_out.captions) for _ in texts]
-    return recall_at(retrieval_ranks(captions, images, right), 1)
-
-
-def execute(setting: Setting, option: str, wrong: float, seed: int, out: Path) -> dict:
+def execute(run: Run, setting: Setting, out: Path) -> dict:
     """Trains and measures one run.
 
     Returns:
-        Its line: `option`, `wrong`, `seed`, `recall`.
+        Its line: the fields of the run, and `recall`, recall@1 of all held-out captions among the images.
     """
-    options = OPTIONS[option]
-    batches = prepare_batches(setting, seed, out / f"seed-{seed}.pt")["match"]
-    model = build_model(setting, seed, -10.0 if options.get("loss") == "sigmoid" else None)
+    options = OPTIONS[run.option]
+    batches = prepare_batches(setting, run.seed, out / f"seed-{run.seed}.pt")["match"]
+    model = build_model(setting, run.seed, -10.0 if options.get("loss") == "sigmoid" else None)
     _, processor = load_checkpoint(setting.checkpoint, "cpu")
     objective = build_objective(**options)
     teacher = Teacher(model, processor, **objective.teacher) if objective.teacher else None
-    training = [with_wrong_pairs(batch, wrong) for batch in batches]
-    stage = _Schedule(setting.match.learning_rate, len(batches) // 10)
-    train(ObjectiveTraining(model, objective, teacher), training, stage, f"{option}, {wrong}, seed {seed}", bf16=False)
+    training = ObjectiveTraining(model, objective, teacher, setting.match.learning_rate, len(batches) // 10)
+    title = f"{run.option}, {run.wrong}, seed {run.seed}"
+    train(training, [with_wrong_pairs(batch, run.wrong) for batch in batches], training, title, bf16=False)
     held_out = prepare_held_out(setting, out / "held-out.pt")
-    return {"option": option, "wrong": wrong, "seed": seed, "recall": recall(model, processor, held_out)}
-
-
-@dataclass(frozen=True)
-class _Schedule:
-    learning_rate: float
-    warmup: int
+    with inference(model):
+        images = model.get_image_features(held_out.grids).pooler_output  # (I, D)
+    return run._asdict() | {"recall": caption_recall(model, processor, held_out, images)}
 
 
 def run_all(setting: Setting, out: Path, wrong: float) -> list[dict]:
@@ -131,18 +128,16 @@ def run_all(setting: Setting, out: Path, wrong: float) -> list[dict]:
 
     Returns:
         The lines of all runs.
+
+    Raises:
+        ValueError: As `finished_runs`.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "runs.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    finished = {(line["option"], line["wrong"], line["seed"]) for line in lines}
-    for seed in range(setting.seeds):
-        for option in OPTIONS:
-            if (option, wrong, seed) not in finished:
-                lines.append(execute(setting, option, wrong, seed, out))
-                with path.open("a") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
-    return [line for line in lines if line["wrong"] == wrong]
+    finished = finished_runs(out, setting, Run)
+    runs = [Run(option, wrong, seed) for seed in range(setting.seeds) for option in OPTIONS]
+    for run in runs:
+        if run not in finished:
+            finished[run] = write_line(out, execute(run, setting, out))
+    return [finished[run] for run in runs]
 
 
 def report(lines: Sequence[Mapping]) -> str:

@@ -151,7 +151,7 @@ def test_every_run_is_a_line_and_a_stopped_experiment_goes_on(setting, tmp_path,
     assert report(again).count("\n| 3 |") == 3
 
     with pytest.raises(ValueError, match="another setting"):
-        finished_runs(tmp_path, replace(setting, held_out=6))
+        finished_runs(tmp_path, replace(setting, held_out=6), Run)
 
 
 @pytest.mark.slow

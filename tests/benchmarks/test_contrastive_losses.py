@@ -1,6 +1,5 @@
 """The benchmark of the options of the contrastive loss, in a setting of seconds, on a random model."""
 
-import json
 from statistics import mean
 
 import pytest
@@ -37,7 +36,7 @@ def test_every_option_is_run_once_and_a_stopped_benchmark_goes_on(setting, tmp_p
     first = run_all(setting, tmp_path, 0.25)
     assert [(line["option"], line["seed"]) for line in first] == [(name, seed) for seed in (0, 1) for name in options]
     path = tmp_path / "runs.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in first[:-1]))
+    path.write_text(path.read_text()[:-10])  # the last line is cut off
     assert run_all(setting, tmp_path, 0.25) == first  # runs repeat
 
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report(first).splitlines()[2:]]
