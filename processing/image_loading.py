@@ -23,6 +23,7 @@ import os
 import stat
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -208,14 +209,11 @@ def _open(data: bytes) -> Image.Image:
     """`Image.open` without its limit of pixels, which is one setting for all of a process."""
     for register in (Image.preinit, Image.init):
         register()
-        for name in Image.ID:
-            factory, accept = Image.OPEN[name]
-            try:
+        for factory, accept in [*Image.OPEN.values()]:
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # they say that it is of another format
                 accepted = accept is None or accept(data[:16])
                 if accepted and not isinstance(accepted, str):  # a text says what is missing to read it
                     return factory(BytesIO(data), "")
-            except (SyntaxError, IndexError, TypeError, struct.error):
-                continue  # so they say that it is of another format
     raise Image.UnidentifiedImageError("cannot identify image file")
 
 
