@@ -11,8 +11,10 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKED := build/types/mmgem
-# Two processes of one thread each; one that has run out of tests takes over some of the other's.
+# Two processes of one thread each; one that has run out of tests takes over some of the other's. By file, one process
+# runs all tests that share a fixture, which is built once then.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+BY_FILE := --dist loadfile --no-loadscope-reorder
 # Loading, saving, generating, pipelines, encoders, commands: what a new version of another library breaks first.
 CLIENT_TESTS := tests/modeling_mmgem/test_modeling_mmgem.py tests/modeling_mmgem/test_pipeline_mmgem.py \
 	tests/modeling_mmgem/test_tower_composition.py tests/processing tests/training/test_cli.py \
@@ -20,11 +22,11 @@ CLIENT_TESTS := tests/modeling_mmgem/test_modeling_mmgem.py tests/modeling_mmgem
 PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-families compatibility test-oldest test-newest clients fast lint types format retrain \
-	picture hub-code hub-photo clean
+.PHONY: help install demo test test-pages test-benchmarks test-families compatibility test-oldest test-newest clients \
+	fast lint types format retrain picture hub-code hub-photo clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 install: $(STAMP) ## create .venv and install mmgem into it with all extras, in the tested versions
 
@@ -40,8 +42,14 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tiny; the page is demo/index.html
 	$(BIN)/mmgem demo --out demo
 
-test: lint types ## ruff, mypy and the tests; of models one family for each mechanism
-	$(PYTEST) -m 'not families' --durations=10
+test: lint types ## ruff, mypy and the tests of the package; of models one family for each mechanism
+	$(PYTEST) $(BY_FILE) -m 'not families and not pages' --ignore tests/benchmarks --durations=10
+
+test-pages: $(STAMP) ## the code of the README and of docs/, as it stands, and what the card of mmgem-tiny promises
+	$(PYTEST) $(BY_FILE) -m pages --durations=10
+
+test-benchmarks: $(STAMP) ## every benchmark, in a size for tests, and the campaign of docs/reliability.md
+	$(PYTEST) $(BY_FILE) tests/benchmarks --durations=10
 
 test-families: $(STAMP) ## the same tests on every other family of vision towers, language models and VLMs
 	$(PYTEST) -m families --durations=10

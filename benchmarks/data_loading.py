@@ -76,21 +76,18 @@ def training_clock(trainer: MMGEMTrainer) -> StepClock:
     return clock
 
 
-def compare(num_batches: int, num_steps: int, **changes) -> str:
+def compare(num_steps: int, **changes) -> str:
     """The table of the benchmark, as markdown.
 
     Args:
-        num_batches: Read from the loader alone.
-        num_steps: Trained, after those that warm up.
+        num_steps: Trained, after those that warm up; the batches of all are read from the loader alone, too.
         changes: Of the training arguments.
     """
     recipe, rows = load_recipe(CHECKPOINT / "recipe.yaml"), []
     with tempfile.TemporaryDirectory() as folder:
         for number, stage in enumerate(recipe.stages):
-            out = Path(folder)
-            loader = loader_rate(build_trainer(recipe, number, out, num_batches, **changes))
-            trainer = build_trainer(recipe, number, out, WARM_UP_STEPS + num_steps, **changes)
-            clock = training_clock(trainer)
+            trainer = build_trainer(recipe, number, Path(folder), WARM_UP_STEPS + num_steps, **changes)
+            loader, clock = loader_rate(trainer), training_clock(trainer)
             steps, waits = clock.steps[WARM_UP_STEPS:], clock.waits[WARM_UP_STEPS:]
             rate = trainer.args.train_batch_size / statistics.median(steps)
             waiting = sum(waits) / (sum(waits) + sum(steps))
@@ -100,10 +97,9 @@ def compare(num_batches: int, num_steps: int, **changes) -> str:
 
 
 def main(
-    batches: Annotated[int, typer.Option(help="Batches of 128 rows that the loader alone is measured on.")] = 12,
-    steps: Annotated[int, typer.Option(help="Training steps, after two that warm up.")] = 8,
+    steps: Annotated[int, typer.Option(help="Training steps, after two that warm up.")] = 10,
 ):
-    print(machine_facts(), compare(batches, steps), sep="\n\n")
+    print(machine_facts(), compare(steps), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import SiglipImageProcessorPil
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem.training import inference
 from mmgem.training.recipes.tokenizer import train_tokenizer
 
 
@@ -46,6 +47,19 @@ def tiny_processor() -> MMGEMProcessor:
     tokenizer = train_tokenizer(TEXTS * 20, vocab_size=300, model_max_length=200)
     image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     return MMGEMProcessor(image_processor, tokenizer, num_visual_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def short_answers():
+    """An untrained model writes until it is cut: here after 16 tokens."""
+    generate = inference._generate
+
+    def generate_few(model, inputs, processor, max_new_tokens: int, **memory):
+        return generate(model, inputs, processor, min(max_new_tokens, 16), **memory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "_generate", generate_few)
+        yield
 
 
 @pytest.fixture

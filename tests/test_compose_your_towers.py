@@ -16,6 +16,7 @@ CAT, ESPRESSO = (281, 282, 285), (967,)  # tabby, tiger cat, Egyptian cat; espre
 
 
 @pytest.mark.slow
+@pytest.mark.pages
 def test_the_code_of_the_page_composes_captions_embeds_and_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # transformers reads the file five times, and makes the same table of names for each of 400 modules.

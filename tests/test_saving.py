@@ -114,6 +114,12 @@ def load(image: str, names: list[str], cwd, connect: str = "") -> dict:
     return json.loads(output.splitlines()[-1])
 
 
+def contents(folder: str) -> tuple:
+    """Of all files that a model may be loaded from."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != "training_args.bin")
+    return tuple(sorted((str(path.relative_to(folder)), path.read_bytes()) for path in files))
+
+
 def check_equal(expected: dict, answers: dict):
     for name, by_loader in answers.items():
         for loader, answer in by_loader.items():
@@ -137,7 +143,8 @@ def test_every_way_of_saving_with_every_way_of_loading(source, image, tmp_path):
     fresh_process.run(SAVE + SAVE_FOLDERS, source, tmp_path, cwd=tmp_path, installed=False)
     folders = sorted(str(folder) for folder in tmp_path.iterdir() if (folder / "config.json").exists())
     assert len(folders) == 9
-    answers = load(image, [source, *folders], tmp_path)
+    different = {contents(folder): folder for folder in folders}  # what is the same loads as the same
+    answers = load(image, [source, *different.values()], tmp_path)
     expected = answers.pop(source)
     assert torch.tensor(expected["SentenceTransformer"]).shape == (2, 16)
     assert torch.tensor(expected["MultiVectorEncoder"]).shape == (2, 3, 16)

@@ -14,6 +14,7 @@ PAGE = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
+@pytest.mark.pages
 def test_snippets_run(tmp_path, monkeypatch):
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
     monkeypatch.chdir(tmp_path)

@@ -81,14 +81,14 @@ def build_towers(vision: str = "siglip", text: str = "llama"):
 _built: dict[str, tuple[MMGEMModel, torch.Tensor]] = {}  # and the state of the random numbers after each
 
 
-def build_model(vision: str = "siglip", text: str = "llama", **config_kwargs) -> MMGEMModel:
-    """A random model whose aggregator attends, as a trained one does.
+def build_model(vision: str = "siglip", text: str = "llama", layers: int | None = None, **config_kwargs) -> MMGEMModel:
+    """A random model whose aggregator attends, as a trained one does. Its towers have two `layers` by default.
 
     It is a copy of one that is built once and has checked how its language model reads, which takes longer.
     """
-    name = repr((vision, text, sorted(config_kwargs.items())))
+    name = repr((vision, text, layers, sorted(config_kwargs.items())))
     if name not in _built:
-        model = _build_model(vision, text, **config_kwargs)
+        model = _build_model(vision, text, {} if layers is None else {"num_hidden_layers": layers}, **config_kwargs)
         random_state = torch.get_rng_state()
         model._check_reading()
         _built[name] = model, random_state
@@ -97,13 +97,13 @@ def build_model(vision: str = "siglip", text: str = "llama", **config_kwargs) ->
     return copy.deepcopy(model)
 
 
-def _build_model(vision: str, text: str, **config_kwargs) -> MMGEMModel:
+def _build_model(vision: str, text: str, changes: dict, **config_kwargs) -> MMGEMModel:
     torch.manual_seed(0)
     config = {"projection_dim": 16, "num_visual_tokens": 4, "image_token_id": 1} | config_kwargs
-    model = MMGEMModel(
-        MMGEMConfig(
-            vision_config=VISION_CONFIGS[vision]().to_dict(), text_config=TEXT_CONFIGS[text]().to_dict(), **config
-        )
-    )
+    towers = {
+        "vision_config": VISION_CONFIGS[vision]().to_dict() | changes,
+        "text_config": TEXT_CONFIGS[text]().to_dict() | changes,
+    }
+    model = MMGEMModel(MMGEMConfig(**towers, **config))
     torch.nn.init.normal_(model.pool_aggregator.output.weight, std=0.1)
     return model.eval()

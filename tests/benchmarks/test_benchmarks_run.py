@@ -112,9 +112,8 @@ def test_search():
 
 
 @pytest.mark.slow
-def test_data_loading():
-    table = data_loading.compare(
-        num_batches=2, num_steps=1, per_device_train_batch_size=4, dataloader_num_workers=0, bf16=False
-    )
+def test_data_loading(monkeypatch):
+    monkeypatch.setattr(data_loading, "WARM_UP_STEPS", 1)
+    table = data_loading.compare(num_steps=1, per_device_train_batch_size=2, dataloader_num_workers=0, bf16=False)
     rows = cells(table)
     assert re.fullmatch(r"\d+\.\d%", rows["ground, 0 worker"][3]) and float(rows["describe, 0 worker"][0]) > 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from in_this_process import InThisProcess
 from scipy import stats
 
-from benchmarks import experiment, experiment_report, workers
+from benchmarks import experiment, experiment_data, experiment_report, workers
 from benchmarks.experiment import ARMS, SETTINGS, finished_runs, run_all
 from benchmarks.experiment_data import prepare_batches, prepare_held_out, prepare_tokenizer, to_pixels
 from benchmarks.experiment_report import differences_table, interval, results_table
@@ -34,12 +34,18 @@ MICRO = replace(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Tokenizer, held-out scenes and the batches of seed 0."""
-    folder = tmp_path_factory.mktemp("data")
-    tokenizer = prepare_tokenizer(MICRO, folder / "tokenizer")
-    held_out = prepare_held_out(MICRO, tokenizer, folder / "held-out.pt")
-    return tokenizer, held_out, prepare_batches(MICRO, tokenizer, 0, folder / "seed-0.pt")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiment")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    """Tokenizer, held-out scenes and the batches of seed 0, where the experiment looks for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment_data, "TOKENIZER_SCENES", 200)
+        tokenizer = prepare_tokenizer(MICRO, folder / "data" / "tokenizer")
+    held_out = prepare_held_out(MICRO, tokenizer, folder / "data" / "held-out.pt")
+    return tokenizer, held_out, prepare_batches(MICRO, tokenizer, 0, folder / "data" / "seed-0.pt")
 
 
 def build(name, data):
@@ -177,35 +183,33 @@ def test_fact_score_counts_attributes():
     assert fact_score(["red red star"], [reference]) == 0.0
 
 
-def test_every_arm_is_run_once_and_a_stopped_experiment_goes_on(tmp_path, monkeypatch):
+def test_every_arm_is_run_once_and_a_stopped_experiment_goes_on(data, folder, monkeypatch):
     arms = {name: ARMS[name] for name in ("joint", "clip-77", "llava")}
     monkeypatch.setattr(experiment, "ARMS", arms)
     threads = torch.get_num_threads()
     with monkeypatch.context() as patch:
         patch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
-        first = run_all(MICRO, tmp_path, workers=1, seeds=(0, 1))
+        first = run_all(MICRO, folder, workers=1, seeds=(0, 1))
     torch.set_num_threads(threads)
     assert {(result["arm"], result["seed"]) for result in first} == {(name, seed) for name in arms for seed in (0, 1)}
     assert set(first[0]["metrics"]) == set(experiment_report.METRICS)
-    assert (tmp_path / "plot.png").stat().st_size > 0
+    assert (folder / "plot.png").stat().st_size > 0
 
-    path = tmp_path / "clip-77-1.json"
+    path = folder / "clip-77-1.json"
     path.unlink()
-    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*-*.json")}
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("*-*.json")}
     with monkeypatch.context() as patch:
         patch.setattr(workers.multiprocessing, "get_context", lambda method: fresh_process.context)
-        again = run_all(MICRO, tmp_path, workers=2, seeds=(0, 1))  # in processes of its own
+        again = run_all(MICRO, folder, workers=1, seeds=(0, 1))  # in a process of its own
     assert path.is_file()
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
     assert [result["metrics"] for result in again] == [result["metrics"] for result in first]  # runs repeat
-    table = (tmp_path / "table.md").read_text()
-    value = mean(
-        json.loads((tmp_path / f"joint-{seed}.json").read_text())["metrics"]["caption_nll"] for seed in (0, 1)
-    )
+    table = (folder / "table.md").read_text()
+    value = mean(json.loads((folder / f"joint-{seed}.json").read_text())["metrics"]["caption_nll"] for seed in (0, 1))
     assert f"{value:.3f} ±" in table
 
     with pytest.raises(ValueError, match="another setting"):
-        finished_runs(tmp_path, replace(MICRO, steps=5))
+        finished_runs(folder, replace(MICRO, steps=5))
 
 
 def results(**values):

@@ -43,16 +43,16 @@ PATHS = {
 @pytest.mark.parametrize("path", PATHS)
 @torch.no_grad()
 def test_full_graph_gives_the_same(path, inputs):
-    assert type(build_model())._can_compile_fullgraph
+    assert type(build_model(layers=1))._can_compile_fullgraph
     for config in ({}, SEVERAL) if path in ("image", "text") else ({},):
-        model = build_model(**config)
+        model = build_model(layers=1, **config)
         compiled = torch.compile(lambda x, m=model: PATHS[path](m, x), **COMPILED)
         torch.testing.assert_close(compiled(inputs), PATHS[path](model, inputs))
 
 
 @torch.no_grad()
 def test_graph_of_prompts_refuses_texts_that_are_only_compared(inputs):
-    model = build_model()
+    model = build_model(layers=1)
     compiled = torch.compile(lambda ids: model(input_ids=ids, pixel_values=inputs["pixel_values"]), **COMPILED)
     assert compiled(inputs["prompt"]).logits is not None
     with pytest.raises(RuntimeError):
@@ -60,7 +60,7 @@ def test_graph_of_prompts_refuses_texts_that_are_only_compared(inputs):
 
 
 def test_compiled_generation_writes_the_same(inputs):
-    model = build_model()
+    model = build_model(layers=1)
     settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(inputs["prompt"])}
     settings |= {"input_ids": inputs["prompt"], "pixel_values": inputs["pixel_values"]}
     compile_config = CompileConfig(**COMPILED, mode=None)

@@ -1,6 +1,7 @@
 """An MM-GEM that began as a VLM writes what the VLM writes, whatever is then done to it, and embeds."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -28,11 +29,19 @@ QUICK = "llava", "idefics3", "gemma3", "paligemma"
 every_family = pytest.mark.parametrize("family", every(FAMILIES, QUICK))
 
 
-def compose(family: str, **config_kwargs) -> tuple:
+@cache
+def _composed(family: str, has_processor: bool, **config_kwargs) -> tuple:
     vlm = build_vlm(family)
-    model = MMGEMModel.from_vlm(vlm, projection_dim=16, num_visual_tokens=4, **config_kwargs)
+    processor = build_vlm_processor(family) if has_processor else None
+    model = MMGEMModel.from_vlm(vlm, processor=processor, projection_dim=16, num_visual_tokens=4, **config_kwargs)
     torch.nn.init.normal_(model.pool_aggregator.output.weight, std=0.1)
     return vlm, model
+
+
+def compose(family: str, has_processor: bool = False, **config_kwargs) -> tuple:
+    """A VLM and the model that it becomes, copies of those that are built once."""
+    torch.manual_seed(0)
+    return copy.deepcopy(_composed(family, has_processor, **config_kwargs))
 
 
 def assert_writes_like(model, vlm, inputs):
@@ -263,12 +272,8 @@ TRAINED |= {"gemma3": "image", "paligemma": "prompt"}
 every_trained_family = pytest.mark.parametrize("family", every(TRAINED, QUICK))
 
 
-def compose_to_train(family: str, **config_kwargs):
-    vlm = build_vlm(family)
-    processor = build_vlm_processor(family) if family in ("gemma3", "paligemma") else None
-    model = MMGEMModel.from_vlm(vlm, processor=processor, projection_dim=16, num_visual_tokens=4, **config_kwargs)
-    torch.nn.init.normal_(model.pool_aggregator.output.weight, std=0.1)
-    return vlm, model
+def compose_to_train(family: str) -> tuple:
+    return compose(family, has_processor=family in ("gemma3", "paligemma"))
 
 
 def joint_batch(family: str) -> tuple[dict, dict]:

@@ -25,7 +25,7 @@ from mmgem.training.trainer.checkpoints import last_complete_checkpoint
 from mmgem.training.trainer.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
 STEPS, SAVE_STEPS = 6, 2
-RANDOM_MOMENTS = 6
+RANDOM_MOMENTS = 3
 FILES = ["config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 MOMENTS = [*FILES, "complete.json", "rotation", *[f"random {number}" for number in range(RANDOM_MOMENTS)]]
 

@@ -22,10 +22,10 @@ def rows() -> list[dict]:
 
 
 def gradient_of_one_step(
-    processor, output_dir: str, train_dataset=None, data_collator=None, **arguments
+    processor, output_dir: str, train_dataset=None, data_collator=None, model=None, **arguments
 ) -> dict[str, torch.Tensor]:
     """Parameter by parameter, what one optimizer step with learning rate 1 subtracts; by default on `rows()`."""
-    model = build_model()
+    model = build_model() if model is None else model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     arguments = MMGEMTrainingArguments(
         output_dir=output_dir,

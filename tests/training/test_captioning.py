@@ -10,6 +10,8 @@ from mmgem.training import captioning
 from mmgem.training.captioning import caption_folder
 from mmgem.training.inference import generate_captions, generate_region_captions
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 NAMES = ["0.png", "1.png", "deep/2.png", "deep/3.png", "deep/4.png"]
 BOXES = {"0.png": [[0, 0, 20, 20]], "deep/3.png": [[5, 5, 30, 20], [0, 0, 40, 30], [1, 2, 9, 9]]}
 

@@ -26,6 +26,8 @@ from mmgem.training.recipes.run import TrainingReport
 from mmgem.training.recipes.step_memory import StepMemory
 from mmgem.training.search.index import SearchIndex
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 COMMANDS = (
     "demo",
     "scenes",

@@ -1,7 +1,6 @@
 """ONNX graphs give what the model gives, for any batch and length; and a search with them needs no torch."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,14 +12,16 @@ import torch
 from onnxruntime import InferenceSession
 from PIL import Image
 from tiny_models import IMAGE_SIZE, TEXTS, build_model
+from typer.testing import CliRunner
 
+from mmgem.training.cli import app
 from mmgem.training.inference import embed_images, embed_texts
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.onnx_export import export_onnx
 
 ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "export.md").read_text()
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['mmgem'] = None\n"
-SEVERAL = {"num_embedding_tokens": 8, "embedding_pooling": "multi_vector"}
 
 
 def noise(count: int) -> list[Image.Image]:
@@ -28,15 +29,27 @@ def noise(count: int) -> list[Image.Image]:
     return [Image.fromarray(image) for image in pixels]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, SEVERAL], ids=["one vector", "eight"])
-def test_graphs_give_what_the_model_gives_at_every_batch_size(config, tiny_processor, tmp_path):
-    model = build_model(**config)
-    report = export_onnx(model, tiny_processor, tmp_path, noise(2), TEXTS)
-    assert report.difference < 1e-5 and report.int8_recall is None
-    image_graph, text_graph = (InferenceSession(file) for file in report.files)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """The folder in which the commands of the page have run; `report.json` is what the last of them says."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "model_cards").symlink_to(ROOT / "model_cards")
+    commands = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)[0].replace("--int8", "--int8 --json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in commands.splitlines():
+            program, *arguments = command.split()
+            result = CliRunner().invoke(app, arguments)
+            assert program == "mmgem" and result.exit_code == 0, result.output
+    (folder / "report.json").write_text(result.stdout)
+    return folder
+
+
+def check_graphs(model, folder: Path, image_size: int):
+    """Graphs and model agree on batches of every size, of texts of several lengths, padded on either side."""
+    image_graph, text_graph = (InferenceSession(folder / name) for name in ("image.onnx", "text.onnx"))
     for size in range(1, 7):
-        pixel_values = torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE)
+        pixel_values = torch.randn(size, 3, image_size, image_size)
         length = 9 * size
         mask = (torch.arange(length) < torch.randint(1, length + 1, (size, 1))).long()
         mask = mask.flip(-1) if size % 2 else mask
@@ -51,28 +64,35 @@ def test_graphs_give_what_the_model_gives_at_every_batch_size(config, tiny_proce
 
 
 @pytest.mark.slow
-def test_the_code_of_the_page_searches_without_torch(tmp_path):
-    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
-    page = (ROOT / "docs" / "export.md").read_text()
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    commands = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[0].replace("--int8", "--int8 --json")
-    output = subprocess.run(
-        ["bash", "-euc", commands.replace("mmgem ", f"{sys.executable} -m mmgem.training.cli ")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    result = json.loads(output[output.index("{") :])
+@pytest.mark.pages
+def test_graphs_give_what_the_model_gives_at_every_batch_size(tiny_processor, tmp_path):
+    model = build_model(layers=1)
+    report = export_onnx(model, tiny_processor, tmp_path, noise(2), TEXTS)
+    assert report.difference < 1e-5 and report.int8_recall is None
+    assert report.files == [tmp_path / "image.onnx", tmp_path / "text.onnx"]
+    check_graphs(model, tmp_path, IMAGE_SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.pages
+def test_graphs_of_several_vectors_give_what_the_model_gives_at_every_batch_size(page):
+    model, processor = load_checkpoint(ROOT / "model_cards" / "mmgem-tiny", device="cpu")
+    assert model.config.num_embedding_tokens == 8 and model.config.embedding_pooling == "multi_vector"
+    check_graphs(model, page / "exported", processor.image_processor.size["height"])
+
+
+@pytest.mark.slow
+@pytest.mark.pages
+def test_the_code_of_the_page_searches_without_torch(page):
+    result = json.loads((page / "report.json").read_text())
     assert result["recall"] > 0.9 and result["int8_recall"] > 0.9 and result["difference"] < 1e-5
 
-    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    code = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
     check = "np.savez('vectors.npz', images=images, texts=texts, scores=scores)\n"
-    subprocess.run([sys.executable, "-c", WITHOUT_TORCH + code + check], cwd=tmp_path, env=environment, check=True)
-    found = np.load(tmp_path / "vectors.npz")
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH + code + check], cwd=page, check=True)
+    found = np.load(page / "vectors.npz")
     model, processor = load_checkpoint(ROOT / "model_cards" / "mmgem-tiny", device="cpu")
-    paths = sorted(str(path) for path in (tmp_path / "gallery").glob("*.png"))
+    paths = sorted(str(path) for path in (page / "gallery").glob("*.png"))
     texts = ["a large red star at the top left", "two small blue circles"]
     np.testing.assert_allclose(found["images"], embed_images(model, processor, paths), atol=1e-4)
     np.testing.assert_allclose(found["texts"], embed_texts(model, processor, texts), atol=1e-5)

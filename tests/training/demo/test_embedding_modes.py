@@ -18,6 +18,8 @@ from mmgem.training.inference import embed_fused, embed_images, embed_regions
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 PROMPTS = {"edit": "find the image after this change: ", "object": "find in the image: "}
 VECTORS = 3
 

@@ -13,6 +13,8 @@ from mmgem.training.demo.run import run_demo
 from mmgem.training.scenes.caption_parser import parse_region_caption
 from mmgem.training.search.index import SearchIndex
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 
 @pytest.fixture(scope="module")
 def demonstration(tmp_path_factory, tiny_processor):

@@ -22,6 +22,8 @@ from mmgem.training.recipes.recipe import ModelSection, Recipe, Stage
 from mmgem.training.recipes.run import train
 from mmgem.training.recipes.stage import open_sources, stage_arguments, stage_rows
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 SCENES = {"scenes": {"seed": 1, "count": 16, "image_size": 48}}
 TRAINING = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4, "disable_tqdm": True}
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -10,6 +10,8 @@ from mmgem.training.search.asking import ask
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 K = 3
 
 
