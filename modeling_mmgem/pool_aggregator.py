@@ -114,7 +114,8 @@ class PoolAggregator(nn.Module):
         windows, valid, _ = self._windows(grid)  # (B, n, W, C), (n, W)
         pooled = torch.einsum("bnwc,nw->bnc", windows, _average(valid, windows))  # (B, n, C)
         query, key, value = self._queries_keys_values(pooled, windows)  # (B * n, heads, 1 or W, d)
-        mask = valid.expand(len(grid), -1, -1).reshape(len(query), 1, 1, -1)  # (B * n, 1, 1, W)
+        # Not `len`, which would fix the size of a batch in an exported graph.
+        mask = valid.expand(grid.shape[0], -1, -1).reshape(query.shape[0], 1, 1, -1)  # (B * n, 1, 1, W)
         looked_up = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B * n, heads, 1, d)
         return pooled + self.output(looked_up.reshape(*pooled.shape[:2], -1))  # (B, n, A) -> (B, n, C)
 
