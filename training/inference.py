@@ -18,7 +18,8 @@ from mmgem.training.distributed import is_sharded, reshard
 
 Box = Sequence[float]
 BOXES_AT_A_TIME = 256  # of all images of a batch together
-TEXT_TOKENS_AT_A_TIME = 4096  # of texts that are embedded, padding included
+# Of texts that are embedded, padding included: on a processor few, by `benchmarks.text_batches`.
+TEXT_TOKENS_ON_CPU, TEXT_TOKENS_AT_A_TIME = 512, 8192
 CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get captions as short as answers
 
 
@@ -101,14 +102,15 @@ def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Seque
     return torch.cat([embeds[part] for part in sorted(embeds)])
 
 
-def embed_texts(model, processor, texts: Sequence[str], batch_tokens: int = TEXT_TOKENS_AT_A_TIME) -> torch.Tensor:
+def embed_texts(model, processor, texts: Sequence[str], batch_tokens: int | None = None) -> torch.Tensor:
     """Embeds any number of texts, those of about the same length together, as many as a number of tokens allows.
 
     Args:
         model: An `MMGEMModel`.
         processor: Its `MMGEMProcessor`.
         texts: T texts.
-        batch_tokens: Tokens at a time, padding included; a text that is longer is embedded alone.
+        batch_tokens: Tokens at a time, padding included; by default as many as suit the model's device. A text that
+            is longer is embedded alone.
 
     Returns:
         (T, D) or (T, k, D), normalised, float32, on the CPU, in the order of `texts`.
@@ -118,6 +120,8 @@ def embed_texts(model, processor, texts: Sequence[str], batch_tokens: int = TEXT
     """
     if not texts:
         raise ValueError("`texts` is empty; expected at least one text.")
+    if batch_tokens is None:
+        batch_tokens = TEXT_TOKENS_ON_CPU if model.device.type == "cpu" else TEXT_TOKENS_AT_A_TIME
     plain = [processor.plain_text(text) for text in texts]
     lengths = [len(ids) for ids in processor(text=plain, padding=False)["input_ids"]]
     batches = list(_batches_of_tokens(lengths, batch_tokens))
