@@ -14,6 +14,7 @@ from mmgem.training.evaluation.metrics import (
     bleu4,
     caption_variety,
     cider,
+    meteor,
     ranks_of_scores,
     recall_at,
 )
@@ -98,6 +99,28 @@ class BLEU4(_InMemory):
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         return {"bleu4": bleu4(predictions, references)}
+
+
+class METEOR(_InMemory):
+    """METEOR of captions, which needs pycocoevalcap and Java."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="METEOR 1.5 of English captions, with stems, synonyms and paraphrases.",
+            citation="Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation, WMT 2014",
+            inputs_description="""
+            Args:
+                predictions: One caption for each image.
+                references: For each image its reference captions.
+
+            Returns:
+                `meteor`, 0 to 1.
+            """,
+            features=Features(predictions=Value("string"), references=List(Value("string"))),
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        return {"meteor": meteor(predictions, references)}
 
 
 class CaptionVariety(_InMemory):

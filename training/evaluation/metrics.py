@@ -1,6 +1,7 @@
 """Figures for embeddings, captions and answers, given what is right: no model runs here."""
 
 import re
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -313,6 +314,28 @@ def bleu4(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float
     from pycocoevalcap.bleu.bleu import Bleu
 
     return float(Bleu(4).compute_score(originals, candidates, verbose=0)[0][3])
+
+
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """METEOR 1.5 (Denkowski and Lavie, 2014, https://aclanthology.org/W14-3348) of English captions.
+
+    Args:
+        captions: One caption for each image.
+        references: The reference captions of each image.
+
+    Returns:
+        That of all captions together, 0 to 1.
+
+    Raises:
+        FileNotFoundError: If there is no Java, in which METEOR is written.
+        ImportError: If pycocoevalcap is not installed (`pip install mmgem[eval]`).
+    """
+    candidates, originals = _as_coco(captions, references)
+    if shutil.which("java") is None:
+        raise FileNotFoundError("`java` is not installed; expected it for METEOR, which is written in Java.")
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return float(Meteor().compute_score(originals, candidates)[0])
 
 
 def caption_variety(captions: Sequence[str]) -> dict[str, float]:

@@ -1,11 +1,14 @@
 """The metrics of `evaluate` against the plain functions, offline."""
 
+import shutil
+
 import fresh_process
 import pytest
 import torch
 
 from mmgem.training.evaluation.evaluate_metrics import (
     BLEU4,
+    METEOR,
     AnswerAccuracy,
     CaptionVariety,
     CIDErD,
@@ -98,3 +101,16 @@ def test_they_load_without_a_network(tmp_path):
     output = fresh_process.run(OFFLINE, cwd=tmp_path, installed=True)
     assert output.split("\n")[:2] == ["{'recall@1': 0.5}", "{'answer_accuracy': 1.0}"]
     assert "'cider': 10.0" in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is written in Java")
+def test_meteor_is_that_of_the_best_reference():
+    references = [["nothing of it", "a dog runs on the beach"], ["two boats on the sea"]]
+    assert METEOR().compute(predictions=[own[-1] for own in references], references=references) == {"meteor": 1}
+
+
+def test_meteor_names_what_it_lacks(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="`java` is not installed"):
+        METEOR().compute(predictions=CAPTIONS, references=REFERENCES)
