@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -85,28 +86,21 @@ def compare(model: Path, clients: int, seconds: float, port: int) -> str:
     }
     inputs = {"a text": texts, "an image": [_data_uri(image) for image in images]}
     table = []
-    for kind, call in bare.items():
-        call(0)
-        rates = {"bare loop": latencies(call, 1, seconds)}
-        with serve(model, port) as address, httpx2.Client(base_url=address, timeout=60) as http:
+    with serve(model, port) as address, httpx2.Client(base_url=address, timeout=60) as http:
 
-            def ask(number: int, own=inputs[kind]) -> None:
-                body = {"input": own[number % 32], "encoding_format": "base64"}
-                http.post("/v1/embeddings", json=body).raise_for_status()
+        def ask(own: list[str], number: int) -> None:
+            body = {"input": own[number % 32], "encoding_format": "base64"}
+            http.post("/v1/embeddings", json=body).raise_for_status()
 
-            ask(0)
-            rates["one client"] = latencies(ask, 1, seconds)
-            rates[f"{clients} clients"] = latencies(ask, clients, seconds)
-        for how, (rate, times) in rates.items():
-            slowest = sorted(times)[int(0.95 * len(times))]
-            ratio = rate / rates["bare loop"][0]
-            figures = (
-                f"{rate:.1f}",
-                f"{ratio:.2f}",
-                f"{1000 * statistics.median(times):.0f}",
-                f"{1000 * slowest:.0f}",
-            )
-            table.append((kind, how, *figures))
+        for kind, call in bare.items():
+            asked = partial(ask, inputs[kind])
+            call(0), asked(0)
+            rates = {"bare loop": latencies(call, 1, seconds), "one client": latencies(asked, 1, seconds)}
+            rates[f"{clients} clients"] = latencies(asked, clients, seconds)
+            for how, (rate, times) in rates.items():
+                ratio, slow = rate / rates["bare loop"][0], sorted(times)[int(0.95 * len(times))]
+                milliseconds = [f"{1000 * value:.0f}" for value in (statistics.median(times), slow)]
+                table.append((kind, how, f"{rate:.1f}", f"{ratio:.2f}", *milliseconds))
     return markdown_table(HEADER, table)
 
 

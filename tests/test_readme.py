@@ -1,4 +1,5 @@
-"""The README is a promise: its snippets run, in order and as they stand, and its figures are the checkpoint's."""
+"""The README and the pages it leads to are a promise: their snippets run, in order and as they stand, and the figures
+of the card are the checkpoint's."""
 
 import json
 import os
@@ -12,15 +13,18 @@ from pathlib import Path
 import fresh_process
 import pytest
 
+from mmgem.training.scenes.dataset import write_scene_folder
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("use", "embedding_modes", "command_line", "train"))]
 TINY = ROOT / "model_cards" / "mmgem-tiny"
 WITHOUT_MMGEM = "import sys; sys.modules['mmgem'] = None  # as if the package were not installed\n"
 COMMAND = "from mmgem.training.cli import app; app()"
 
 
-def snippets():
-    return re.findall(r"```(bash|python|yaml)\n(.*?)```", README, flags=re.DOTALL)
+def snippets(page):
+    return re.findall(r"```(bash|python|yaml)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def run(language: str, code: str, folder: Path):
@@ -44,10 +48,14 @@ def run_from_nothing(language: str, code: str, folder: Path):
 
 @pytest.mark.slow
 @pytest.mark.pages
-def test_snippets_run(tmp_path):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_snippets_run(page, tmp_path):
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
-    started = set()
-    for (language, code), (_, following) in pairwise([*snippets(), ("", "")]):
+    code_of_page = snippets(page)
+    if not any("mmgem scenes gallery" in code for _, code in code_of_page):
+        write_scene_folder(tmp_path / "gallery", 7, 12)
+    started = {"bash", "python"} if page != README else set()
+    for (language, code), (_, following) in pairwise([*code_of_page, ("", "")]):
         if language == "yaml":
             (tmp_path / "recipe.yaml").write_text(code)
             if "mmgem train recipe.yaml" not in following:
@@ -60,20 +68,19 @@ def test_snippets_run(tmp_path):
 
 
 def test_there_are_snippets_of_each_kind():
-    languages = [language for language, _ in snippets()]
-    assert languages.count("python") >= 5 and languages.count("bash") >= 2 and "yaml" in languages
+    languages = [language for page in PAGES for language, _ in snippets(page)]
+    assert languages.count("python") >= 10 and languages.count("bash") >= 3 and "yaml" in languages
+    assert all(snippets(page) for page in PAGES)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", TINY / "README.md"], ids=["readme", "card"])
-def test_figures_are_those_of_the_checkpoint(page):
+def test_the_readme_is_a_screen_or_two_and_leads_to_every_page():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 100
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"\(docs/(\w+\.md)\)", text))
+
+
+def test_figures_are_those_of_the_checkpoint():
     results = json.loads((TINY / "results.json").read_text())
-    table = dict(
-        re.findall(r"^\| ([a-z_0-9@]+) \| ([0-9.]+) \|$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    )
+    card = (TINY / "README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| ([a-z_0-9@]+) \| ([0-9.]+) \|$", card, flags=re.MULTILINE))
     assert table == {name: f"{value:.3f}" for name, value in results.items()}
-
-
-def test_links_to_files_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target

@@ -1,10 +1,12 @@
 """Each benchmark of speed and memory runs, on towers of a size for tests."""
 
 import re
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 from benchmarks import (
     caption_loss,
@@ -14,9 +16,12 @@ from benchmarks import (
     grad_cache,
     joint_step,
     search,
+    serving,
     training_memory,
 )
 from benchmarks.setting import build_model, micro_setting
+from mmgem.training.loading import load_checkpoint
+from mmgem.training.serving.app import create_app
 
 
 def rows_of(table: str) -> list[list[str]]:
@@ -117,3 +122,19 @@ def test_data_loading(monkeypatch):
     table = data_loading.compare(num_steps=1, per_device_train_batch_size=2, dataloader_num_workers=0, bf16=False)
     rows = cells(table)
     assert re.fullmatch(r"\d+\.\d%", rows["ground, 0 worker"][3]) and float(rows["describe, 0 worker"][0]) > 0
+
+
+def test_serving(monkeypatch):
+    """A server in this process, where the benchmark starts one of its own."""
+
+    @contextmanager
+    def serve(model, port):
+        with TestClient(create_app("tiny", *load_checkpoint(model))) as client:
+            monkeypatch.setattr(serving.httpx2, "Client", lambda **options: nullcontext(client))
+            yield ""
+
+    monkeypatch.setattr(serving, "serve", serve)
+    rows = rows_of(serving.compare(serving.TINY, clients=2, seconds=0.05, port=0))
+    ways = ("bare loop", "one client", "2 clients")
+    assert [tuple(row[:2]) for row in rows] == [(kind, how) for kind in ("a text", "an image") for how in ways]
+    assert all(float(row[2]) > 0 for row in rows) and rows[0][3] == rows[3][3] == "1.00"
