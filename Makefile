@@ -23,7 +23,7 @@ PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-pages test-benchmarks test-families compatibility test-oldest test-newest clients \
-	fast lint types format retrain picture hub-code hub-photo clean
+	fast lint types format audit retrain picture hub-code hub-photo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -82,6 +82,10 @@ types: $(STAMP) ## mypy over the whole package
 format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit: $(STAMP) ## compare the tested versions with the advisories on PyPI (needs its JSON API)
+	test -x build/audit/bin/pip-audit || ($(BIN)/python -m venv build/audit && build/audit/bin/pip install -q pip-audit)
+	build/audit/bin/pip-audit --strict --vulnerability-service pypi --requirement constraints.txt --no-deps --disable-pip
 
 retrain: $(STAMP) ## train mmgem-tiny again, from nothing, into runs/mmgem-tiny
 	$(BIN)/mmgem train model_cards/mmgem-tiny/recipe.yaml --out runs/mmgem-tiny

@@ -45,14 +45,21 @@ def check_type(value: Any, annotation: Any, where: str) -> None:
     Raises:
         ValueError: If it has another type.
     """
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    for candidate in (value, float(value)) if is_whole else (value,):
+    for candidate in (value, _with_points(value)):
         try:
             return type_validator(where, candidate, annotation)
         except TypeError:
             continue
     name = annotation.__name__ if isinstance(annotation, type) else re.sub(r"\w+\.", "", str(annotation))
     raise ValueError(f"{where} is {value!r:.80}; expected {name}.")
+
+
+def _with_points(value: Any) -> Any:
+    """Whole numbers as floats, also in a mapping."""
+    if isinstance(value, Mapping):
+        return {name: _with_points(item) for name, item in value.items()}
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023
+    return float(value) if is_whole else value
 
 
 def check_arguments(

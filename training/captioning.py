@@ -70,7 +70,7 @@ def caption_folder(
     Raises:
         BlockingIOError: If another job writes `out`.
         FileNotFoundError: If `folder` is not there, or, with boxes, its metadata.
-        ValueError: If there are no images, or the metadata or `out` does not hold what is expected.
+        ValueError: If there are no images that can be read, or the metadata or `out` does not hold what is expected.
     """
     found = find_images(folder)
     folder, out = Path(folder), Path(out)
@@ -99,6 +99,12 @@ def caption_folder(
             os.fsync(lines.fileno())
             captioned += len(captions)
             progress.update(len(batch))
+    if skipped and not done and not captioned:
+        out.unlink()  # it has no line
+        raise ValueError(
+            f"`folder` is {str(folder)!r}, where no image can be read, such as {skipped[0].file_name!r}: "
+            f"{skipped[0].reason}"
+        )
     return CaptionReport(len(done) + captioned, captioned, skipped, found.passed_over)
 
 

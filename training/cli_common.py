@@ -118,6 +118,11 @@ def write_table(rows: list[dict[str, Any]], file: Path | None) -> None:
 
 
 def check_table(file: Path | None) -> None:
-    """Refuses an ending that `write_table` does not know, before any work is done."""
-    if file is not None and file.suffix.lower() not in (".csv", ".parquet", ".jsonl"):
+    """Refuses a file that `write_table` cannot write, before any work is done."""
+    if file is None:
+        return
+    if file.suffix.lower() not in (".csv", ".parquet", ".jsonl"):
         raise ValueError(f"`--table` is {str(file)!r}; expected a file that ends in .csv, .parquet or .jsonl.")
+    if file.is_dir() or not file.parent.is_dir():
+        what = "a folder" if file.is_dir() else "in a folder that is not there"
+        raise ValueError(f"`--table` is {str(file)!r}, {what}; expected a file in one that is.")

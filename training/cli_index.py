@@ -208,7 +208,7 @@ def search(
 
         conditions = [Condition.parse(condition) for condition in where or []] or None
         kinds = kind or (None if explain is None else ["image"])  # which maps are of
-        loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
+        loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
     found = []
     for number, line in enumerate(_lines() if is_stream else [None], 1):
         of_line, query = line if text == "-" else text, line or text or ", ".join(image or [])
@@ -340,7 +340,7 @@ def ask(
         from mmgem.training.search.asking import ask as ask_index
         from mmgem.training.search.index import SearchIndex
 
-        loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
+        loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
         answers = ask_index(loaded, question, image or None, search, top or 1, prompt)
     rows = [
         {"path": str(path), "answer": text, "score": None if score is None else round(score, 4)}

@@ -35,7 +35,8 @@ def push_folder(folder: str | Path, repository: str, private: bool = False) -> s
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"`folder` is {str(folder)!r}, which is not there; expected that of a checkpoint.")
+        what = "a file" if folder.exists() else "which is not there"
+        raise FileNotFoundError(f"`folder` is {str(folder)!r}, {what}; expected that of a checkpoint.")
     missing = [name for name in (*NEEDED, *(file.name for file in code_files())) if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in WEIGHTS):
         missing.insert(0, " or ".join(WEIGHTS))

@@ -81,6 +81,8 @@ def export_onnx(
             f"`images` holds {len(images)} images for {len(texts)} texts; expected two or more, and a text for each."
         )
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"`out` is {str(out)!r}, a file; expected a folder.")
     out.mkdir(parents=True, exist_ok=True)
     model = model.float()
     inputs = {

@@ -47,7 +47,10 @@ def only_writer(out: str | Path) -> Iterator[None]:
         raise ValueError("`out` is ''; expected a path.")
     out = Path(out).resolve()
     place = out.with_name(f"{out.name}.lock")
-    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"`out` is {str(out)!r}, below a file; expected a path in a folder.") from error
     lock = FileLock(place, is_singleton=True)
     if lock.is_locked:
         yield

@@ -47,6 +47,8 @@ def check_section(section: object, where: str) -> None:
     if len(kinds) != 1:
         raise ValueError(f"{where} is {dict(section)!r:.200}; expected one of {', '.join(KINDS)}.")
     arguments, opener = dict(section), _opener(kinds[0])
+    if arguments[kinds[0]] == "":
+        raise ValueError(f"`{kinds[0]}` in {where} is ''; expected where the data are.")
     weight, columns = arguments.pop("weight", 1), arguments.pop("columns", {})
     check_type(arguments.pop("allow_urls", False), bool | list[str], f"`allow_urls` in {where}")
     check_type(arguments.pop("allow_outside_paths", False), bool, f"`allow_outside_paths` in {where}")

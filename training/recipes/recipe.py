@@ -17,7 +17,7 @@ from mmgem.training.data.open_source import check_section
 from mmgem.training.recipes.stage_kinds import STAGE_KINDS
 
 TRAINED_WITH = ("attn_implementation", "dtype")  # sections of `model` beside those that say which model
-_FOLDER_NAME = re.compile(r"[\w-][\w.-]*")
+_FOLDER_NAME = re.compile(r"[\w-][\w.-]{0,99}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +138,14 @@ class Recipe:
 class _Loader(yaml.SafeLoader):
     """Reads 1e-3 as a number, as YAML 1.2 has it; to PyYAML it is text."""
 
+    def compose_mapping_node(self, anchor):
+        """As of every loader, but for a key that is there twice, of which one would be lost."""
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.composer.ComposerError(None, None, f"the key {twice!r} is there twice", node.start_mark)
+        return node
+
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), list("-+0123456789"))
 
@@ -198,10 +206,13 @@ def read_yaml(path: str | Path) -> Any:
     """Read a YAML file; errors are those of `load_recipe`."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"recipe is {str(path)!r}, which is not there; expected a YAML file.")
+        what = "a folder" if path.is_dir() else "which is not there"
+        raise FileNotFoundError(f"recipe is {str(path)!r}, {what}; expected a YAML file.")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ValueError(f"recipe is {str(path)!r}, nested too deeply; expected YAML that can be read.") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not, for instance
         raise ValueError(f"recipe is {str(path)!r}; expected YAML: {error}.") from error
 
 

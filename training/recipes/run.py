@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
+from mmgem.training.data.sources import Source
 from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.output_folder import whole_folder
@@ -101,8 +102,9 @@ def _train(recipe_path: str | Path, out: Path, stage: str | int | None, resume: 
 
     eval_dataset = None if recipe.eval_data is None else load_rows(recipe.eval_data)
     unfinished = [number for number in numbers if not is_complete(stage_folder(out, recipe.stages[number]))]
+    sources = [open_sources(recipe.stages[number]) for number in unfinished]  # of all, before the first is trained
     for number in unfinished:
-        _run_stage(recipe, number, out, eval_dataset)
+        _run_stage(recipe, number, out, sources.pop(0), eval_dataset)
     report = TrainingReport(stage_folder(out, recipe.stages[numbers[-1]]))
     if numbers[-1] == len(recipe.stages) - 1:
         report.model = out
@@ -139,11 +141,10 @@ def _claim(out: Path, recipe_path: str | Path, recipe: Recipe, numbers: list[int
     PartialState().wait_for_everyone()  # until all have looked at `out`
 
 
-def _run_stage(recipe: Recipe, number: int, out: Path, eval_dataset) -> None:
+def _run_stage(recipe: Recipe, number: int, out: Path, sources: list[Source], eval_dataset) -> None:
     """Train one stage, from its last whole checkpoint if there is one, and leave its folder."""
     stage, skipped = recipe.stages[number], SkippedLog(out / SKIPPED_NAME)
     arguments = stage_arguments(recipe, stage, out)
-    sources = open_sources(stage)
     rows = stage_rows(stage, sources, arguments, arguments.seed + number, skipped)
     model, processor = starting_point(recipe, number, out, rows)
     trainer = stage_trainer(recipe, stage, model, processor, arguments, rows, eval_dataset)

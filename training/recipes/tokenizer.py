@@ -21,8 +21,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
         The tokenizer, padding on the left, with `<image>` among its tokens.
 
     Raises:
-        ValueError: If `vocab_size` leaves no room for the bytes.
+        ValueError: If `vocab_size` leaves no room for the bytes, or `model_max_length` none for a text.
     """
+    if model_max_length < 1:
+        raise ValueError(f"`model_max_length` is {model_max_length}; expected 1 or more.")
     if vocab_size < 258:
         raise ValueError(f"`vocab_size` is {vocab_size}; expected at least 258, for 256 bytes and two special tokens.")
     tokenizer = Tokenizer(models.BPE())

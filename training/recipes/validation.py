@@ -1,19 +1,24 @@
 """Checks of a recipe before any data or weights are loaded: names and values against the classes that take them, and
 stages against the model that they get."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
+from PIL import Image
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, SiglipImageProcessorPil
 
 from mmgem.configuration_mmgem import MMGEMConfig
+from mmgem.input_checks import check_generation
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.argument_checks import check_arguments, check_keys, check_type
 from mmgem.training.data.augmentation import Augmentation
 from mmgem.training.data.collator import MMGEMCollator
+from mmgem.training.data.drawn_texts import TextDrawing
 from mmgem.training.data.feature_cache import check_frozen
 from mmgem.training.loading import load_config
 from mmgem.training.recipes.recipe import TRAINED_WITH, ModelSection, Recipe, Stage
@@ -64,7 +69,12 @@ def check_stages(recipe: Recipe) -> None:
         ValueError: If a stage does not fit the model: a name that it does not have, an image size that its patches do
             not tile, an objective that it cannot have.
     """
-    config = _starting_config(recipe.model)
+    try:
+        config = _starting_config(recipe.model)
+        with torch.device("meta"):
+            MMGEMModel(config)
+    except (RuntimeError, ArithmeticError) as error:  # of sizes below 1
+        raise ValueError(f"`model` cannot be built: {error}; expected sizes that fit each other.") from error
     for stage in recipe.stages:
         with torch.device("meta"):
             model = MMGEMModel(config)
@@ -123,6 +133,7 @@ def _check_model(recipe: Recipe) -> None:
         check_arguments(recipe.tokenizer, train_tokenizer, "`tokenizer`", given=["texts"])
     if recipe.image_processor is not None:
         check_keys(recipe.image_processor, SiglipImageProcessorPil.valid_kwargs.__annotations__, "`image_processor`")
+        _check_image_processor(recipe.image_processor)
     composed = (
         ("vlm",)
         if section.vlm is not None
@@ -144,14 +155,24 @@ def _check_model(recipe: Recipe) -> None:
         raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
 
 
+def _check_image_processor(section: Mapping[str, Any]) -> None:
+    try:
+        pixels = SiglipImageProcessorPil(**section)([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
+    except Exception as error:  # of any kind, by what libraries make of it
+        raise ValueError(
+            f"`image_processor` is {dict(section)!r:.200}, with which no picture can be processed: {error}"
+        ) from error
+    if not pixels.isfinite().all():
+        raise ValueError(
+            f"`image_processor` is {dict(section)!r:.200}, which makes pixels that are NaN or infinite; expected "
+            "finite ones."
+        )
+
+
 def _check_generation(section: Mapping[str, Any]) -> None:
     check_keys(section, GenerationConfig().to_dict(), "`generation`")
-    for name in ("num_beams", "max_new_tokens", "no_repeat_ngram_size"):
-        if name in section:
-            check_type(section[name], int, f"`{name}` in `generation`")
-            if section[name] < 1:
-                raise ValueError(f"`{name}` in `generation` is {section[name]}; expected 1 or more.")
     try:
+        check_generation(section, 1 << 31)  # the vocabulary is not known yet
         GenerationConfig(**section).validate(strict=True)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`generation` is {dict(section)!r:.80}; {' '.join(str(error).split())}") from error
@@ -174,6 +195,12 @@ def _check_stage(stage: Stage) -> None:
     check_arguments(stage.collator, MMGEMCollator, f"`collator` {of_stage}", given=given)
     if (augmentation := stage.collator.get("augmentation")) is not None:
         check_arguments(augmentation, Augmentation, f"`augmentation` in `collator` {of_stage}")
+    drawing = {option.name for option in fields(TextDrawing)} & set(stage.collator)
+    try:
+        TextDrawing(**{name: stage.collator[name] for name in drawing})
+        Augmentation(**(augmentation or {}))
+    except ValueError as error:
+        raise ValueError(f"`collator` {of_stage}: {error}") from error
     if stage.cache_features is not None and (stage.cache_features.views > 1) != (augmentation is not None):
         raise ValueError(
             f"`cache_features` {of_stage} has {stage.cache_features.views} `views`, and the `collator` has "
@@ -189,3 +216,10 @@ def _check_stage(stage: Stage) -> None:
         check_arguments(training["lora"], add_lora, f"`lora` {of_stage}", given=["model"], rest=LoraConfig)
     for part, rate in (training.get("learning_rates") or {}).items():
         check_type(rate, float, f"`{part}` in `learning_rates` {of_stage}")
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"`{part}` in `learning_rates` {of_stage} is {rate}; expected 0 or more.")
+    rank = (training.get("lora") or {}).get("r", 1)
+    if rank < 1:
+        raise ValueError(f"`r` in `lora` {of_stage} is {rank}; expected 1 or more.")
+    if not any(section.get("weight", 1) for section in stage.train_data):
+        raise ValueError(f"`weight` of all `train_data` {of_stage} is 0; expected one above it.")

@@ -21,7 +21,7 @@ from mmgem.training.scenes.captions import (
     write_qa,
     write_region_captions,
 )
-from mmgem.training.scenes.drawing import MIN_IMAGE_SIZE, Scene, draw_scene, make_scene, scene_boxes
+from mmgem.training.scenes.drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, Scene, draw_scene, make_scene, scene_boxes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,8 +106,8 @@ class SceneDataset(Dataset):
     ):
         if count < 1:
             raise ValueError(f"`count` is {count}; expected 1 or more.")
-        if image_size < MIN_IMAGE_SIZE:
-            raise ValueError(f"`image_size` is {image_size}; expected {MIN_IMAGE_SIZE} pixels or more.")
+        if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"`image_size` is {image_size}; expected {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels.")
         if unknown := set(columns) - set(COLUMNS):
             raise ValueError(f"`columns` holds {sorted(unknown)}; expected some of {', '.join(COLUMNS)}.")
         self.seed = seed

@@ -22,7 +22,7 @@ PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom lef
 LABELS = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 BACKGROUNDS = ("plain", "gradient", "checkers", "dots", "noise")
 MAX_OBJECTS = 5
-MIN_IMAGE_SIZE = 48
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 48, 2048  # pixels; eight times as many while they are drawn
 
 _RGB = {
     "red": (222, 32, 38),
@@ -142,7 +142,8 @@ def draw_scene(scene: Scene, image_size: int = 96) -> Image.Image:
 
     Args:
         scene: The scene to draw.
-        image_size: Side of the square picture in pixels, at least `MIN_IMAGE_SIZE`; everything scales with it.
+        image_size: Side of the square picture in pixels, `MIN_IMAGE_SIZE` to `MAX_IMAGE_SIZE`; everything scales with
+            it.
 
     Returns:
         An RGB image, `image_size` x `image_size`.
@@ -165,7 +166,7 @@ def scene_boxes(scene: Scene, image_size: int = 96) -> list[list[float]]:
     """The tight box `[x0, y0, x1, y1]` of every object, in pixels of the picture `draw_scene` gives, in its order.
 
     Raises:
-        ValueError: If `image_size` is smaller than `MIN_IMAGE_SIZE`.
+        ValueError: If `image_size` is out of its range.
     """
     _check_image_size(image_size)
     boxes = []
@@ -177,8 +178,8 @@ def scene_boxes(scene: Scene, image_size: int = 96) -> list[list[float]]:
 
 
 def _check_image_size(image_size: int) -> None:
-    if image_size < MIN_IMAGE_SIZE:
-        raise ValueError(f"`image_size` is {image_size}; expected {MIN_IMAGE_SIZE} pixels or more.")
+    if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
+        raise ValueError(f"`image_size` is {image_size}; expected {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels.")
 
 
 def _place(scene: Scene, item: SceneObject, image_size: int) -> tuple[tuple[int, int], tuple[int, ...]]:

@@ -9,6 +9,22 @@ from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
+# Arguments of the library that it takes whatever they are, with the least and the most that they may be.
+RANGES: dict[str, tuple[float, float]] = {
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "logging_steps": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
 
 @dataclass
 class MMGEMTrainingArguments(TrainingArguments):
@@ -46,6 +62,17 @@ class MMGEMTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads all columns."})
 
     def __post_init__(self):
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
+                expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
+                raise ValueError(f"`{name}` is {value}; expected {expected}.")
+        if not self.save_steps > 0:
+            raise ValueError(f"`save_steps` is {self.save_steps}; expected a number above 0.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"`max_steps` is {self.max_steps}; expected 1 or more, or -1 for `num_train_epochs`.")
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; expected a number above 0.")
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             # Each process reads its own rows of a stream; accelerate would cut batches, whose parts differ in length.

@@ -101,7 +101,7 @@ def test_data_loader_with_workers():
     ("arguments", "message"),
     [
         ({"count": 0}, "`count` is 0; expected 1 or more"),
-        ({"count": 1, "image_size": 20}, "`image_size` is 20; expected 48 pixels or more"),
+        ({"count": 1, "image_size": 20}, "`image_size` is 20; expected 48 to 2048 pixels"),
         ({"count": 1, "columns": ("image", "caption")}, "`columns` holds \\['caption'\\]; expected some of"),
     ],
 )

@@ -141,7 +141,7 @@ def test_twin_differs_only_where_its_object_does():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="`index` is -1; expected 0 or more"):
         make_scene(0, -1)
-    with pytest.raises(ValueError, match="`image_size` is 32; expected 48 pixels or more"):
+    with pytest.raises(ValueError, match="`image_size` is 32; expected 48 to 2048 pixels"):
         draw_scene(MANY[0], 32)
-    with pytest.raises(ValueError, match="`image_size` is 32; expected 48 pixels or more"):
+    with pytest.raises(ValueError, match="`image_size` is 32; expected 48 to 2048 pixels"):
         scene_boxes(MANY[0], 32)
