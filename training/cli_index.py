@@ -272,7 +272,7 @@ def _fit(index: Path, file: Path, prompt, vectors, query_vectors, kinds, where, 
                 raise ValueError(f"line {number} of {file} is {str(fields)!r:.80}; expected `text` and `relevant`.")
             queries.append(LabelledQuery(fields["text"], fields.get("relevant") or []))
         conditions = [Condition.parse(condition) for condition in where or []] or None
-        loaded = SearchIndex.load(index, *(load_model(model) if model else ()))
+        loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
         limits = {"prompt": prompt, "vectors": vectors, "query_vectors": query_vectors}
         fitted = fit_lexical_weight(loaded, queries, **limits, kinds=kinds or None, where=conditions)
     best, reached, dense, lexical = fitted
