@@ -36,6 +36,8 @@ def check_boxes(boxes, image_sizes: list[tuple[int, int]]) -> list[np.ndarray]:
             "list of [x0, y0, x1, y1] for each image."
         )
     rows = [row.reshape(0, 4) if row.size == 0 else row for row in rows]
+    if any(row.ndim == 0 for row in rows):
+        raise ValueError(f"`boxes` is {boxes!r}; expected for each image a list of [x0, y0, x1, y1].")
     if not any(len(row) for row in rows):
         raise ValueError(f"`boxes` is {boxes!r}, without any box; expected at least one, or None.")
     return [_check_row(row, f"boxes[{i}]", size) for i, (row, size) in enumerate(zip(rows, image_sizes))]

@@ -125,6 +125,7 @@ NO_BOXES = [
     ([[]], "`boxes` is .*, without any box; expected at least one, or None"),
     ("boxes", "`boxes` is 'boxes'; expected for each image a list of"),
     (3, "`boxes` is 3; expected"),
+    ([3], r"`boxes` is \[3\]; expected for each image a list of"),
     ([[["a", 0, 1, 2]]], "expected for each image a list of"),
     ([[[1, 2, 3]]], r"`boxes\[0\]` has shape \(1, 3\); expected \(number of boxes, 4\)"),
     ([[BOX], [BOX]], "the boxes of 2 images, but there are 1 images"),
