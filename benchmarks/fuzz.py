@@ -3,8 +3,8 @@
     pip install atheris    # wheels for CPython 3.11 to 3.13 on Linux
     python -m benchmarks.fuzz --target pictures --seconds 60
 
-Each target takes the bytes as a file and may refuse it with a `ValueError` or an `OSError`; anything else is a finding,
-which atheris prints with its input and leaves in the current folder as `crash-...`.
+Each target takes the bytes as a file and may refuse it with a `ValueError` or an `OSError`; anything else is a
+finding, which atheris prints with its input and leaves in the current folder as `crash-...`.
 """
 
 import argparse
