@@ -149,7 +149,7 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder of a checkpoint, or a name on the Hub; by default mmgem-tiny, for FOLDER mmgem-photo."
+            help="Folder of a checkpoint, or a name on the Hub; by default mmgem-tiny, for photographs mmgem-photo."
         ),
     ] = None,
     wait: Wait = False,
@@ -157,13 +157,15 @@ def demo(
 ):
     """Index, search, classify, caption and ask about a folder of photographs, or measure a drawn gallery; leave one
     HTML page."""
-    if model is None and folder is not None and not (PHOTO / "model.safetensors").is_file():
+    has_photo = (PHOTO / "model.safetensors").is_file()
+    if model is None and folder is not None and not has_photo:
         raise typer.BadParameter("mmgem-photo has no weights here; give --model")
     with work(wait):
         from mmgem.training.demo.run import run_demo
 
         name = str(TINY if folder is None else PHOTO) if model is None else model
-        page, figures = run_demo(out, *load_model(name), count, folder, label or (), question or ())
+        other = load_model(str(PHOTO)) if model is None and folder is None and has_photo else None
+        page, figures = run_demo(out, *load_model(name), count, folder, label or (), question or (), other)
     result = {"page": str(page), "figures": figures}
     answer(result, as_json, [*table(figures), *[""] * bool(figures), f"The page is {page.resolve().as_uri()}"])
 

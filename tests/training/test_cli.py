@@ -453,8 +453,13 @@ def test_a_demonstration_is_of_the_folder_the_model_and_the_words_given(checkpoi
     assert "index.html" in run("demo", gallery, "--out", tmp_path / "o", "--model", checkpoint, *words).stdout
     run("demo", "--out", tmp_path / "o", "--model", checkpoint, "--count", 12)
     given = (tmp_path / "o", str(checkpoint))
-    assert calls == [(*given, 500, gallery, ["a cat", "a dog"], ["what?"]), (*given, 12, None, (), ())]
+    assert calls == [(*given, 500, gallery, ["a cat", "a dog"], ["what?"], None), (*given, 12, None, (), (), None)]
+    monkeypatch.setattr("mmgem.training.cli.PHOTO", checkpoint)
+    run("demo", "--out", tmp_path / "o")
+    assert calls[-1][1].endswith("mmgem-tiny") and calls[-1][-1][0].name_or_path == str(checkpoint)
     monkeypatch.setattr("mmgem.training.cli.PHOTO", tmp_path / "nowhere")
+    run("demo", "--out", tmp_path / "o")
+    assert calls[-1][1].endswith("mmgem-tiny") and calls[-1][-1] is None
     assert "give --model" in run("demo", gallery, exit_code=2).output
 
 

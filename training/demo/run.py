@@ -48,6 +48,7 @@ def run_demo(
     folder: str | Path | None = None,
     labels: Sequence[str] = (),
     questions: Sequence[str] = (),
+    shows_photographs: tuple[Any, Any] | None = None,
 ) -> tuple[Path, dict[str, float]]:
     """Runs everything on pictures, and leaves a page about it.
 
@@ -60,6 +61,7 @@ def run_demo(
         count: Scenes in the gallery; most come with a twin that differs in one detail.
         folder: Photographs, at any depth. By default scenes, and the free photographs of other packages.
         labels, questions: As for `show_photographs`.
+        shows_photographs: Another model, with its processor, for photographs; by default the same for all pictures.
 
     Returns:
         The page, and the figures of `evaluate_model` on the scenes.
@@ -101,10 +103,9 @@ def run_demo(
         results |= _show_scenes(out, folders[0], count, model, processor, timed)
     if folder is not None or copy_free_photographs(photographs):
         folders.append(photographs)
-        index = out / "photograph_index"
-        results["photographs"] = timed(
-            "photographs", show_photographs, photographs, model, processor, index, labels, questions
-        )
+        index, pair = out / "photograph_index", shows_photographs or (model, processor)
+        shown = timed("photographs", show_photographs, photographs, *pair, index, labels, questions)
+        results["photographs"] = shown | {"model": Path(pair[0].name_or_path).name}
     results["images"] = sum(results[part]["images"] for part in ("gallery", "photographs") if results[part])
     (out / RESULTS_FILE).write_text(to_json(results, indent=1), encoding="utf-8")
     (out / PAGE_FILE).write_text(render_page(results, *folders), encoding="utf-8")
