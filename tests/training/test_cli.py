@@ -364,7 +364,7 @@ def test_a_job_that_is_ended_from_outside_keeps_what_it_has_embedded(checkpoint,
         return embed_images(model, processor, images)
 
     arguments = ("index", gallery, "--model", checkpoint, "--out", tmp_path / "index", "--batch-size", 2)
-    monkeypatch.setattr("mmgem.training.search.building.embed_images", embed)
+    monkeypatch.setattr("mmgem.training.search.item_embedder.embed_images", embed)
     result = run(*arguments, exit_code=128 + signal.SIGTERM)
     assert result.stderr.splitlines()[-1].startswith("mmgem: interrupted by SIGTERM; what is embedded is kept, and")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
