@@ -354,16 +354,6 @@ def test_who_interrupts_is_told_how_to_go_on(checkpoint, gallery, tmp_path, monk
     assert result.stderr.splitlines()[-1].startswith("mmgem: interrupted; what is embedded is kept, and the same")
 
 
-@pytest.fixture
-def default_signals(monkeypatch):
-    """As in a process of its own; a launcher of several processes, in an earlier test, leaves handlers behind."""
-    monkeypatch.delenv("RANK", raising=False)
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.usefixtures("default_signals")
 def test_a_job_that_is_ended_from_outside_keeps_what_it_has_embedded(checkpoint, gallery, tmp_path, monkeypatch):
     batches = []
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,13 @@ def torchrun(script: ModuleType, *arguments: str | Path):
         max_restarts=0,
         start_method="forkserver",
     )
-    elastic_launch(config, fresh_process.run_script)(script.__file__, *map(str, arguments))
+    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in caught}  # which the launcher leaves as its own
+    try:
+        elastic_launch(config, fresh_process.run_script)(script.__file__, *map(str, arguments))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def torchrun_command(script: ModuleType, *arguments: str | Path) -> int:
