@@ -111,7 +111,7 @@ def select_rows(table: pa.Table, kinds: Iterable[str], conditions: Sequence[Cond
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
-    except ValueError:
+    except (OverflowError, TypeError, ValueError):  # a JSON object, an integer of hundreds of digits, a word
         return None
     return number if math.isfinite(number) else None  # "nan" is a word, too
 

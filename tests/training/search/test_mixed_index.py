@@ -158,6 +158,9 @@ def test_conditions_compare_numbers_as_numbers_and_texts_as_texts():
         ("done=true", True, True),
         ("name<b", "a", True),
         ("name=nan", "nan", True),
+        ("edit>1", {"image": "b.png"}, False),
+        ("edit!=1", [{"image": "b.png"}, [1]], True),
+        ("year>1", 10**400, False),
     ]:
         assert Condition.parse(text).holds(value) == holds, text
     for text in ("year", "=3", ""):
