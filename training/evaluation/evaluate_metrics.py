@@ -57,22 +57,34 @@ class RecallAtK(_InMemory):
         return {f"recall@{cut_off}": recall_at(ranks, cut_off) for cut_off in cut_offs}
 
 
+def _about_captions(
+    description: str, citation: str, returns: str, predictions: str = "One caption for each image."
+) -> evaluate.MetricInfo:
+    """Of a metric that compares captions with the reference captions of their images."""
+    return evaluate.MetricInfo(
+        description=description,
+        citation=citation,
+        inputs_description=f"""
+        Args:
+            predictions: {predictions}
+            references: For each image its reference captions.
+
+        Returns:
+            {returns}
+        """,
+        features=Features(predictions=Value("string"), references=List(Value("string"))),
+    )
+
+
 class CIDErD(_InMemory):
     """CIDEr-D of captions, which needs pycocoevalcap."""
 
     def _info(self):
-        return evaluate.MetricInfo(
-            description="CIDEr-D over the words that the COCO evaluation cuts captions into.",
-            citation="Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, 2015, arXiv:1411.5726",
-            inputs_description="""
-            Args:
-                predictions: One caption for each image, of two images or more.
-                references: For each image its reference captions.
-
-            Returns:
-                `cider`, 0 to 10; papers print it times 100.
-            """,
-            features=Features(predictions=Value("string"), references=List(Value("string"))),
+        return _about_captions(
+            "CIDEr-D over the words that the COCO evaluation cuts captions into.",
+            "Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, 2015, arXiv:1411.5726",
+            returns="`cider`, 0 to 10; papers print it times 100.",
+            predictions="One caption for each image, of two images or more.",
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -83,18 +95,10 @@ class BLEU4(_InMemory):
     """BLEU-4 of captions, which needs pycocoevalcap."""
 
     def _info(self):
-        return evaluate.MetricInfo(
-            description="BLEU-4 over the words that the COCO evaluation cuts captions into.",
-            citation="Papineni et al., BLEU: a Method for Automatic Evaluation of Machine Translation, ACL 2002",
-            inputs_description="""
-            Args:
-                predictions: One caption for each image.
-                references: For each image its reference captions.
-
-            Returns:
-                `bleu4`, 0 to 1.
-            """,
-            features=Features(predictions=Value("string"), references=List(Value("string"))),
+        return _about_captions(
+            "BLEU-4 over the words that the COCO evaluation cuts captions into.",
+            "Papineni et al., BLEU: a Method for Automatic Evaluation of Machine Translation, ACL 2002",
+            returns="`bleu4`, 0 to 1.",
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -105,18 +109,10 @@ class METEOR(_InMemory):
     """METEOR of captions, which needs pycocoevalcap and Java."""
 
     def _info(self):
-        return evaluate.MetricInfo(
-            description="METEOR 1.5 of English captions, with stems, synonyms and paraphrases.",
-            citation="Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation, WMT 2014",
-            inputs_description="""
-            Args:
-                predictions: One caption for each image.
-                references: For each image its reference captions.
-
-            Returns:
-                `meteor`, 0 to 1.
-            """,
-            features=Features(predictions=Value("string"), references=List(Value("string"))),
+        return _about_captions(
+            "METEOR 1.5 of English captions, with stems, synonyms and paraphrases.",
+            "Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation, WMT 2014",
+            returns="`meteor`, 0 to 1.",
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -113,9 +113,10 @@ def fit_lexical_weight(index, queries: Sequence[LabelledQuery], **limits) -> Fit
     if not queries:
         raise ValueError("`queries` is empty; expected at least one.")
     names = np.array(index.rows["file_name"])
+    known = {*names.tolist()}
     ranks = np.zeros((len(_WEIGHTS), len(queries)))
     for number, query in enumerate(queries):
-        if missing := {*query.relevant} - {*names.tolist()} or not query.relevant:
+        if missing := {*query.relevant} - known or not query.relevant:
             raise ValueError(
                 f"`queries` holds {query.text!r} with the relevant files {missing or []!r}; expected some of the "
                 "index."
