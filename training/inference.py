@@ -256,11 +256,15 @@ def generate_captions(model, processor, images: Sequence[Any], max_new_tokens: i
 def generate_region_captions(
     model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
-    """Writes the caption of each box of one batch of images, greedily; `boxes` and order as in `embed_regions`."""
+    """Writes the caption of each box of one batch of images, greedily; `boxes` and order as in `embed_regions`.
+
+    The model's prompt "region_caption" asks for it, if there is one.
+    """
+    question = (model.config.prompts or {}).get("region_caption", "")
     captions: dict[tuple[int, int], list[str]] = {}
     for parts in _in_batches(boxes):
         some, their_boxes = [images[part.image] for part in parts], [part.boxes for part in parts]
-        prompts = [processor.prompt()] * sum(map(len, their_boxes))
+        prompts = [processor.prompt(question)] * sum(map(len, their_boxes))
         options = {"return_tensors": "pt", **processor.prompt_kwargs}
         inputs = processor(images=some, boxes=their_boxes, text=prompts, **options)
         written = iter(_generate(model, inputs, processor, max_new_tokens))

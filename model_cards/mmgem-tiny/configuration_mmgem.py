@@ -110,7 +110,7 @@ class MMGEMConfig(PreTrainedConfig):
             sequence has a row of its own. `from_towers` finds it out; an answer that does not hold is refused by the
             first step of training.
         prompts (`dict[str, str]`, optional): Instructions by name, put before what is embedded by those who ask for
-            them; sentence-transformers' prompts.
+            them; sentence-transformers' prompts. The one named "region_caption" asks for the caption of a box.
         embedding_prompt_ids (`list[int]`, optional): Tokens, such as those of "Summary of the above in one word:",
             that stand in the place of the [EMB] vectors. The embedding is then the state of the last of them, as it
             is, (H,) wide, for images as well, so that an untrained composition embeds (E5-V,

@@ -59,8 +59,8 @@ class MMGEMImageToTextPipeline(Pipeline):
                 generator or dataset, for which results are generated as they are asked for.
             boxes: Boxes to caption instead of the image: for one image a list of `[x0, y0, x1, y1]` in its pixels, for
                 a list of images a list of such lists.
-            kwargs: `prompt` (a question, or the beginning of a caption), `max_new_tokens`, `generate_kwargs`,
-                `batch_size`.
+            kwargs: `prompt` (a question, or the beginning of a caption; of boxes, by default, the model's prompt
+                "region_caption" if there is one), `max_new_tokens`, `generate_kwargs`, `batch_size`.
 
         Returns:
             `[{"generated_text": ...}]`, without the prompt, with one entry for each box and returned sequence; for a
@@ -81,8 +81,10 @@ class MMGEMImageToTextPipeline(Pipeline):
                 return [self(image, boxes=rows, **kwargs) for image, rows in zip(images, boxes)]
         return super().__call__(images, **kwargs, **({} if boxes is None else {"boxes": boxes}))
 
-    def preprocess(self, image, prompt="", boxes=None):
+    def preprocess(self, image, prompt=None, boxes=None):
         """One picture and the prompt as model inputs: one row, or one for each box."""
+        if prompt is None:
+            prompt = "" if boxes is None else (self.model.config.prompts or {}).get("region_caption", "")
         if not isinstance(prompt, str):
             raise TypeError(f"`prompt` is {prompt!r:.100}; expected a string.")
         image_token = self.processor.image_token

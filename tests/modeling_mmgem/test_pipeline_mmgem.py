@@ -73,6 +73,15 @@ def test_boxes(describe, tiny_model, tiny_processor, photos):
     assert describe(photos[2], boxes=rows[2]) == describe(photos[2])  # the box of the whole image
 
 
+def test_boxes_are_asked_for_by_their_prompt(describe, tiny_model, photos, monkeypatch):
+    box = [[0, 0, 30, 20]]
+    expected = describe(photos[0], boxes=box, prompt="a red"), describe(photos[0]), describe(photos[0], boxes=box)
+    monkeypatch.setattr(tiny_model.config, "prompts", {"region_caption": "a red"})
+    assert expected[0] != expected[2]
+    assert describe(photos[0], boxes=box) == expected[0] and describe(photos[0]) == expected[1]
+    assert describe(photos[0], boxes=box, prompt="") == expected[2]
+
+
 def test_generation_is_set_up_in_the_call(describe, tiny_model, tiny_processor, photos):
     expected = generate(tiny_model, tiny_processor, photos[0], num_beams=3, max_new_tokens=3)
     assert describe(photos[0], max_new_tokens=3, generate_kwargs={"num_beams": 3}) == [{"generated_text": expected}]

@@ -267,6 +267,17 @@ def test_many_boxes_go_through_the_model_some_at_a_time(tiny_model, tiny_process
     assert generate_region_captions(tiny_model, tiny_processor, images, boxes, max_new_tokens=4) == captions
 
 
+def test_captions_of_boxes_are_asked_for_by_their_prompt(tiny_model, tiny_processor, images, monkeypatch):
+    box, asked = [4, 4, 20, 20], "What is here?"
+    plain = generate_region_captions(tiny_model, tiny_processor, images[:1], [[box]], max_new_tokens=4)
+    monkeypatch.setattr(tiny_model.config, "prompts", {"region_caption": asked})
+    assert generate_region_captions(tiny_model, tiny_processor, images[:1], [[box]], max_new_tokens=4) != plain
+    inputs = tiny_processor(images=images[:1], boxes=[[box]], text=[tiny_processor.prompt(asked)], return_tensors="pt")
+    ids = tiny_model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    expected = [tiny_processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()]
+    assert generate_region_captions(tiny_model, tiny_processor, images[:1], [[box]], max_new_tokens=4) == expected
+
+
 def test_images_without_boxes_are_passed_over_and_of_no_boxes_nothing_is_embedded(tiny_model, tiny_processor, images):
     boxes = [[], [[0, 0, 9, 20], [5, 5, 30, 30]], [], [[0, 0, 20, 9]]]
     expected = embed_regions(tiny_model, tiny_processor, images[1::2], boxes[1::2])

@@ -54,7 +54,8 @@ class TextDrawing:
             embeds it, by the [EMB] vectors that also are its memory (the match stage of CoMa).
         prompts: Instructions by name, those of the model's configuration; "edit" stands before the instructions of
             edits, "object" before those that name a box, and the one that the `prompt_name` of a row names before the
-            other texts of the row, where they are embedded.
+            other texts of the row, where they are embedded. "region_caption" stands between a box and its caption,
+            where that is generated; without it boxes are captioned as images are.
 
     Raises:
         ValueError: For a number below 0, a probability above 1, or a template without `{label}` or with anything else.
@@ -192,8 +193,10 @@ class _RowDraw:
 
     def regions(self, in_view: Sequence[bool]):
         self.box_order = [box for box in self._some(range(len(in_view)), len(in_view)) if in_view[box]]
+        question = self.prompts.get("region_caption", "")
         for box in self.box_order[: self.options.regions_per_image]:
-            self._describe(self.images[0], self.row["region_captions"][box], box_index=self._place_of(box))
+            caption, place = self.row["region_captions"][box], self._place_of(box)
+            self._describe(self.images[0], caption, question, box_index=place)
 
     def hard_negatives(self):
         for text in self._some(self.row.get("hard_negatives") or [], self.options.hard_negatives_per_image):
@@ -235,9 +238,13 @@ class _RowDraw:
             target_row = memory_of(image)
             self._embed(caption, image_index=image, target_row=target_row)
 
-    def _describe(self, image: int, text: str, **columns):
-        """A text that is embedded, with the row's prompt before it, and generated, without."""
-        if self.prompt:
+    def _describe(self, image: int, text: str, question: str = "", **columns):
+        """A text that is embedded, with the row's prompt before it, and generated, without, as the answer to a
+        question if there is one."""
+        if question:
+            self._embed(text, image_index=image, **columns)
+            self._answer({"question": question, "answer": text}, image_index=image, **columns)
+        elif self.prompt:
             self._embed(text, image_index=image, **columns)
             self._add(text, image_index=image, **columns)
         else:

@@ -158,7 +158,7 @@ def load_recipe(path: str | Path) -> Recipe:
     | `model` | which model, in one of four ways, see below |
     | `tokenizer` | arguments of `train_tokenizer`, which learns from the data of the first stage |
     | `image_processor` | arguments of the image processor that are to be others |
-    | `prompts` | instructions by name, which the model keeps and those who embed with it can ask for |
+    | `prompts` | instructions by name, which the model keeps for those who embed or, "region_caption", caption boxes |
     | `generation` | arguments of `GenerationConfig` by which the model writes; by default its own |
     | `eval_data` | a data section (see [`mmgem.training.data.open_source.open_source`]) to measure the model on |
     | `seed` | of weights, orders and draws; 0 by default |

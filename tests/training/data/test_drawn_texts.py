@@ -118,6 +118,23 @@ def test_the_prompt_of_a_row_stands_before_what_is_embedded(tiny_processor):
         collator([row("a", prompt_name="ask", row_key="x:1")])
 
 
+@pytest.mark.parametrize("prompt_name", [None, "query"])
+def test_the_caption_of_a_box_is_embedded_alone_and_written_after_its_prompt(tiny_processor, prompt_name):
+    prompts = {"query": "find: ", "region_caption": "what is here?"}
+    collator = MMGEMCollator(tiny_processor, prompts=prompts, regions_per_image=1)
+    batch = collator([boxed("a") | {"prompt_name": prompt_name}])
+    texts, written = texts_of(batch, tiny_processor), written_of(batch, tiny_processor)
+    caption, *_, embedded, asked = texts
+    region = written[-1]
+    assert region.startswith("region ") and asked == f"what is here? {region}" and "caption of a" in written
+    assert embedded == ("find: " if prompt_name else "") + region and written[-2] == ""
+    assert batch["contrastive_mask"].tolist()[-2:] == [True, False] and batch["box_index"].tolist()[-2:] == [0, 0]
+    # The prompt is tokenized as those who generate tokenize it.
+    prompt = batch["input_ids"][-1][(batch["labels"][-1] == -100) & batch["attention_mask"][-1].bool()].tolist()
+    ids = tiny_processor.prompt_ids("what is here?")
+    assert [token for token in ids if token != tiny_processor.image_token_id] == prompt
+
+
 def test_an_edit_without_its_image_is_left_alone(tiny_processor):
     rows = [row("a", edit={"instruction": "paint it red"}), row("b", edit={"instruction": None, "file_name": None})]
     batch = MMGEMCollator(tiny_processor, edits_per_image=1)(rows)
