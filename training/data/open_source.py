@@ -78,7 +78,7 @@ def open_source(section: Mapping[str, Any]) -> Source:
     | `scenes: {seed: ..., count: ...}` | arguments of [`mmgem.training.scenes.dataset.SceneDataset`] |
     | `folder: PATH` | an image folder, see [`mmgem.training.data.image_folder.read_image_folder`] |
     | `parquet: PATTERN` | tables, see [`mmgem.training.data.tables.open_parquet`] |
-    | `dataset: NAME`, `name`, `split`, `streaming` | see [`mmgem.training.data.tables.open_dataset`] |
+    | `dataset: NAME`, `name`, `split`, `streaming`, `data_files` | see [`mmgem.training.data.tables.open_dataset`] |
     | `webdataset: PATTERN` | tar files, see [`mmgem.training.data.shards.ShardSource`] |
 
     Args:

@@ -122,6 +122,7 @@ def open_dataset(
     name: str | None = None,
     split: str = "train",
     streaming: bool = False,
+    data_files: str | list[str] | None = None,
     columns: Mapping[str, ColumnName] | None = None,
 ) -> Source:
     """The rows that `datasets.load_dataset` loads, or `save_to_disk` has written.
@@ -131,6 +132,7 @@ def open_dataset(
         name: Of the configuration.
         split: Of the data.
         streaming: Whether to read rows as they come, instead of preparing all of them first; see [`StreamSource`].
+        data_files: The files to read where `dataset` is a format, such as `text`, whose lines are rows.
         columns: As for `Source`.
 
     Raises:
@@ -147,7 +149,7 @@ def open_dataset(
         if streaming:
             data = data.to_iterable_dataset()
     else:
-        data = datasets.load_dataset(dataset, name, split=split, streaming=streaming)
+        data = datasets.load_dataset(dataset, name, data_files=data_files, split=split, streaming=streaming)
     source = StreamSource(data, dataset, columns) if streaming else TableSource(data, dataset, columns)
     source.allow_outside_paths = True  # the library has prepared them, and gives files by absolute paths
     return source
