@@ -121,7 +121,11 @@ def index(
         f"{', '.join(kinds)} in {out}, {report.embedded} of them new; {len(report.skipped)} files left out; "
         f"{report.bytes_per_image:,} bytes for each image"
     )
-    answer(result, as_json, [summary])
+    lines = [summary]
+    if report.recall:
+        reached = ", ".join(f"{recall:.3f} of {queries}" for queries, recall in report.recall.items())
+        lines += [f"searched by lists; recall@10 against a comparison with all vectors: {reached}"]
+    answer(result, as_json, lines)
 
 
 def search(

@@ -3,18 +3,22 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from mmgem.processing.image_loading import MAX_PIXELS
 from mmgem.training.data.image_files import FoundImages, ImageReader, Skipped, find_images, shorter_side_for
 from mmgem.training.data.image_folder import METADATA_NAMES
 from mmgem.training.output_lock import one_writer
+from mmgem.training.search.checked_files import DamagedFileError
 from mmgem.training.search.fingerprint import Fingerprint
+from mmgem.training.search.inverted_lists import is_large
 from mmgem.training.search.item_embedder import ROWS_PER_PART, ItemEmbedder, ReadItem
 from mmgem.training.search.items import (
     EMBEDDED_AS,
@@ -29,6 +33,7 @@ from mmgem.training.search.items import (
     read_descriptions,
     read_texts,
 )
+from mmgem.training.search.list_making import make_lists
 from mmgem.training.search.merging import (
     EarlierRows,
     EarlierRun,
@@ -68,6 +73,7 @@ class IndexReport(NamedTuple):
         bytes_per_image: Bytes that the vectors and the memory of one image take.
         passed_over: How many files and links there are that are not read, by kind, see `FoundImages`.
         rows: How many rows of each kind there are, see `Item`.
+        recall: Of a search by lists, see `InvertedLists`; nothing where a search compares all vectors.
     """
 
     images: int
@@ -76,6 +82,7 @@ class IndexReport(NamedTuple):
     bytes_per_image: int
     passed_over: dict[str, int]
     rows: dict[str, int]
+    recall: dict[str, float] = {}
 
 
 @one_writer
@@ -190,7 +197,8 @@ def build_index(
         if settings.precision == "int8":
             facts = replace(facts, bound=common_bound(runs))
         batches = merge(runs, rows, facts.codec)
-        write_index(out, facts, stored.version + 1 if stored else 1, len(rows), batches, whole_images(rows))
+        make = _list_maker(facts, model, processor, stored, rows)
+        write_index(out, facts, stored.version + 1 if stored else 1, len(rows), batches, whole_images(rows), make)
     remove_parts(unfinished)
     counts = dict(Counter(kind for _, kind, _ in rows))
     images = sum(counts.get(kind, 0) for kind in WHOLE_IMAGES)
@@ -199,8 +207,10 @@ def build_index(
             "images and texts are in one index, and the model is not calibrated: texts may come first whatever is "
             "looked for; see `mmgem calibrate`"
         )
-    size = read_index(out, "out").bytes_per_row
-    return IndexReport(images, len(new), skipped, size, found.passed_over, dict(sorted(counts.items())))
+    written = read_index(out, "out")
+    recall = {} if written.lists is None else written.lists.recall
+    kinds_of_rows = dict(sorted(counts.items()))
+    return IndexReport(images, len(new), skipped, written.bytes_per_row, found.passed_over, kinds_of_rows, recall)
 
 
 def _read_same(place: Path, facts: IndexFacts, moved: bool) -> StoredIndex:
@@ -232,6 +242,16 @@ def _read_same(place: Path, facts: IndexFacts, moved: bool) -> StoredIndex:
     return stored
 
 
+def _list_maker(facts: IndexFacts, model, processor, stored: StoredIndex | None, rows: Mapping[RowKey, Place]):
+    """As for `write_index`: lists that keep what is in those of the index that is there."""
+    earlier = earlier_rows = None
+    if stored is not None and stored.lists is not None:
+        with suppress(DamagedFileError):  # they are made anew
+            earlier = stored.lists.read()
+            earlier_rows = np.array([place.row if place.run == 0 else -1 for place in rows.values()])
+    return lambda written: make_lists(written, facts, model, processor, earlier, earlier_rows)
+
+
 def _is_current(stored: StoredIndex | None, facts: IndexFacts, rows: dict[RowKey, Place]) -> bool:
     """Whether the index that is there has these rows, and no others, of the same folder."""
     if stored is None or stored.rows is None or stored.version == 0:
@@ -239,6 +259,10 @@ def _is_current(stored: StoredIndex | None, facts: IndexFacts, rows: dict[RowKey
     if (stored.facts.folder, stored.facts.model) != (facts.folder, facts.model):
         return False
     if stored.facts.settings != facts.settings:
+        return False
+    if is_large(len(stored.rows), facts.settings.vectors) != (stored.lists is not None):
+        return False
+    if stored.lists is not None and stored.lists.file.damaged_blocks():
         return False
     return rows == EarlierRows([EarlierRun(stored.rows, stored.facts.codec)]).by_key
 

@@ -16,6 +16,7 @@ from mmgem.training.loading import load_checkpoint
 from mmgem.training.search.conditions import Condition, select_rows
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.hybrid import RANKED, LexicalSearch, fuse_ranks
+from mmgem.training.search.inverted_lists import InvertedLists
 from mmgem.training.search.storage import UNFINISHED, IndexFacts, IndexRows, is_index, read_index
 from mmgem.training.search.vector_search import VectorSearch
 from mmgem.training.similarity_maps import SimilarityMap, similarity_map
@@ -59,11 +60,13 @@ class SearchIndex:
         facts: What is known of them.
         model: The `MMGEMModel` that embedded them.
         processor: Its `MMGEMProcessor`.
+        lists: The lists of an index whose vectors stay on the disk.
     """
 
-    def __init__(self, rows: IndexRows, facts: IndexFacts, model, processor):
+    def __init__(self, rows: IndexRows, facts: IndexFacts, model, processor, lists: InvertedLists | None = None):
         self.rows, self.facts, self.model, self.processor = rows, facts, model, processor
-        self.vectors = VectorSearch(rows.arrays["embedding"][:], facts.codec)
+        codes = rows.arrays["embedding"]
+        self.vectors = VectorSearch(codes[:] if lists is None else codes, facts.codec, lists)
         self._checked: set[str] = set()
         self._selected: tuple[tuple, np.ndarray] = ((), np.empty(0, int))  # the last limits, and their rows
 
@@ -99,7 +102,7 @@ class SearchIndex:
             model, processor = load_checkpoint(stored.facts.model)
         if stored.rows is None:
             raise ValueError(f"`path` is {str(path)!r}, which holds parts of an index; expected the folder it is in.")
-        index = cls(stored.rows, stored.facts, model, processor)
+        index = cls(stored.rows, stored.facts, model, processor, None if stored.lists is None else stored.lists.read())
         index._check("weights", *(kind for kind in model.config.embedded_kinds if kind == "text"))
         return index
 

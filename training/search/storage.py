@@ -8,6 +8,7 @@ settings, and which files belong to it, with a checksum of each MiB of each:
   is said of it) and `content` (a hash of what was embedded);
 - `embedding-V.npy`: the codes of its vectors; `memory-V.npy`, if it is kept, the memory of the first rows, which are
   those of whole images, float16;
+- `lists-V.faiss`, of an index with many vectors: the lists that these are in, see `InvertedLists`;
 - `probes-V.safetensors`: what the model made of the probes of its fingerprint.
 
 V is the number of an update. An update writes files of its own beside those of the one before it, and then replaces
@@ -17,7 +18,7 @@ the manifest, in one step: a reader has the one or the other. Who has files open
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from mmgem.training.search.checked_files import (
     write_json,
 )
 from mmgem.training.search.fingerprint import Fingerprint
+from mmgem.training.search.inverted_lists import InvertedLists
 from mmgem.training.search.settings import IndexSettings
 from mmgem.training.search.vector_codec import VectorCodec
 
@@ -45,8 +47,11 @@ MANIFEST = "search_index.json"
 UNFINISHED = "unfinished"  # the folder, in that of the index, of what a run has embedded until it ends
 FORMAT = 4
 _ROW_OF_FORMAT_3 = {"kind": "image", "part": 0, "text": "", "metadata": "", "box": None}  # besides what it has
-_FILES_OF_AN_UPDATE = re.compile(r"(rows|embedding|memory|probes)-\d+\.(parquet|npy|safetensors)|search_index\.tmp")
+_FILES_OF_AN_UPDATE = re.compile(
+    r"(rows|embedding|memory|lists|probes)-\d+\.(parquet|npy|faiss|safetensors)|search_index\.tmp"
+)
 _FORMAT_2_FILES = ("rows.arrow", "probes.safetensors")
+_READ_ANYWAY, _READ_AT_MOST = 1 << 14, 1 << 24  # bytes between rows that are asked for; and of rows at a time
 _DAMAGE = (AttributeError, KeyError, TypeError, ValueError, OSError, SafetensorError, pa.ArrowException)
 
 
@@ -72,9 +77,18 @@ class ArrayFile:
             start, stop, _ = rows.indices(len(self))
             return self._read(start, stop)
         numbers = np.asarray(rows, dtype=np.int64)
+        try:
+            return self._gather(numbers, -(-_READ_ANYWAY // self._row_bytes))
+        except DamagedFileError:  # perhaps what lies between them is damaged
+            return self._gather(numbers, 1)
+
+    def _gather(self, numbers: np.ndarray, near: int) -> np.ndarray:
+        """The rows with these numbers; what lies between such as are at most `near` apart is read, too."""
         array = np.empty((len(numbers), *self.shape[1:]), self.dtype)
         order = np.argsort(numbers, kind="stable")
-        for run in np.split(order, np.flatnonzero(np.diff(numbers[order]) > 1) + 1) if len(order) else []:
+        far = -(-_READ_AT_MOST // self._row_bytes)
+        is_apart = (np.diff(numbers[order]) > near) | (np.diff(numbers[order] // far) > 0)
+        for run in np.split(order, np.flatnonzero(is_apart) + 1) if len(order) else []:
             first = int(numbers[run[0]])
             array[run] = self._read(first, int(numbers[run[-1]]) + 1)[numbers[run] - first]
         return array
@@ -93,6 +107,35 @@ class ArrayFile:
         except DamagedFileError as error:
             raise DamagedFileError(f"{error} `mmgem index` embeds anew what is lost.") from error
         return np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
+
+
+class ListsFile:
+    """The lists of an index in a file, which is small beside the vectors and read as a whole.
+
+    Args:
+        folder: Where the file is.
+        facts: Those of `CheckedFile`, with `vectors`, `effort` and `recall` of `InvertedLists`.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]):
+        self.file, self.facts = CheckedFile(folder, facts), facts
+
+    @property
+    def recall(self) -> dict[str, float]:
+        """See `InvertedLists`."""
+        return self.facts["recall"]
+
+    def read(self) -> InvertedLists:
+        """Reads the lists.
+
+        Raises:
+            DamagedFileError: If they are not what was written.
+        """
+        try:
+            data = self.file.read()
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error} `mmgem index` makes the lists anew.") from error
+        return InvertedLists.from_bytes(data, *(self.facts[name] for name in ("vectors", "effort", "recall")))
 
 
 class IndexRows:
@@ -153,11 +196,13 @@ class StoredIndex:
         facts: What is known of its rows.
         rows: The rows; None in a folder that holds parts instead.
         version: The number of the update; 0 for an index of an earlier format.
+        lists: The lists of its vectors; None where a search compares all.
     """
 
     facts: IndexFacts
     rows: IndexRows | None
     version: int
+    lists: ListsFile | None = None
 
     @property
     def bytes_per_row(self) -> int:
@@ -186,6 +231,7 @@ def write_index(
     count: int = 0,
     batches: Iterable[Mapping[str, Any]] = (),
     memories: int | None = None,
+    make_lists: Callable[[IndexRows], InvertedLists | None] = lambda rows: None,
 ) -> None:
     """Writes an index, which takes the place of the one that is there in one step.
 
@@ -195,9 +241,11 @@ def write_index(
         version: The number of the update, another than that of the index that is there.
         count: The number of rows; 0 for none.
         batches, memories: As for `write_rows`.
+        make_lists: Makes the lists of the rows, which are on the disk, if they are enough.
     """
     place.mkdir(parents=True, exist_ok=True)
     rows = write_rows(place, str(version), count, batches, memories) if count else None
+    lists = None if rows is None else _write_lists(place, version, make_lists(read_rows(place, rows)))
     with write_checked(place / f"probes-{version}.safetensors") as probes:
         probes.write(save({kind: probe.contiguous() for kind, probe in facts.fingerprint.probes.items()}))
     manifest = {
@@ -210,6 +258,7 @@ def write_index(
         "bound": facts.bound,
         "probes": probes.facts,
         "rows": rows,
+        "lists": lists,
     }
     write_json(place / MANIFEST, manifest)
     own = {file.path.name for file in _files(place, manifest)}
@@ -217,6 +266,15 @@ def write_index(
         if path.name not in own and (_FILES_OF_AN_UPDATE.fullmatch(path.name) or path.name in _FORMAT_2_FILES):
             with suppress(PermissionError):  # of Windows, where somebody reads it; the next update deletes it
                 path.unlink()
+
+
+def _write_lists(place: Path, version: int, lists: InvertedLists | None) -> dict[str, Any] | None:
+    """What `ListsFile` knows the lists by."""
+    if lists is None:
+        return None
+    with write_checked(place / f"lists-{version}.faiss") as file:
+        file.write(lists.to_bytes())
+    return file.facts | {"vectors": lists.vectors, "effort": lists.effort, "recall": lists.recall}
 
 
 def read_index(place: Path, name: str) -> StoredIndex:
@@ -431,7 +489,10 @@ def _open(place: Path, manifest: Mapping[str, Any]) -> StoredIndex:
         fingerprint=Fingerprint(manifest["model_settings"], probes),
         bound=manifest["bound"],
     )
-    return StoredIndex(facts, rows, manifest.get("version", 0))
+    lists = ListsFile(place, manifest["lists"]) if manifest.get("lists") else None
+    if lists is not None:
+        lists.file.hold()
+    return StoredIndex(facts, rows, manifest.get("version", 0), lists)
 
 
 def _read_rows_of_format_2(path: Path) -> IndexRows:
@@ -463,7 +524,8 @@ def _to_numpy(values: pa.Array) -> np.ndarray:
 def _files(place: Path, manifest: Mapping[str, Any]) -> list[CheckedFile]:
     """All files that a manifest names."""
     rows = [] if manifest["rows"] is None else _row_files(place, manifest["rows"])
-    return [CheckedFile(place, manifest["probes"]), *rows]
+    lists = [CheckedFile(place, manifest["lists"])] if manifest.get("lists") else []
+    return [CheckedFile(place, manifest["probes"]), *lists, *rows]
 
 
 def _row_files(place: Path, facts: Mapping[str, Any]) -> list[CheckedFile]:

@@ -72,7 +72,7 @@ def test_the_vision_tower_runs_once_over_each_image(folder, out, tiny_processor,
 
 def test_an_index_has_the_unit_embedding_of_every_image(folder, out, tiny_model, tiny_processor):
     report = build_index(folder, tiny_model, tiny_processor, out, batch_size=3)
-    assert report == (7, 7, [], 64, {}, {"image": 7})
+    assert report == (7, 7, [], 64, {}, {"image": 7}, {})
     rows = read(out)
     assert rows["file_name"] == sorted(NAMES)
     assert set(zip(rows["width"], rows["height"], strict=True)) == {(40, 30)}

@@ -1,0 +1,279 @@
+"""Engines for the vectors of many images, in one run: what each takes to build, to keep, to open and to ask.
+
+    python -m benchmarks.vector_engines [--images 1000000] [--dimensions 192] [--engine faiss-ivf-sq8 ...]
+
+The vectors are drawn, since no million of photographs is at hand: 300 topics, 20,000 clusters around them of sizes by
+Zipf's law, and vectors around those, all with variances that fall as 1 / i from dimension to dimension, as those of
+mmgem-photo's vectors of photographs do. Half of the queries are drawn as the vectors are, as pictures that are looked
+for; the other half lie off them in a common direction, as texts do.
+
+Each engine gets the smallest effort (lists, candidates) at which both halves reach the recall@10 that is asked for.
+All but the exact one rescore candidates by the vectors as they are. Time is that of one query after the other, CPU and
+wall; "open" is a new process, from importing the engine to the first answer.
+"""
+
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+TOP = 10
+CANDIDATES = 10 * TOP  # that are rescored
+HEADER = (
+    "engine", "build CPU s", "MB on disk", "open s", "effort", "recall, like images", "like texts",
+    "p50 ms", "p99 ms", "CPU ms",
+)  # fmt: skip
+_AT_A_TIME = 50_000
+Search = Callable[[np.ndarray, int], np.ndarray]  # (query, effort) -> (n,) candidates
+
+
+class Draw:
+    """Vectors that are clustered as those of photographs are.
+
+    Args:
+        dimensions: Their width D.
+        generator: The source of chance.
+    """
+
+    def __init__(self, dimensions: int, generator: np.random.Generator):
+        self._generator, self._shape = generator, dimensions
+        self._deviations = (1 / np.sqrt(1 + np.arange(dimensions))).astype(np.float32)
+        topics = self._noise(300)
+        self._centers = 0.7 * (topics[generator.integers(len(topics), size=20_000)] + self._noise(20_000))
+        sizes = (1 + np.arange(len(self._centers))) ** -0.7
+        self._shares = sizes / sizes.sum()
+        self._off = self._noise(1)
+
+    def images(self, count: int) -> np.ndarray:
+        """(count, D) float32 of unit length."""
+        clusters = self._generator.choice(len(self._centers), size=count, p=self._shares)
+        return _unit(self._centers[clusters] + 0.6 * self._noise(count))
+
+    def texts(self, count: int) -> np.ndarray:
+        """(count, D) float32 of unit length."""
+        return _unit(self.images(count) + 0.3 * (self._off + self.images(count)))
+
+    def _noise(self, count: int) -> np.ndarray:
+        return self._generator.standard_normal((count, self._shape), dtype=np.float32) * self._deviations
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+class Faiss:
+    """An index of `faiss.index_factory`.
+
+    Args:
+        description: What it makes of it, with {lists} for the number of lists.
+        effort: The name of the parameter that is turned, and its values.
+    """
+
+    def __init__(self, description: str, effort: tuple[str, list[int]]):
+        self.description, (self.name, self.efforts) = description, effort
+
+    def build(self, vectors: np.ndarray, folder: Path) -> None:
+        import faiss
+
+        lists = 1 << round(np.log2(2 * len(vectors) ** 0.5))
+        inner_product = faiss.METRIC_INNER_PRODUCT
+        index = faiss.index_factory(vectors.shape[1], self.description.format(lists=lists), inner_product)
+        chosen = np.random.default_rng(0).choice(len(vectors), min(len(vectors), 64 * lists), replace=False)
+        index.train(vectors[np.sort(chosen)])
+        for start in range(0, len(vectors), _AT_A_TIME):
+            index.add(vectors[start : start + _AT_A_TIME])
+        faiss.write_index(index, str(folder / "index.faiss"))
+
+    def open(self, folder: Path) -> Search:
+        import faiss
+
+        flags = faiss.IO_FLAG_MMAP_IFC if "Flat" in self.description else 0
+        index = faiss.read_index(str(folder / "index.faiss"), flags)
+        space = faiss.ParameterSpace()
+
+        def search(query: np.ndarray, effort: int) -> np.ndarray:
+            space.set_index_parameter(index, self.name, effort)
+            return index.search(query[None], CANDIDATES)[1][0]
+
+        return search
+
+
+class Usearch:
+    """HNSW of usearch, a byte for each value, which is read from the disk as it is needed."""
+
+    efforts = [64, 128, 256, 512, 1024]
+
+    def build(self, vectors: np.ndarray, folder: Path) -> None:
+        from usearch.index import Index
+
+        index = Index(ndim=vectors.shape[1], metric="ip", dtype="i8")
+        index.add(np.arange(len(vectors)), vectors, threads=os.cpu_count() or 1)
+        index.save(str(folder / "index.usearch"))
+
+    def open(self, folder: Path) -> Search:
+        from usearch.index import Index
+
+        index = Index.restore(str(folder / "index.usearch"), view=True)
+
+        def search(query: np.ndarray, effort: int) -> np.ndarray:
+            index.expansion_search = effort
+            return index.search(query, CANDIDATES, threads=1).keys.astype(np.int64)
+
+        return search
+
+
+class LanceDB:
+    """A table of LanceDB with an index, which rescores by itself.
+
+    Args:
+        index_type: The kind of index.
+    """
+
+    efforts = [8, 16, 32, 64, 128, 256]
+
+    def __init__(self, index_type: str):
+        self.index_type = index_type
+
+    def build(self, vectors: np.ndarray, folder: Path) -> None:
+        import lancedb
+        import pyarrow as pa
+        from lancedb.index import IvfPq, IvfSq
+
+        def batches():
+            for start in range(0, len(vectors), _AT_A_TIME):
+                part = vectors[start : start + _AT_A_TIME]
+                column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), part.shape[1])
+                yield pa.record_batch({"row": pa.array(range(start, start + len(part))), "vector": column})
+
+        schema = next(batches()).schema
+        table = lancedb.connect(folder / "lance").create_table("images", batches(), schema=schema)
+        lists = 1 << round(np.log2(2 * len(vectors) ** 0.5))
+        if self.index_type == "IVF_PQ":
+            config = IvfPq(distance_type="dot", num_partitions=lists, num_sub_vectors=vectors.shape[1] // 4)
+        else:
+            config = IvfSq(distance_type="dot", num_partitions=lists)
+        table.create_index("vector", config=config)
+
+    def open(self, folder: Path) -> Search:
+        import lancedb
+
+        table = lancedb.connect(folder / "lance").open_table("images")
+
+        def search(query: np.ndarray, effort: int) -> np.ndarray:
+            found = table.search(query).distance_type("dot").nprobes(effort).refine_factor(CANDIDATES // TOP)
+            return found.select(["row", "_distance"]).limit(TOP).to_arrow()["row"].to_numpy()
+
+        return search
+
+
+_LISTS = "nprobe", [4, 8, 16, 32, 64, 128, 256]
+ENGINES: dict[str, Any] = {
+    "faiss-exact": Faiss("Flat", ("verbose", [0])),
+    "faiss-ivf-sq8": Faiss("IVF{lists},SQ8", _LISTS),
+    "faiss-ivf-pq": Faiss("IVF{lists},PQ48", _LISTS),
+    "faiss-ivf-flat": Faiss("IVF{lists},Flat", _LISTS),
+    "faiss-hnsw-sq8": Faiss("HNSW32_SQ8", ("efSearch", [64, 128, 256, 512, 1024])),
+    "usearch-i8": Usearch(),
+    "lancedb-ivf-pq": LanceDB("IVF_PQ"),
+    "lancedb-ivf-sq": LanceDB("IVF_SQ"),
+}
+
+
+def nearest(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """(Q, TOP) The numbers of the nearest vectors, by all products."""
+    best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    for start in range(0, len(vectors), _AT_A_TIME):
+        scores = queries @ vectors[start : start + _AT_A_TIME].T
+        rows = np.argpartition(-scores, TOP, axis=1)[:, :TOP]
+        joined = np.hstack([best[0], np.take_along_axis(scores, rows, 1)]), np.hstack([best[1], rows + start])
+        order = np.argsort(-joined[0], axis=1)[:, :TOP]
+        best = tuple(np.take_along_axis(one, order, 1) for one in joined)  # type: ignore[assignment]
+    return best[1]
+
+
+def measure(
+    engine, folder: Path, vectors: np.ndarray, queries: np.ndarray, expected: np.ndarray, aim: float
+) -> list[str]:
+    """A row of the table, for an engine whose index is in the folder."""
+    search = engine.open(folder)
+
+    def ask(query: np.ndarray, effort: int) -> np.ndarray:
+        rows = search(query, effort)
+        rows = rows[rows >= 0]
+        return rows[np.argsort(-(vectors[rows] @ query))[:TOP]]
+
+    ask(queries[0], engine.efforts[0])
+    for effort in engine.efforts:
+        seconds, cpu = [], time.process_time()
+        hits = np.empty(len(queries))
+        for number, query in enumerate(queries):
+            start = time.perf_counter()
+            found = ask(query, effort)
+            seconds.append(time.perf_counter() - start)
+            hits[number] = len(np.intersect1d(found, expected[number])) / TOP
+        cpu = (time.process_time() - cpu) / len(queries)
+        like_images, like_texts = hits[: len(queries) // 2].mean(), hits[len(queries) // 2 :].mean()
+        if min(like_images, like_texts) >= aim:
+            break
+    figures = 1e3 * statistics.median(seconds), 1e3 * np.quantile(seconds, 0.99), 1e3 * cpu
+    return [f"{effort}", f"{like_images:.3f}", f"{like_texts:.3f}", *(f"{figure:.1f}" for figure in figures)]
+
+
+def _open_anew(name: str, folder: Path, query: np.ndarray, effort: int) -> float:
+    start = time.perf_counter()
+    ENGINES[name].open(folder)(query, effort)
+    return time.perf_counter() - start
+
+
+def compare(names: list[str], images: int, dimensions: int, queries: int, aim: float, folder: Path) -> str:
+    """The table of the benchmark, as markdown."""
+    from benchmarks.measure import markdown_table
+
+    draw = Draw(dimensions, np.random.default_rng(0))
+    np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, (images, dimensions)).flush()
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r+")
+    for start in range(0, images, _AT_A_TIME):
+        vectors[start : start + _AT_A_TIME] = draw.images(min(_AT_A_TIME, images - start))
+    asked = np.concatenate([draw.images(queries // 2), draw.texts(queries // 2)])
+    expected = nearest(vectors, asked)
+    rows = []
+    for name in names:
+        place = folder / name
+        place.mkdir()
+        cpu = time.process_time()
+        ENGINES[name].build(vectors, place)
+        cpu = time.process_time() - cpu
+        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        figures = measure(ENGINES[name], place, vectors, asked, expected, aim)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            opened = pool.apply(_open_anew, (name, place, asked[0], int(figures[0])))
+        rows.append([name, f"{cpu:.0f}", f"{size / 1e6:.0f}", f"{opened:.2f}", *figures])
+        print("\t".join(rows[-1]), flush=True)
+        shutil.rmtree(place)
+    return markdown_table(HEADER, rows)
+
+
+def main(
+    images: Annotated[int, typer.Option(min=1000, help="In the index.")] = 1_000_000,
+    dimensions: Annotated[int, typer.Option(min=48, help="Of a vector, a multiple of 48.")] = 192,
+    queries: Annotated[int, typer.Option(min=2, help="Half of them like images, half like texts.")] = 400,
+    recall: Annotated[float, typer.Option(min=0, max=1, help="Recall@10 to reach in both halves.")] = 0.98,
+    engine: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(ENGINES)}; by default all.")] = None,
+):
+    from benchmarks.measure import machine_facts
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = compare(engine or list(ENGINES), images, dimensions, queries, recall, Path(folder))
+    print(machine_facts(), f"{images:,} x {dimensions}, seed 0.", table, sep="\n\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
