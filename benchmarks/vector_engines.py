@@ -227,7 +227,13 @@ def measure(
     return [f"{effort}", f"{like_images:.3f}", f"{like_texts:.3f}", *(f"{figure:.1f}" for figure in figures)]
 
 
-def _open_anew(name: str, folder: Path, query: np.ndarray, effort: int) -> float:
+def open_anew(name: str, folder: Path, query: np.ndarray, effort: int) -> float:
+    """Seconds from importing an engine to its first answer, in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_open, (name, folder, query, effort))
+
+
+def _open(name: str, folder: Path, query: np.ndarray, effort: int) -> float:
     start = time.perf_counter()
     ENGINES[name].open(folder)(query, effort)
     return time.perf_counter() - start
@@ -253,8 +259,7 @@ def compare(names: list[str], images: int, dimensions: int, queries: int, aim: f
         cpu = time.process_time() - cpu
         size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
         figures = measure(ENGINES[name], place, vectors, asked, expected, aim)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            opened = pool.apply(_open_anew, (name, place, asked[0], int(figures[0])))
+        opened = open_anew(name, place, asked[0], int(figures[0]))
         rows.append([name, f"{cpu:.0f}", f"{size / 1e6:.0f}", f"{opened:.2f}", *figures])
         print("\t".join(rows[-1]), flush=True)
         shutil.rmtree(place)

@@ -18,6 +18,7 @@ from benchmarks import (
     search,
     serving,
     training_memory,
+    vector_engines,
 )
 from benchmarks.setting import build_model, micro_setting
 from mmgem.training.loading import load_checkpoint
@@ -102,6 +103,15 @@ def test_the_prefill_is_what_the_fused_embedding_contains():
     assert prefill.shape[1] == tokens
     logits = found[fused_cost.PROMPT].logits  # (B, 1, vocabulary)
     torch.testing.assert_close(model.get_output_embeddings()(prefill[:, -1:]), logits)
+
+
+@pytest.mark.parametrize("engine", ["faiss-exact", "faiss-ivf-sq8", "usearch-i8"])
+def test_vector_engines(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(vector_engines, "open_anew", lambda name, folder, query, effort: 0.5)  # in a new process
+    table = vector_engines.compare([engine], images=2000, dimensions=48, queries=20, aim=0.9, folder=tmp_path)
+    [[name, _, size, opened, _, like_images, like_texts, *milliseconds]] = rows_of(table)
+    assert name == engine and opened == "0.50" and not list(tmp_path.glob(engine))
+    assert min(float(like_images), float(like_texts)) >= 0.9 and all(float(one) >= 0 for one in milliseconds)
 
 
 def test_search():
