@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 
+import fresh_process
 import pytest
 
 # Read when the libraries are imported. Each process of pytest has its own copies of remote code and data sets, no
@@ -13,24 +14,32 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import torch
-from tiny_models import IMAGE_SIZE, TEXTS, build_model
-from transformers import SiglipImageProcessorPil
-
-from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.processing.processing_mmgem import MMGEMProcessor
-from mmgem.training import inference
-from mmgem.training.recipes.tokenizer import train_tokenizer
+# The libraries are imported by the tests, and not here: the process that only gives work to others needs none of them.
+gc.disable()  # while they are imported, of which nothing is garbage
 
 
 def pytest_addoption(parser):
     parser.addoption("--write-pages", action="store_true", help="write docs/compatibility.md again")
 
 
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        fresh_process.fork_server()
+
+
+@pytest.hookimpl(trylast=True)  # of those that are left
+def pytest_collection_modifyitems(items):
+    """Long files first, so that at the end no worker waits for another."""
+    slow: dict = {}
+    for item in items:
+        slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[item.path])
+
+
 def pytest_collection_finish():
     """What the libraries hold stays; a trainer collects garbage at each of its ends, half a second of it otherwise."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure():
@@ -38,12 +47,20 @@ def pytest_unconfigure():
 
 
 @pytest.fixture
-def tiny_model() -> MMGEMModel:
+def tiny_model():
+    from tiny_models import build_model
+
     return build_model()
 
 
 @pytest.fixture(scope="session")
-def tiny_processor() -> MMGEMProcessor:
+def tiny_processor():
+    from tiny_models import IMAGE_SIZE, TEXTS
+    from transformers import SiglipImageProcessorPil
+
+    from mmgem.processing.processing_mmgem import MMGEMProcessor
+    from mmgem.training.recipes.tokenizer import train_tokenizer
+
     tokenizer = train_tokenizer(TEXTS * 20, vocab_size=300, model_max_length=200)
     image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     return MMGEMProcessor(image_processor, tokenizer, num_visual_tokens=4)
@@ -52,6 +69,8 @@ def tiny_processor() -> MMGEMProcessor:
 @pytest.fixture(scope="module")
 def short_answers():
     """An untrained model writes until it is cut: here after 16 tokens."""
+    from mmgem.training import inference
+
     generate = inference._generate
 
     def generate_few(model, inputs, processor, max_new_tokens: int, **memory):
@@ -63,13 +82,18 @@ def short_answers():
 
 
 @pytest.fixture
-def pixel_values() -> torch.Tensor:
+def pixel_values():
+    import torch
+    from tiny_models import IMAGE_SIZE
+
     return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def text_batch() -> dict[str, torch.Tensor]:
+def text_batch():
     """Three texts of 7, 5 and 3 tokens, padded on the right."""
+    import torch
+
     input_ids = torch.randint(2, 300, (3, 7), generator=torch.Generator().manual_seed(2))
     attention_mask = (torch.arange(7) < torch.tensor([[7], [5], [3]])).long()
     return {"input_ids": input_ids * attention_mask, "attention_mask": attention_mask}

@@ -2,17 +2,20 @@
 
 Each is forked from a server that has imported the libraries and nothing of ours, so that it holds no module of mmgem,
 no class that mmgem registers with transformers, and no state of the tests. Python's own start and the import of the
-libraries take seconds and are paid once for all.
+libraries take seconds and are paid once for all: by the server, or by a worker of pytest-xdist that it is forked from.
 """
 
 import faulthandler
 import gc
+import importlib
 import multiprocessing
 import os
 import runpy
 import sys
 import tempfile
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from unittest import mock
 
 LIBRARIES = [
     "torch",
@@ -32,6 +35,32 @@ TIMEOUT = 900  # seconds; many times what any takes, also beside other work: a p
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(LIBRARIES)
+
+
+def fork_server() -> None:
+    """Fork the server from this process, which is to import the libraries too, instead of starting a new one."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    resource_tracker.ensure_running()  # which is started anew
+    with mock.patch("multiprocessing.util.spawnv_passfds", _fork):
+        forkserver.ensure_running()
+
+
+def _fork(python: bytes, arguments: list, descriptors: list[int]) -> int:
+    """In the place of `spawnv_passfds`: runs the code that the new process would run, and nothing after it."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        faulthandler.disable()
+        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+        first = 3
+        for descriptor in [*sorted(descriptors), os.sysconf("SC_OPEN_MAX")]:
+            os.closerange(first, descriptor)
+            first = descriptor + 1
+        exec(arguments[-1])
+    finally:
+        os._exit(0)
 
 
 def run(code: str, *arguments: str | Path, cwd: Path, installed: bool) -> str:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from one_step import rows
@@ -80,6 +82,7 @@ def test_a_pretrained_teacher_stays_as_it_is(tiny_processor, tmp_path):
 def test_a_teacher_that_sees_other_images_is_refused(tiny_processor, tmp_path):
     build_model().save_pretrained(tmp_path)
     tiny_processor.save_pretrained(tmp_path)
-    tiny_processor.image_processor.size = {"height": 16, "width": 16}
+    processor = copy.deepcopy(tiny_processor)
+    processor.image_processor.size = {"height": 16, "width": 16}
     with pytest.raises(ValueError, match="sees images with `size`"):
-        Teacher(build_model(), tiny_processor, pretrained=str(tmp_path))
+        Teacher(build_model(), processor, pretrained=str(tmp_path))
