@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .contrastive_batch import DOCUMENT, IMAGE, REGION_BITS, ContrastiveBatch
+from .contrastive_batch import DOCUMENT, ContrastiveBatch
 from .late_interaction import similarity
 
 SCORES_AT_ONCE = 2**20  # similarities in memory: above, the loss goes block by block, and once more for the gradients
@@ -21,9 +21,6 @@ class Ranking:
         scores: (A, C) similarities, from the hook `score`.
         describes: (A, C) bool, whether text and target belong together by their ids.
         other_modality: (A, C) bool, whether one is of an image and the other of a region, or of a document.
-        same_image: (A, C) bool, whether the image is the same, if only in part; True for documents, whose ids do not
-            tell of which image they are, and for hard negatives, which are compared with targets of their own modality
-            only.
         positive: (A,) long, the candidate that makes a pair with the anchor.
         logit_scale: Scalar, the inverse temperature.
         logit_bias: Scalar, or None.
@@ -34,7 +31,6 @@ class Ranking:
     scores: torch.Tensor
     describes: torch.Tensor
     other_modality: torch.Tensor
-    same_image: torch.Tensor
     positive: torch.Tensor
     logit_scale: torch.Tensor
     logit_bias: torch.Tensor | None = None
@@ -81,9 +77,6 @@ class Pairs:
         )
         own = batch.target_index[self.describing]  # (S,)
         self._describes[self._text[self.describing], self._target[own]] = True
-        # Shifted up and down, as the ids of regions are, an image's id loses what does not fit.
-        is_image = batch.target_modality == IMAGE
-        self._image = torch.where(is_image, batch.target_ids << REGION_BITS, batch.target_ids) >> REGION_BITS  # (P,)
 
     def by_text(self, rows: torch.Tensor) -> "Ranking":
         """(A,) texts against all P targets; `positive` is -1 for hard negatives."""
@@ -107,14 +100,11 @@ class Pairs:
     def _compare(self, texts: torch.Tensor | slice, targets: torch.Tensor | slice) -> dict[str, torch.Tensor]:
         """The matrices of a [`Ranking`], texts in rows."""
         batch, score = self.batch, self.objective.score
-        own = batch.target_index[texts]
         query_modality, target_modality = batch.query_modality[texts][:, None], batch.target_modality[targets]
-        is_document = (query_modality == DOCUMENT) | (target_modality == DOCUMENT)
         matrices = {
             "scores": score(batch.query_embeds[texts], batch.target_embeds[targets]),
             "describes": self._describes[self._text[texts][:, None], self._target[targets]],
             "other_modality": query_modality != target_modality,
-            "same_image": is_document | (own < 0)[:, None] | (self._image[own][:, None] == self._image[targets]),
         }
         if self.teacher is not None:
             with torch.no_grad():

@@ -9,7 +9,6 @@ from mmgem.contrastive_batch import IMAGE, REGION, ContrastiveBatch, ids_of_regi
 
 # Images 0 to 3, of which 1 and 2 are copies, and regions 4 to 8: two of image 0, two of image 1, one of image 3.
 IMAGE_IDS = torch.tensor([3, 4, 4, 9])
-IMAGE_OF_TARGET = [3, 4, 4, 9, 3, 3, 4, 4, 9]
 # Image 0 has two captions; those of image 0 and image 3 share a text; so do a caption and a region's text, and the
 # last hard negative says what is true of image 3.
 TARGET_INDEX = [0, 0, 1, 2, 3, -1, 4, 5, 5, 7, 8, -1]
@@ -38,7 +37,7 @@ def image_batch(images, texts, scale=1.0, bias=None, target_index=None, image_id
 
 def mixed_batch(seed: int = 0, dim: int = 8) -> ContrastiveBatch:
     """Everything at once, in float64 and with gradients: copies, equal texts, regions, hard negatives."""
-    number_of_images, number_of_targets = len(IMAGE_IDS), len(IMAGE_OF_TARGET)
+    number_of_images, number_of_targets = len(IMAGE_IDS), 9
     return ContrastiveBatch(
         query_embeds=unit_rows(len(TARGET_INDEX), dim, seed).double().requires_grad_(),
         target_embeds=unit_rows(number_of_targets, dim, seed + 1).double().requires_grad_(),

@@ -21,9 +21,6 @@ class MaskedObjective(ContrastiveObjective):
     """The base of the losses: it leaves out negatives, and takes a loss of parts of the embeddings too.
 
     Args:
-        modality_aware: Whether images and regions are kept from being each other's negatives (UNITE,
-            https://arxiv.org/abs/2505.19650). If not, they are, but for an image and its own regions; hard negatives
-            stay with images in any case.
         false_negative_threshold: The similarity with the anchor above which negatives are left out, as they are
             probably none; with cosines, a threshold above 1 leaves out nothing.
         vector_groups: For embeddings of k vectors, pairs of how many of them, from the first on, the texts and the
@@ -39,7 +36,6 @@ class MaskedObjective(ContrastiveObjective):
         ValueError: If the threshold is not a finite number, groups or dimensions do not grow, or groups are not pairs.
     """
 
-    modality_aware: bool = True
     false_negative_threshold: float | None = None
     vector_groups: list | None = None
     dimensions: list[int] | None = None
@@ -107,8 +103,6 @@ class MaskedObjective(ContrastiveObjective):
 
     def mask(self, ranking: Ranking) -> torch.Tensor:
         left_out = ranking.other_modality  # (A, C)
-        if not self.modality_aware:
-            left_out = left_out & ranking.same_image
         if self.false_negative_threshold is not None:
             left_out = left_out | (~ranking.describes & (ranking.scores > self.false_negative_threshold))
         return left_out
@@ -116,7 +110,7 @@ class MaskedObjective(ContrastiveObjective):
 
 @dataclass(kw_only=True)
 class InfoNCE(MaskedObjective):
-    """[`ContrastiveObjective`] with options; without any it is the same.
+    """[`ContrastiveObjective`] with options, also those of [`MaskedObjective`]; without any it is the same.
 
     With s(a, c) the similarity of an anchor and a candidate, p the anchor's positive and t the inverse temperature,
     the loss of an anchor is the cross-entropy between target probabilities q(c) and
@@ -124,7 +118,6 @@ class InfoNCE(MaskedObjective):
         softmax over c of  t s(a, c) + hardness * stop_gradient(s(a, c)) * [c is a negative]
 
     Args:
-        modality_aware: See [`MaskedObjective`], as for the three options that are not listed here.
         all_positives: Whether q is uniform over all candidates that belong to the anchor by their ids (SupCon's "out"
             form, https://arxiv.org/abs/2004.11362); by default q(p) is 1 and the others are left out.
         false_negative_margin: The margin by which negatives with s(a, c) > s(a, p) + margin are left out (Qwen3
@@ -222,10 +215,8 @@ class PairwiseSigmoid(MaskedObjective):
         -1/N * sum over texts q and targets p of  log sigmoid(z(q, p) (t s(q, p) + b))
 
     where z is 1 if the text describes the target and -1 if not, and N is the number of texts that describe something.
-    Texts of images and of regions each have their N, and the two losses are added.
-
-    Args:
-        modality_aware: See [`MaskedObjective`], as for its other options.
+    Texts of images and of regions each have their N, and the two losses are added. Its options are those of
+    [`MaskedObjective`].
     """
 
     def check(self, config: MMGEMConfig) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_batches import IMAGE_OF_TARGET, image_batch, mixed_batch, part_of, unit_rows
+from contrastive_batches import image_batch, mixed_batch, part_of, unit_rows
 from gathered_objective import LEAVES, loss_and_gradients
 from torchrun import torchrun
 
@@ -19,19 +19,16 @@ from mmgem.training.trainer.grad_cache import GradCache
 MOMENTUM = {"momentum": 0.995}
 OPTIONS = [
     {},
-    {"modality_aware": False},
     {"all_positives": True},
-    {"all_positives": True, "modality_aware": False},
     {"false_negative_threshold": 0.3},
     {"false_negative_margin": 0.1},
-    {"false_negative_margin": -0.2, "modality_aware": False},
+    {"false_negative_margin": -0.2},
     {"false_negative_teacher_margin": 0.0, "teacher": MOMENTUM},
     {"hardness": 9.0},
-    {"hardness": 2.0, "all_positives": True, "false_negative_margin": 0.2, "modality_aware": False},
+    {"hardness": 2.0, "all_positives": True, "false_negative_margin": 0.2},
     {"soft_targets": 0.4, "teacher": MOMENTUM},
     {"soft_targets": 0.4, "teacher": MOMENTUM, "all_positives": True, "false_negative_threshold": 0.5},
     {"loss": "sigmoid"},
-    {"loss": "sigmoid", "modality_aware": False},
     {"loss": "sigmoid", "false_negative_threshold": 0.2},
 ]
 
@@ -70,17 +67,13 @@ def describing_pairs(batch):
     ]
 
 
-def may_compare(b, q, p, modality_aware):
-    if b["query_modality"][q] == b["target_modality"][p]:
-        return True
-    own = b["target_index"][q]
-    return not modality_aware and own >= 0 and IMAGE_OF_TARGET[own] != IMAGE_OF_TARGET[p]
+def may_compare(b, q, p):
+    return b["query_modality"][q] == b["target_modality"][p]
 
 
 def reference_infonce(
     batch,
     teacher_batch,
-    modality_aware=True,
     all_positives=False,
     false_negative_threshold=math.inf,
     false_negative_margin=math.inf,
@@ -101,7 +94,7 @@ def reference_infonce(
         for candidates in ([(q, c) for c in range(s.shape[1])], [(c, p) for c in range(s.shape[0])]):
             kept = []
             for pair in candidates:
-                if not may_compare(b, *pair, modality_aware):
+                if not may_compare(b, *pair):
                     continue
                 right = pair == (q, p) or (describes[pair[0]][pair[1]] and all_positives)
                 if not right and (
@@ -123,7 +116,7 @@ def reference_infonce(
     return loss, gradient
 
 
-def reference_sigmoid(batch, teacher_batch, modality_aware=True, false_negative_threshold=math.inf, **_):
+def reference_sigmoid(batch, teacher_batch, false_negative_threshold=math.inf, **_):
     b = numbers(batch)
     s = b["query_embeds"] @ b["target_embeds"].T
     describes = describing_pairs(batch)
@@ -131,7 +124,7 @@ def reference_sigmoid(batch, teacher_batch, modality_aware=True, false_negative_
     for q, p in np.ndindex(*s.shape):
         count = sum((b["query_modality"] == b["query_modality"][q]) & (b["target_index"] >= 0))
         z = 1 if describes[q][p] else -1
-        if may_compare(b, q, p, modality_aware) and (z == 1 or s[q, p] <= false_negative_threshold):
+        if may_compare(b, q, p) and (z == 1 or s[q, p] <= false_negative_threshold):
             odds = math.exp(-z * (b["logit_scale"] * s[q, p] + b["logit_bias"]))
             loss += math.log(1 + odds) / count
             gradient[q, p] = -z * b["logit_scale"] * odds / (1 + odds) / count
@@ -197,13 +190,11 @@ def test_equal_scores_give_the_logarithm_of_the_number_of_candidates(options):
     assert loss.item() == pytest.approx(math.log(5), abs=1e-6)
 
 
-@pytest.mark.parametrize(("modality_aware", "candidates"), [(True, 2), (False, 3)])
-def test_only_other_images_regions_join_the_pool(modality_aware, candidates):
+def test_images_and_regions_are_never_each_others_negatives():
     # Two images with a region each, one text for each of the four, and all similarities 0.
     batch = part_of(mixed_batch(), [0, 2, 6, 9], [0, 1, 4, 7])
     batch["query_embeds"] = torch.zeros_like(batch.query_embeds)
-    loss = build_objective(modality_aware=modality_aware)(batch)
-    assert loss.item() == pytest.approx(2 * math.log(candidates))
+    assert build_objective()(batch).item() == pytest.approx(2 * math.log(2))
 
 
 def test_soft_targets_of_a_perfect_student_are_met():
@@ -262,11 +253,11 @@ def test_hard_negatives_of_images_alone_with_texts_of_regions_give_finite_number
 
 
 def test_an_image_and_a_region_with_the_same_id_are_two_targets():
-    batch, other = (part_of(mixed_batch(), [4, 6], [3, 4]) for _ in range(2))
-    other["target_ids"] = batch.target_ids[1:].expand(2)
-    objective = build_objective(modality_aware=False)
-    assert objective(batch) > 0
-    torch.testing.assert_close(objective(other), objective(batch))
+    # A caption of the first image says what the text of the region does, which makes it none of the second image's.
+    batch, other = (part_of(mixed_batch(), [1, 4, 7], [0, 3, 5]) for _ in range(2))
+    other["target_ids"] = batch.target_ids[[0, 1, 1]]
+    assert build_objective()(batch) > 0
+    torch.testing.assert_close(build_objective()(other), build_objective()(batch))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -387,7 +378,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         ({"loss": "triplet"}, "`loss` is 'triplet'; expected infonce or sigmoid"),
         ({"loss": {"infonce": {}}}, "`loss` is"),
         ({"hardnes": 9}, "unknown key `hardnes`.* Did you mean `hardness`?"),
-        ({"loss": "sigmoid", "hardness": 9.0}, "`sigmoid` has the unknown key `hardness`; expected modality_aware"),
+        ({"loss": "sigmoid", "hardness": 9.0}, "`sigmoid` has the unknown key `hardness`; expected false_neg"),
         ({"hardness": -1.0}, "`hardness` is -1.0; expected a number of 0 or more"),
         ({"hardness": math.nan}, "`hardness` is nan; expected a finite number"),
         ({"hardness": "9"}, "`hardness` in the objective `infonce` is '9'; expected float"),
@@ -432,8 +423,7 @@ def test_a_teacher_that_does_not_come_is_missed():
         build_objective(soft_targets=0.4, teacher=MOMENTUM)(mixed_batch())
 
 
-@pytest.mark.parametrize("modality_aware", [True, False])
-def test_an_image_and_its_document_are_never_negatives_of_each_other(modality_aware):
+def test_an_image_and_its_document_are_never_negatives_of_each_other():
     """Two images, each also embedded as a document; a caption finds the image, another the document."""
     known = torch.eye(2)
     batch = ContrastiveBatch(
@@ -447,4 +437,4 @@ def test_an_image_and_its_document_are_never_negatives_of_each_other(modality_aw
         logit_scale=torch.tensor(100.0),
         logit_bias=None,
     )
-    assert build_objective(modality_aware=modality_aware)(batch) < 1e-6
+    assert build_objective()(batch) < 1e-6
