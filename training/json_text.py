@@ -3,6 +3,7 @@ JSON of others, which may be anything."""
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 
@@ -11,7 +12,7 @@ def to_json(value: Any, **options: Any) -> str:
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
-def read_json(text: str | bytes) -> Any:
+def from_json(text: str | bytes) -> Any:
     """Read JSON text.
 
     Args:
@@ -24,6 +25,13 @@ def read_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("is nested too deeply; expected JSON that can be read.") from error
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """Write a file of JSON that people can read, and that is there at once or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _finite(value: Any) -> Any:

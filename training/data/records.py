@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmgem.training.json_text import read_json
+from mmgem.training.json_text import from_json
 
 RECORD_SUFFIXES = (".csv", ".jsonl", ".parquet")
 
@@ -35,7 +35,7 @@ def _read_json_lines(file: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                fields = read_json(line.decode("utf-8-sig"))
+                fields = from_json(line.decode("utf-8-sig"))
             except ValueError as error:
                 yield number, f"is no JSON object; expected one: {error}"
                 continue
@@ -90,7 +90,7 @@ def _read_cell(cell: str) -> Any:
     """A list or mapping where a cell holds one as JSON, else its text."""
     if cell[0] in "[{":
         try:
-            return read_json(cell)
+            return from_json(cell)
         except ValueError:
             pass
     return cell

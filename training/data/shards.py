@@ -15,7 +15,7 @@ from mmgem.training.data.rows import ColumnName, check_columns
 from mmgem.training.data.shard_index import is_part, read_shard_index, split_name
 from mmgem.training.data.skipped import UNREADABLE
 from mmgem.training.data.sources import Source
-from mmgem.training.json_text import read_json
+from mmgem.training.json_text import from_json
 
 _TEXT_SUFFIXES = ("txt", "text", "caption", "cls")
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
@@ -76,7 +76,7 @@ class ShardSource(Source):
             extension = split_name(name)[1]
             suffix = extension.rpartition(".")[2]
             if suffix == "json":
-                content = read_json(data)
+                content = from_json(data)
                 if not isinstance(content, dict):
                     raise ValueError(f"{name} holds {content!r:.80}; expected a JSON object.")
             elif suffix in _TEXT_SUFFIXES:

@@ -15,13 +15,14 @@ from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source
 from mmgem.training.evaluation.evaluate import evaluate_model
+from mmgem.training.json_text import write_json
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.output_folder import whole_folder
 from mmgem.training.output_lock import only_writer
 from mmgem.training.recipes.model_card import write_model_card
 from mmgem.training.recipes.recipe import Recipe, first_difference, load_recipe, read_yaml
 from mmgem.training.recipes.stage import cached_views, open_sources, stage_arguments, stage_rows, stage_trainer
-from mmgem.training.recipes.stage_folder import LOG_NAME, save_stage, stage_folder, starting_point, write_json
+from mmgem.training.recipes.stage_folder import LOG_NAME, save_stage, stage_folder, starting_point
 from mmgem.training.recipes.validation import check_sections, check_stages
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer.checkpoints import is_complete, last_complete_checkpoint

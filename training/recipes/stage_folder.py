@@ -10,7 +10,7 @@ from transformers import set_seed
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.mixture import Mixture
-from mmgem.training.json_text import to_json
+from mmgem.training.json_text import write_json
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.recipes.recipe import Recipe, Stage
 from mmgem.training.recipes.stage_kinds import stage_kind
@@ -81,10 +81,3 @@ def save_stage(trainer: MMGEMTrainer, recipe: Recipe, number: int, out: Path) ->
         shutil.rmtree(folder, ignore_errors=True)  # one that somebody took files from
         partial.rename(folder)
     state.wait_for_everyone()
-
-
-def write_json(path: Path, content: dict | list) -> None:
-    """Write a file of JSON that people can read, and that is there at once or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -138,7 +138,7 @@ class CheckedFile:
         return file.read(stop - start)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_checked_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON with its own checksum into a file: there is the old content or the new one, whatever happens."""
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "w", encoding="utf-8") as file:
@@ -157,8 +157,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     sync_folder(path.parent)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote.
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_checked_json` wrote.
 
     Raises:
         DamagedFileError: If it is something else.

@@ -34,9 +34,9 @@ from mmgem.training.search.checked_files import (
     BLOCK,
     CheckedFile,
     DamagedFileError,
-    read_json,
+    read_checked_json,
     write_checked,
-    write_json,
+    write_checked_json,
 )
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.inverted_lists import InvertedLists
@@ -260,7 +260,7 @@ def write_index(
         "rows": rows,
         "lists": lists,
     }
-    write_json(place / MANIFEST, manifest)
+    write_checked_json(place / MANIFEST, manifest)
     own = {file.path.name for file in _files(place, manifest)}
     for path in list(place.iterdir()):  # of earlier updates, and of such as were killed
         if path.name not in own and (_FILES_OF_AN_UPDATE.fullmatch(path.name) or path.name in _FORMAT_2_FILES):
@@ -373,14 +373,14 @@ def write_part(place: Path, number: int, batch: Mapping[str, Any]) -> None:
     """Writes a part of an index, which is there when all of it is on the disk."""
     name = f"part-{number:06d}"
     facts = write_rows(place, name, len(batch["file_name"]), [batch], len(batch.get("memory", ())))
-    write_json(place / f"{name}.json", facts)
+    write_checked_json(place / f"{name}.json", facts)
 
 
 def read_parts(place: Path) -> Iterator[IndexRows]:
     """Reads the parts that are what was written; what others had is embedded again."""
     for path in sorted(place.glob("part-*.json")):
         with suppress(DamagedFileError):
-            rows = read_rows(place, read_json(path))
+            rows = read_rows(place, read_checked_json(path))
             if not rows.damaged().any():
                 yield rows
 
@@ -429,7 +429,7 @@ def verify_index(place: str | Path) -> IndexCheck:
             read_index(one, "index")
         for path in sorted(one.glob("part-*.json")):
             try:
-                files += _row_files(one, read_json(path))
+                files += _row_files(one, read_checked_json(path))
             except DamagedFileError:
                 damaged[path.name] = "it is not what was written"
     for file in files:
@@ -449,7 +449,7 @@ class _UnknownFormatError(ValueError):
 
 def _read_manifest(place: Path, name: str) -> dict[str, Any]:
     try:
-        manifest = read_json(place / MANIFEST)
+        manifest = read_checked_json(place / MANIFEST)
         known: tuple[int, ...] = (3, FORMAT)
     except DamagedFileError:
         unchecked = _read_without_checksum(place / MANIFEST)

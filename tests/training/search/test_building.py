@@ -190,13 +190,13 @@ def test_a_run_that_is_killed_at_its_end_loses_nothing(
 ):
     build_index(folder, tiny_model, tiny_processor, out)
     write_noise(folder / "new.png", seed=101)
-    write_json, unlink = storage.write_json, type(out).unlink
+    write, unlink = storage.write_checked_json, type(out).unlink
 
     def killed(path, content):
         if path != out / MANIFEST:
-            return write_json(path, content)
+            return write(path, content)
         if killed_at == "after the manifest":
-            write_json(path, content)
+            write(path, content)
         raise KeyboardInterrupt
 
     def killed_after_the_first_file(path, **kwargs):
@@ -208,7 +208,7 @@ def test_a_run_that_is_killed_at_its_end_loses_nothing(
     if killed_at == "while it tidies up":
         monkeypatch.setattr(type(out), "unlink", killed_after_the_first_file)
     else:
-        monkeypatch.setattr(storage, "write_json", killed)
+        monkeypatch.setattr(storage, "write_checked_json", killed)
     with pytest.raises(KeyboardInterrupt):
         build_index(folder, tiny_model, tiny_processor, out)
     monkeypatch.undo()
@@ -221,7 +221,7 @@ def test_a_run_that_is_killed_at_its_end_loses_nothing(
 def test_a_run_that_is_killed_before_it_wrote_what_it_is_about_leaves_a_free_place(
     folder, out, tiny_model, tiny_processor, monkeypatch
 ):
-    monkeypatch.setattr(storage, "write_json", None)
+    monkeypatch.setattr(storage, "write_checked_json", None)
     with pytest.raises(TypeError):
         build_index(folder, tiny_model, tiny_processor, out)
     monkeypatch.undo()

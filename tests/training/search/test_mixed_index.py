@@ -18,7 +18,7 @@ from mmgem.training.search.asking import ask
 from mmgem.training.search.building import build_index
 from mmgem.training.search.conditions import Condition
 from mmgem.training.search.index import SearchIndex
-from mmgem.training.search.storage import MANIFEST, read_index, verify_index, write_json
+from mmgem.training.search.storage import MANIFEST, read_index, verify_index, write_checked_json
 
 BOXES = [[0, 0, 20, 15], [10, 5, 40, 30]]
 LINES = [
@@ -358,7 +358,7 @@ def test_an_index_of_format_3_is_read_and_grows(corpus, out, tiny_model, tiny_pr
     older = building.write_index.__globals__["write_rows"](
         out, "1", 7, [rows.to_pydict() | {"embedding": read_index(out, "out").rows.arrays["embedding"][:]}]
     )
-    write_json(out / MANIFEST, manifest | {"format": 3, "rows": older})
+    write_checked_json(out / MANIFEST, manifest | {"format": 3, "rows": older})
     assert SearchIndex.load(out, tiny_model, tiny_processor).search("a star", top=1)[0].kind == "image"
     embedded.clear()
     report = build_index(corpus, tiny_model, tiny_processor, out, **ALL)

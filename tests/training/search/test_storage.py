@@ -13,9 +13,9 @@ from mmgem.training.search.checked_files import (
     BLOCK,
     CheckedFile,
     DamagedFileError,
-    read_json,
+    read_checked_json,
     write_checked,
-    write_json,
+    write_checked_json,
 )
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.settings import IndexSettings
@@ -217,7 +217,7 @@ def test_an_update_is_one_step_for_readers_and_who_reads_keeps_what_he_has(facts
 
 def test_who_opens_an_index_while_it_is_replaced_gets_the_new_one(facts, tmp_path, monkeypatch):
     write(tmp_path, facts)
-    read_once = checked_files.read_json
+    read_once = checked_files.read_checked_json
 
     def read_and_update(path):
         manifest = read_once(path)
@@ -225,7 +225,7 @@ def test_who_opens_an_index_while_it_is_replaced_gets_the_new_one(facts, tmp_pat
             write(tmp_path, facts, version=2, seed=1)
         return manifest
 
-    monkeypatch.setattr("mmgem.training.search.storage.read_json", read_and_update)
+    monkeypatch.setattr("mmgem.training.search.storage.read_checked_json", read_and_update)
     stored = read_index(tmp_path, "index")
     assert stored.version == 2
     np.testing.assert_array_equal(stored.rows.arrays["embedding"][:], make_columns(5, seed=1)["embedding"])
@@ -355,12 +355,12 @@ def test_a_file_is_read_by_blocks(tmp_path, small_blocks):
 
 def test_json_is_the_old_or_the_new(tmp_path, monkeypatch):
     path = tmp_path / "content.json"
-    write_json(path, {"name": "é\udce9", "values": [1.5, None]})
-    assert read_json(path) == {"name": "é\udce9", "values": [1.5, None]}
+    write_checked_json(path, {"name": "é\udce9", "values": [1.5, None]})
+    assert read_checked_json(path) == {"name": "é\udce9", "values": [1.5, None]}
     monkeypatch.setattr(os, "replace", None)
     with pytest.raises(TypeError):
-        write_json(path, {"name": "new"})
-    assert read_json(path)["values"] == [1.5, None]
+        write_checked_json(path, {"name": "new"})
+    assert read_checked_json(path)["values"] == [1.5, None]
 
 
 def test_rows_in_a_damaged_block_are_known(tmp_path, small_blocks):
