@@ -171,7 +171,7 @@ def find_grid(vision_tower: PreTrainedModel) -> VisionGrid:
 
 
 def _find_grid(tower: PreTrainedModel, name: str) -> VisionGrid:
-    num_channels, own_size = getattr(tower.config, "num_channels", None) or 3, _own_size(tower.config)
+    num_channels, own_size = getattr(tower.config, "num_channels", None) or 3, _own_size(tower)
     height, width = own_size
     noise = torch.randn(1, num_channels, height, 2 * width, generator=torch.Generator().manual_seed(0), device="cpu")
     noise = noise.to(tower.device, tower.dtype)
@@ -245,13 +245,16 @@ def _declared_grid(config, num_channels: int, own_size: tuple[int, int]) -> Visi
     )
 
 
-def _own_size(config) -> tuple[int, int]:
+def _own_size(tower: PreTrainedModel) -> tuple[int, int]:
     """(height, width) of the images a tower was made for."""
+    config = tower.config
     size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None)
     if size is None and hasattr(config, "num_patches"):  # SigLIP 2
         size = math.isqrt(config.num_patches) * config.patch_size
-    if size is None and getattr(config, "pretrained_cfg", None):  # timm
-        size = config.pretrained_cfg["input_size"][1:]
+    if size is None and hasattr(tower, "timm_model"):  # whose patches say it, where there is only one size
+        size = getattr(getattr(tower.timm_model, "patch_embed", None), "img_size", None)
+        facts = getattr(config, "pretrained_cfg", None) or tower.timm_model.pretrained_cfg
+        size = size or facts["input_size"][1:]
     return pair(DEFAULT_IMAGE_SIZE if size is None else size)
 
 

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from mmgem import __version__
 from mmgem.training import cli_index
 from mmgem.training.cli_common import (
+    MAX_PIXELS,
     PHOTO,
     TINY,
     AsJson,
@@ -421,7 +422,7 @@ def caption(
     out: Annotated[Path, typer.Option(parser=path, help="File of JSON lines; captions it has are kept.")],
     boxes: Annotated[bool, typer.Option("--boxes", help="Caption the boxes of FOLDER's metadata.jsonl too.")] = False,
     batch_size: BatchSize = 32,
-    max_pixels: MaxPixels = 1 << 28,
+    max_pixels: MaxPixels = MAX_PIXELS,
     wait: Wait = False,
     as_json: AsJson = False,
 ):

@@ -27,6 +27,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a
 ModelOption = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a name on the Hub.")]
 ImageFolder = Annotated[Path, typer.Argument(parser=path, help="Folder of images, at any depth.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+MAX_PIXELS = 1 << 28  # of `processing.image_loading`, whose import takes long
 MaxPixels = Annotated[int, typer.Option(min=1, help="The most pixels of an image that is read.")]
 Table = Annotated[
     Path | None,

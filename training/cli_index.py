@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from mmgem.training.cli_common import (
+    MAX_PIXELS,
     AsJson,
     BatchSize,
     ImageFolder,
@@ -86,7 +87,7 @@ def index(
         typer.Option("--texts", help="Also index .txt and .md files, and records of .jsonl, .csv, .parquet."),
     ] = False,
     text_column: Annotated[str, typer.Option(help="Column of the records that holds the text.")] = "text",
-    max_pixels: MaxPixels = 1 << 28,
+    max_pixels: MaxPixels = MAX_PIXELS,
     wait: Wait = False,
     as_json: AsJson = False,
 ):

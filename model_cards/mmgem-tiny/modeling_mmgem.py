@@ -151,6 +151,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         declared = {*type(config.text_config).__dataclass_fields__, *config.text_config.attribute_map}
         self._is_state_space = "num_attention_heads" not in declared  # Mamba and its kin
         self._checked_reading: tuple | str | None = None  # see `_check_reading`
+        self._loaded_processor: tuple = (None, None)  # see `_save_processor`
         # Not to be guessed from the class name: the Trainer counts labels by it, and full-graph compile needs it.
         self.loss_type = "ForCausalLM"
         self.post_init()
@@ -1080,14 +1081,20 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def _save_processor(self, folder: Path):
         if not self.name_or_path or (folder / PROCESSOR_NAME).exists():
             return
+        if self._loaded_processor[0] != self.name_or_path:  # once, and not for each checkpoint of a run
+            self._loaded_processor = self.name_or_path, self._load_processor()
+        if self._loaded_processor[1] is not None:
+            self._loaded_processor[1].save_pretrained(folder)
+
+    def _load_processor(self):
+        """That of where the model was loaded from; None if there is none."""
         # Code of the Hub is trusted where this is such code; where the package is installed, it has the processor.
         is_hub_code = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
         where = {"revision": getattr(self.config, "_commit_hash", None), "trust_remote_code": is_hub_code}
         try:
-            processor = AutoProcessor.from_pretrained(self.name_or_path, **where)
-        except (OSError, ValueError):  # none there
-            return
-        processor.save_pretrained(folder)
+            return AutoProcessor.from_pretrained(self.name_or_path, **where)
+        except (OSError, ValueError):
+            return None
 
 
 @torch.compiler.assume_constant_result

@@ -11,11 +11,14 @@ from transformers import (
     BertConfig,
     BertModel,
     GroupViTVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     ViTMAEConfig,
     ViTMAEModel,
     Wav2Vec2Config,
     Wav2Vec2Model,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from vision_towers import MECHANISMS, VISION_TOWERS
 
 from mmgem import modeling_mmgem
@@ -126,6 +129,39 @@ def test_boxes_leave_out_the_pixels_that_fill_no_patch():
     torch.testing.assert_close(tokens[:, 0], model.get_image_features(pixel_values).last_hidden_state)
     half = torch.tensor([[[0.0, 0.0, 0.5, 1.0]]]).expand(2, -1, -1)
     torch.testing.assert_close(tokens[:, 1], model.pool_aggregator(roi_align(grid, half)))
+
+
+class TimmTower(PreTrainedModel):
+    """As transformers wraps a model of timm, whose own class is not installed here: it takes one size."""
+
+    config_class = PreTrainedConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config, model: dict, patches: dict):
+        super().__init__(config)
+        self.timm_model = torch.nn.Module()
+        self.timm_model.patch_embed = torch.nn.Conv2d(3, 8, 8, 8)
+        vars(self.timm_model).update(model)
+        vars(self.timm_model.patch_embed).update(patches)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        assert pixel_values.shape[2:] == (40, 24)
+        return BaseModelOutput(self.timm_model.patch_embed(pixel_values).flatten(2).mT)
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "patches"),
+    [
+        ({"pretrained_cfg": {"input_size": [3, 40, 24]}}, {}, {}),
+        ({}, {"pretrained_cfg": {"input_size": (3, 40, 24)}}, {}),
+        ({}, {"pretrained_cfg": {"input_size": (3, 224, 224)}}, {"img_size": (40, 24)}),
+    ],
+    ids=["configuration", "architecture", "patches"],
+)
+def test_a_model_of_timm_says_its_size(config, model, patches):
+    grid = find_grid(TimmTower(PreTrainedConfig(**config), model, patches))
+    assert grid.image_size == (40, 24) and grid.stride == (8, 8) and not grid.any_size
 
 
 def test_a_model_from_nothing_finds_its_grid_and_an_older_configuration_keeps_its_own(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
-from transformers import AutoModel, pipeline
+from transformers import AutoModel, AutoProcessor, pipeline
 
 from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor  # from the package itself, which registers them
 
@@ -223,3 +223,14 @@ def test_a_processor_with_a_damaged_file(tiny_processor, tmp_path, name, content
     (tmp_path / name).write_text(content)
     with pytest.raises((OSError, ValueError), match=re.escape(str(tmp_path))):
         MMGEMProcessor.from_pretrained(tmp_path, trust_remote_code=False)
+
+
+def test_a_run_of_checkpoints_reads_the_processor_once(tiny_processor, tmp_path, monkeypatch):
+    build_model().save_pretrained(tmp_path / "source")
+    tiny_processor.save_pretrained(tmp_path / "source")
+    model, read, names = MMGEMModel.from_pretrained(tmp_path / "source"), AutoProcessor.from_pretrained, []
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name, **kw: names.append(name) or read(name, **kw))
+    for checkpoint in ("1", "2"):
+        model.save_pretrained(tmp_path / checkpoint)
+        assert MMGEMProcessor.from_pretrained(tmp_path / checkpoint).num_visual_tokens == 4
+    assert names == [str(tmp_path / "source")]

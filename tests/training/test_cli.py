@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 import mmgem
 from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.processing import image_loading
+from mmgem.training import cli_common
 from mmgem.training.cli import app
 from mmgem.training.inference import embed_images
 from mmgem.training.printable import printable
@@ -73,6 +75,7 @@ def test_help_lists_the_commands_and_needs_no_heavy_import():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
     output = run("--help").output
     assert all(command in output for command in COMMANDS)
+    assert cli_common.MAX_PIXELS == image_loading.MAX_PIXELS  # which cannot be imported there
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "serve"])
