@@ -28,7 +28,10 @@ LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # 
 
 
 class JointStep:
-    """Meaning 4 of `MMGEMModel.forward`, as a part of that class, which brings along what is named here."""
+    """Meaning 4 of `MMGEMModel.forward`, as a part of that class, which brings along what is named here.
+
+    `torch.compile` leaves out what arranges the rows of a batch, and compiles what it calls: the towers and the heads.
+    """
 
     config: Any
     embedding_tokens: torch.Tensor  # (k, H)
@@ -49,6 +52,7 @@ class JointStep:
     _temperature: Any
     _pair_output: Any
 
+    @torch.compiler.disable(recursive=False)
     def _joint_forward(
         self,
         rows: TextRows,
@@ -169,6 +173,7 @@ class JointStep:
             text_norm=text_features.detach().norm(dim=-1).mean(),
         )
 
+    @torch.compiler.disable(recursive=False)
     def _regions(
         self,
         image_embeds: torch.Tensor,
@@ -186,6 +191,7 @@ class JointStep:
         return region_embeds, region_ids[real], row_of_box
 
     @staticmethod
+    @torch.compiler.disable
     def _described_tokens(
         rows: TextRows, chosen: torch.Tensor, image_tokens: torch.Tensor, box_tokens: torch.Tensor | None
     ) -> torch.Tensor:
@@ -207,6 +213,7 @@ class JointStep:
         """(N_c,) bool, the tokens of texts that describe a box."""
         return (rows.box_index[rows.is_generated & ~rows.is_recalled] >= 0)[captions.sequence]
 
+    @torch.compiler.disable
     def _blocks(self, rows: TextRows, captions: TextSequences, texts: TextSequences) -> torch.Tensor:
         """(N_c + N_t,) long, for `_run_packed`: how texts are read, and how a VLM reads its images.
 
@@ -227,6 +234,7 @@ class JointStep:
             first_unit = first_unit + len(part.token_ids)  # more than there are units
         return torch.cat(blocks)
 
+    @torch.compiler.disable(recursive=False)
     def _run_packed(self, inputs_embeds: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Run the language model over sequences of many lengths, without padding where it can.
 
@@ -257,6 +265,7 @@ class JointStep:
         hidden_states = layout.unpack(self._run_decoder(packed, position_ids, packed_blocks))  # (N, H)
         return hidden_states if size else hidden_states[:0] + 0.0 * hidden_states.sum()
 
+    @torch.compiler.disable(recursive=False)
     def _caption_loss(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
@@ -275,6 +284,7 @@ class JointStep:
         return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
     @staticmethod
+    @torch.compiler.disable
     def _joint_loss(
         caption_loss: torch.Tensor,
         contrastive_loss: torch.Tensor,
@@ -333,11 +343,13 @@ class JointStep:
         return logits
 
 
+@torch.compiler.disable
 def _put(embeds: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """(N, H) embeddings, with `values` (M, H) in the M rows where `places` (N,) is True."""
     return embeds.masked_scatter(places[:, None], values.to(embeds.dtype))
 
 
+@torch.compiler.disable
 def _targets(
     rows: TextRows, num_images: int, num_regions: int, row_of_box: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ class PackedLayout:
         segment_ids: (rows, row_length) long, the sequence a token belongs to; -1 in the unused tail.
     """
 
+    @torch.compiler.disable
     def __init__(self, lengths: list[int], device: torch.device, one_per_row: bool = False):
         row_length = max(lengths) if one_per_row else _round_up(max(lengths))
         sequence_row, sequence_start = [0] * len(lengths), [0] * len(lengths)
@@ -47,11 +48,13 @@ class PackedLayout:
         self.position_ids = self.pack(position)  # (rows, row_length)
         self.segment_ids = self.pack(segment + 1) - 1  # (rows, row_length)
 
+    @torch.compiler.disable
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
         """(N, ...) per-token values -> (rows, row_length, ...), zero in the unused tail of a row."""
         packed = tokens.new_zeros(*self.shape, *tokens.shape[1:])
         return packed.index_put((self.row, self.column), tokens)
 
+    @torch.compiler.disable
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """(rows, row_length, ...) -> (N, ...), in the order of the sequences."""
         return packed[self.row, self.column]

@@ -110,6 +110,7 @@ class TextRows:
     reads_memory: bool = False
 
     @classmethod
+    @torch.compiler.disable
     def from_columns(
         cls, columns: Mapping[str, torch.Tensor | None], num_images: int, boxes: torch.Tensor | None
     ) -> "TextRows":

@@ -38,6 +38,7 @@ class TextSequences:
         return torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(self.lengths)
 
 
+@torch.compiler.disable
 def caption_sequences(rows: TextRows, image_length: int, box_length: int, config) -> TextSequences:
     """[BOS] visual tokens of the image or box, text, [EOS]: what the model learns to write from images or nothing.
 
@@ -51,6 +52,7 @@ def caption_sequences(rows: TextRows, image_length: int, box_length: int, config
     return _written_sequences(rows, chosen, rows.image_index[chosen] >= 0, length, config)
 
 
+@torch.compiler.disable
 def recalled_sequences(rows: TextRows, num_embedding_tokens: int, config) -> TextSequences:
     """[BOS] memory, text, [EOS]: what the model learns to write from the [EMB] states of other texts."""
     chosen = rows.is_recalled  # (T,)
@@ -96,6 +98,7 @@ def _written_sequences(
     return lay_out(input_ids, attention_mask, labels, has_unit[:, None], unit_length, suffix, eos_labels, config)
 
 
+@torch.compiler.disable
 def embedded_sequences(rows: TextRows, num_visual_tokens: int, num_embedding_tokens: int, config) -> TextSequences:
     """[BOS] visual tokens of fused images, text, [EMB]: what is embedded; the [EMB] vectors are the suffix."""
     chosen = rows.is_embedded  # (T,)
