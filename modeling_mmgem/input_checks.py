@@ -1,6 +1,7 @@
 """Errors at the door: tensors that come into the model, and arguments of `generate`, are checked where they enter."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -97,3 +98,44 @@ def check_generation(arguments: Mapping[str, Any], vocabulary_size: int):
             expected = f"token ids from 0 to {vocabulary_size - 1}"
         if value is not None and not fits:
             raise ValueError(f"`{name}` is {value!r}; expected {expected}.")
+
+
+def fit_length(
+    arguments: Mapping[str, Any], default: int | None, prompt_length: int, max_length: int | None
+) -> dict[str, int | None]:
+    """End writing where the positions of a language model do.
+
+    Args:
+        arguments: Of `generate`.
+        default: `max_new_tokens` where `arguments` have none, or None.
+        prompt_length: Tokens before the first that is written.
+        max_length: Tokens of the longest sequence that the language model takes, None for any number.
+
+    Returns:
+        Arguments instead of those that ask for more than there is room for; a warning says so.
+
+    Raises:
+        ValueError: If the prompt leaves no room, or at least more is to be written than there is room for.
+    """
+    if max_length is None:
+        return {}
+    room = max_length - prompt_length
+    if room < 1:
+        raise ValueError(
+            f"`input_ids` is {prompt_length} tokens long with its images; expected at most {max_length - 1}, so that "
+            f"the language model, which takes {max_length}, can write."
+        )
+    for name, most in (("min_new_tokens", room), ("min_length", max_length)):
+        if (arguments.get(name) or 0) > most:
+            raise ValueError(f"`{name}` is {arguments[name]} after {prompt_length} tokens; expected at most {most}.")
+    for name, most in (("max_new_tokens", room), ("max_length", max_length)):
+        if arguments.get(name) is not None:
+            if arguments[name] <= most:
+                return {}
+            warnings.warn(
+                f"`{name}` is {arguments[name]}; writing ends before, where the language model does, which takes "
+                f"{max_length} tokens with the prompt.",
+                stacklevel=3,
+            )
+            return {"max_length": None, "max_new_tokens": room}
+    return {} if default is None or default <= room else {"max_new_tokens": room}

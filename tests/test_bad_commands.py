@@ -99,6 +99,7 @@ COMMANDS = [
     (("calibrate", "model", "empty", "--out", "new"), "`path` is 'empty', where there are no images"),
     (("calibrate", "nothing", "images", "--out", "new"), NO_MODEL.format("nothing")),
     (("export", "model", "file", "--data", "images"), "`out` is 'file', a file; expected a folder"),
+    (("export", "model", "images", "--data", "images"), "`out` is 'images', which holds something; expected a new or"),
     (("export", "nothing", "new", "--data", "images"), NO_MODEL.format("nothing")),
     (("export", "model", "new", "--data", "empty"), "`path` is 'empty', where there are no images"),
     (("push", "nothing", "a/b"), "`folder` is 'nothing', which is not there; expected that of a checkpoint"),

@@ -4,6 +4,7 @@ A row is an entry point, what it is given, and what comes of it: None, if that i
 out is finite, or what the error says, which names the argument, its value and what was expected.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,6 +253,10 @@ ROWS = [
     ("generate", {"input_ids": PLACES, "pixel_values": PIXELS, "max_new_tokens": 0}, "max_new_tokens"),
     ("generate", {"input_ids": PLACES, "pixel_values": PIXELS, "no_argument": 1}, "no_argument"),
     ("generate", {"input_ids": PLACES, "pixel_values": PIXELS}, None),
+    ("generate", {"input_ids": torch.full((1, 256), 20)}, "`input_ids` is 256 tokens long .*; expected at most 255"),
+    ("generate", {"input_ids": IDS, "min_new_tokens": 254}, "`min_new_tokens` is 254 after 3 tokens; expected at mos"),
+    ("generate", {"input_ids": IDS, "min_length": 257}, "`min_length` is 257 after 3 tokens; expected at most 256"),
+    ("generate", {"embedding_tokens": torch.zeros(1, 1, 32), "min_new_tokens": 256}, "is 256 after 1 tokens; expect"),
     *[("generate", {"input_ids": PLACES, "pixel_values": PIXELS} | given, error) for given, error in NO_GENERATION],
     *[("pipeline", {"images": value}, outcome) for value, outcome in NO_PICTURES[2:10] if value is not None],
     ("pipeline", {"images": []}, "`images` is an empty list; expected at least one image"),
@@ -364,3 +369,21 @@ def test_nonsense_is_accepted_with_a_result_or_refused_by_name(tools, row):
         return
     with pytest.raises(REFUSALS, match=outcome):
         call()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"max_new_tokens": 1000}, {"max_length": 1000, "max_new_tokens": None}, {}], ids=str
+)
+@torch.no_grad()
+def test_writing_ends_where_the_language_model_does(asked):
+    model = build_model(layers=1)
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = None, 400
+    prompt = torch.full((2, 250), 20)
+    mask = (torch.arange(250) >= torch.tensor([[0], [3]])).long()
+    warned = pytest.warns(UserWarning, match="is 1000; writing ends before") if asked else nullcontext()
+    with warned:
+        written = model.generate(prompt, attention_mask=mask, do_sample=False, **asked)
+    assert written.shape == (2, 256)
+    memory = {"embedding_tokens": torch.zeros(1, 1, 32), "input_ids": prompt[:1], "do_sample": False}
+    with pytest.warns(UserWarning, match="takes 256 tokens with the prompt") if asked else nullcontext():
+        assert model.generate(**memory, **asked).shape == (1, 5)

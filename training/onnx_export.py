@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from mmgem.late_interaction import similarity
 from mmgem.training.inference import inference
+from mmgem.training.output_folder import whole_folder
 from mmgem.training.output_lock import one_writer
 
 GRAPHS = {"image": "image.onnx", "text": "text.onnx"}
@@ -67,13 +68,14 @@ def export_onnx(
     Args:
         model: An `MMGEMModel`, on the CPU.
         processor: Its `MMGEMProcessor`.
-        out: Folder for the files; made if it is not there.
+        out: Folder for the files, new or empty; it has all of them or, if the export fails, none.
         images: Two or more images to compare with.
         texts: A text for each image, which finds it.
         int8: Whether to quantize as well.
 
     Raises:
         BlockingIOError: If another job writes `out`.
+        FileExistsError: If there is something in `out`.
         ValueError: If the model cannot be exported, if graph and model differ, or if there are too few images.
     """
     if len(images) < 2 or len(images) != len(texts):
@@ -83,8 +85,14 @@ def export_onnx(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"`out` is {str(out)!r}, a file; expected a folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    model = model.float()
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or an empty folder.")
+    with whole_folder(out) as folder:
+        report = _export_into(folder, model.float(), processor, images, texts, int8)
+    return report._replace(files=[out / file.name for file in report.files])
+
+
+def _export_into(out: Path, model, processor, images: Sequence[Any], texts: Sequence[str], int8: bool) -> ExportReport:
     inputs = {
         "image": dict(processor(images=list(images), return_tensors="pt")),
         "text": dict(processor(text=list(texts), return_tensors="pt")),

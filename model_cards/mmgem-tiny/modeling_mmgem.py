@@ -29,7 +29,7 @@ from transformers.utils import (
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids, is_distributed
 from .image_vectors import QUERY_STD, ImageVectors
-from .input_checks import check_boxes, check_generation, check_ids, check_pixels, checked_mask, is_box
+from .input_checks import check_boxes, check_generation, check_ids, check_pixels, checked_mask, fit_length, is_box
 from .joint_step import JointStep
 from .language_model_probe import PROBING, check_reading
 from .late_interaction import similarity
@@ -965,14 +965,26 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 caption, if the tokenizer adds no [BOS]; or a prompt with one image placeholder, in whose place the
                 memory stands.
 
+        Writing ends at the latest where the positions of the language model do.
+
         Returns:
             Token ids; with `embedding_tokens` only the new ones.
 
         Raises:
             ValueError: If `embedding_tokens` are not those of this model, or come with images; if images come with
-                a prompt that has no place for them; for a number out of its range, such as `num_beams=0`.
+                a prompt that has no place for them; for a number out of its range, such as `num_beams=0`; if the
+                prompt is so long that nothing can be written.
         """
         check_generation(kwargs, self.get_input_embeddings().num_embeddings)
+        settings = args[0] if args else kwargs.get("generation_config")
+        default = (self.generation_config if settings is None else settings).max_new_tokens
+
+        def fitted(prompt: torch.Tensor, mask: torch.Tensor | None) -> dict:
+            length = (
+                int(mask.sum(-1).max()) if mask is not None and mask.shape == prompt.shape[:2] else prompt.shape[1]
+            )
+            return kwargs | fit_length(kwargs, default, length, self.config.max_sequence_length)
+
         if embedding_tokens is None:
             prompt_ids = kwargs.get("input_ids", inputs)
             has_images = kwargs.get("pixel_values") is not None and prompt_ids is not None
@@ -984,11 +996,15 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             # A VLM writes in its own way, but knows no boxes.
             writes_itself = self.vlm is not None and kwargs.get("boxes") is None
             generate = self.vlm.of(self).generate if writes_itself else super().generate
+            prompt = kwargs.get("inputs_embeds") if prompt_ids is None else prompt_ids
+            if prompt is not None and prompt.ndim > 1 and len(prompt):
+                kwargs = fitted(prompt, kwargs.get("attention_mask"))
             return generate(inputs, *args, **kwargs)
         input_ids = kwargs.pop("input_ids", inputs)
         if kwargs.get("pixel_values") is not None or kwargs.get("boxes") is not None:
             raise ValueError("`embedding_tokens` and `pixel_values` are both given; expected one of them.")
         embeds, mask = self._embed_recall(embedding_tokens, input_ids, kwargs.pop("attention_mask", None))
+        kwargs = fitted(embeds, mask)
         return super().generate(inputs_embeds=embeds, attention_mask=mask, *args, **kwargs)  # noqa: B026
 
     def _embed_recall(

@@ -107,4 +107,8 @@ def test_what_cannot_be_exported_is_refused(tiny_processor, tmp_path, monkeypatc
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ValueError, match="`model` cannot be exported as image.onnx: no such operator"):
+        export_onnx(build_model(), tiny_processor, tmp_path / "new", noise(2), TEXTS)
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="which holds something; expected a new or an empty folder"):
         export_onnx(build_model(), tiny_processor, tmp_path, noise(2), TEXTS)
