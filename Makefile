@@ -23,7 +23,7 @@ PICTURE := model_cards/mmgem-tiny/demo.png
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-pages test-benchmarks test-families compatibility test-oldest test-newest clients \
-	fast lint types format audit retrain picture hub-code hub-photo clean
+	fast lint types format audit retrain picture hub-code hub-photo old-folders clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -102,6 +102,9 @@ hub-code: $(STAMP) ## copy the code that travels into model_cards/mmgem-tiny aga
 hub-photo: $(STAMP) ## assemble the Hub folder of mmgem-photo, with the code that travels, in build/mmgem-photo
 	rm -rf build/mmgem-photo && mkdir -p build && cp -r model_cards/mmgem-photo build/mmgem-photo
 	$(BIN)/python -c "from mmgem.processing.hub_code import copy_code; copy_code('build/mmgem-photo')"
+
+old-folders: $(STAMP) ## write the folders of the release RELEASE=VERSION, which every later one has to load
+	$(BIN)/python tests/old_folders.py $(RELEASE)
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
