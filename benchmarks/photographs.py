@@ -28,7 +28,7 @@ from benchmarks.experiment_report import interval
 from benchmarks.measure import machine_facts, markdown_table
 from mmgem.training.output_folder import whole_folder
 from mmgem.training.recipes.run import RESULTS_NAME, train
-from mmgem.training.recipes.trimming import with_first_layers
+from mmgem.training.recipes.trimming import keep_first_layers, with_first_layers
 
 BASE = "base"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -206,9 +206,10 @@ def write_language_models(setting: Setting, seeds: Collection[int]) -> None:
     folder = setting.towers / "smollm2"
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     pretrained = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+    whole = keep_first_layers(pretrained, pretrained.config.num_hidden_layers)  # without the quantization of the file
     config = with_first_layers(pretrained.config, NUM_LAYERS)
     models = {f"fresh-{seed}": lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32) for seed in seeds}
-    for name, build in {"pretrained": lambda: pretrained, **models}.items():
+    for name, build in {"pretrained": lambda: whole, **models}.items():
         with whole_folder(language_model_folder(setting, name)) as partial:
             set_seed(int(name.partition("-")[2] or 0))
             build().save_pretrained(partial)

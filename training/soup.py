@@ -97,12 +97,13 @@ def _average_tensor(name: str, paths: list[Path], tensors: list[torch.Tensor], s
                 f"`{name}` is {first.dtype} {tuple(first.shape)} in {str(paths[0])!r}, but {tensor.dtype} "
                 f"{tuple(tensor.shape)} in {str(path)!r}; expected the same."
             )
-        if not first.is_floating_point() and not torch.equal(tensor, first):
+        is_counter = name.endswith(".num_batches_tracked")  # of a BatchNorm: no weight
+        if not first.is_floating_point() and not is_counter and not torch.equal(tensor, first):
             raise ValueError(f"`{name}` differs between {str(paths[0])!r} and {str(path)!r}, and has no mean.")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"`{name}` is not finite in {str(path)!r}; expected finite weights.")
     if not first.is_floating_point():
-        return first
+        return torch.stack(tensors).amax(dim=0)
     mean = torch.zeros_like(first, dtype=torch.float64)
     for tensor, share in zip(tensors, shares, strict=True):
         mean.add_(tensor.double(), alpha=share)

@@ -8,7 +8,7 @@ from tiny_models import build_model
 
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.soup import soup
+from mmgem.training.soup import _average, soup
 from mmgem.training.trainer.lora import add_lora
 
 
@@ -176,6 +176,13 @@ def test_whole_numbers_must_be_equal(two, tmp_path):
         edit_weights(folder, lambda tensors, v=value: tensors.update(count=torch.tensor(v)))
     with pytest.raises(ValueError, match="`count` differs between .*1' and .*2', and has no mean"):
         soup(two, tmp_path / "soup")
+
+
+def test_batches_that_a_batch_norm_has_seen_are_not_averaged(two, tmp_path):
+    name = "vision_tower.norm.num_batches_tracked"
+    for folder, value in zip(two, (3, 4), strict=True):
+        edit_weights(folder, lambda tensors, v=value: tensors.update({name: torch.tensor(v)}))
+    assert _average([Path(folder) for folder in two], [0.5, 0.5])[name] == 4
 
 
 def test_adapters_and_missing_folders_are_refused(two, tmp_path):
