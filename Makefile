@@ -19,7 +19,7 @@ BY_FILE := --dist loadfile --no-loadscope-reorder
 CLIENT_TESTS := tests/modeling_mmgem/test_modeling_mmgem.py tests/modeling_mmgem/test_pipeline_mmgem.py \
 	tests/modeling_mmgem/test_tower_composition.py tests/processing tests/training/test_cli.py \
 	tests/training/trainer/test_stock_trainer.py tests/test_hub_folder.py tests/test_saving.py
-PICTURE := model_cards/mmgem-tiny/demo.png
+PICTURE := model_cards/mmgem-photo/demo.png
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-pages test-benchmarks test-families compatibility test-oldest test-newest clients \
@@ -90,11 +90,12 @@ audit: $(STAMP) ## compare the tested versions with the advisories on PyPI (need
 retrain: $(STAMP) ## train mmgem-tiny again, from nothing, into runs/mmgem-tiny
 	$(BIN)/mmgem train model_cards/mmgem-tiny/recipe.yaml --out runs/mmgem-tiny
 
-picture: demo ## take the README's picture of the demo page (needs Chromium)
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1720,1480 --screenshot=demo/poster.png \
-		file://$(CURDIR)/demo/index.html#poster
-	$(BIN)/python -c "from PIL import Image; image = Image.open('demo/poster.png').convert('RGB'); \
-		image.thumbnail((1200, 1200)); image.quantize(256, kmeans=1).save('$(PICTURE)', optimize=True)"
+picture: demo ## take the README's picture of the page that shows photographs (needs Chromium)
+	$(BIN)/mmgem demo demo/photographs --out demo/page
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1400,1610 --screenshot=demo/page.png \
+		file://$(CURDIR)/demo/page/index.html
+	$(BIN)/python -c "from PIL import Image; image = Image.open('demo/page.png').convert('RGB'); \
+		image.crop((150, 690, 1252, 1610)).quantize(256, kmeans=1).save('$(PICTURE)', optimize=True)"
 
 hub-code: $(STAMP) ## copy the code that travels into model_cards/mmgem-tiny again
 	$(BIN)/python -c "from mmgem.processing.hub_code import copy_code; copy_code('model_cards/mmgem-tiny')"
