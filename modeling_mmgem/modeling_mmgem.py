@@ -894,6 +894,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             shown = pixel_values if patch_features is None else patch_features
             num_images = 0 if shown is None else len(shown)
             self._check_patch_features(patch_features, pixel_values)
+            if pixel_values is not None:
+                check_pixels(pixel_values)
+            check_ids(input_ids, self.get_input_embeddings().num_embeddings, self.config.image_token_id)
             check_boxes(boxes, num_images)
             text_columns |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             rows = TextRows.from_columns(text_columns, num_images, boxes)

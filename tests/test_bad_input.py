@@ -4,6 +4,7 @@ A row is an entry point, what it is given, and what comes of it: None, if that i
 out is finite, or what the error says, which names the argument, its value and what was expected.
 """
 
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,9 @@ from mmgem.late_interaction import similarity
 from mmgem.pipeline_mmgem import MMGEMImageToTextPipeline
 from mmgem.processing import save_sentence_transformer
 from mmgem.training.inference import answer_from_memory, embed_fused, embed_texts
+from mmgem.training.search.building import build_index
+from mmgem.training.search.index import SearchIndex
+from mmgem.training.search.storage import MANIFEST
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 
 REFUSALS = (ValueError, TypeError, OSError, StrictDataclassError)
@@ -29,6 +33,7 @@ BOX = [4.0, 4.0, 30.0, 30.0]
 NAN, INF = float("nan"), float("inf")
 PIXELS = torch.zeros(2, 3, 32, 32)
 IDS = torch.tensor([[20, 21, 22], [30, 31, 32]])
+BOXES = torch.tensor([[[0.0, 0.0, 0.5, 1.0]], [[0.0, 0.0, 0.0, 0.0]]])  # one of the first image
 PLACES = torch.tensor([[1] * 4 + [20], [1] * 4 + [30]])
 
 
@@ -40,11 +45,36 @@ def tools(tmp_path_factory, tiny_processor):
     save_sentence_transformer(model, tiny_processor, folder)
     encoder = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
     pipe = MMGEMImageToTextPipeline(model=model, processor=tiny_processor)
-    return SimpleNamespace(model=model, processor=tiny_processor, encoder=encoder, pipe=pipe, folder=folder)
+    images = tmp_path_factory.mktemp("images")
+    for number in range(2):
+        PICTURE.rotate(90 * number).save(images / f"{number}.png")
+    index = tmp_path_factory.mktemp("index")
+    build_index(images, model, tiny_processor, index)
+    return SimpleNamespace(
+        model=model, processor=tiny_processor, encoder=encoder, pipe=pipe, folder=folder, index=index
+    )
 
 
 def of_processor(tools, **inputs):
     return tools.processor(**({"return_tensors": "pt"} | inputs))
+
+
+def losses_of_batch(tools, **columns) -> dict:
+    outputs = tools.model(**({"input_ids": IDS, "pixel_values": PIXELS, "return_loss": True} | columns))
+    return {name: value for name, value in outputs.items() if not name.endswith("_norm")}  # a mean, of nothing NaN
+
+
+def hits_of_damaged(tools, file=None, damage=None) -> torch.Tensor:
+    """What is found in a copy of the index after damage was done to it."""
+    folder = tools.folder / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tools.index, folder)
+    if file is not None:
+        data = DAMAGES[damage]((folder / file).read_bytes())
+        (folder / file).unlink() if data is None else (folder / file).write_bytes(data)
+    hits = SearchIndex.load(folder, tools.model, tools.processor).search("a red star")
+    assert len(hits) == 2
+    return torch.tensor([hit.score for hit in hits])
 
 
 def arguments(tools, **values):
@@ -59,6 +89,7 @@ ENTRIES = {
     "image features": lambda tools, **inputs: tools.model.get_image_features(**inputs),
     "fused features": lambda tools, **inputs: tools.model.get_multimodal_features(**inputs),
     "forward": lambda tools, **inputs: tools.model(**inputs),
+    "batch": losses_of_batch,
     "generate": lambda tools, **inputs: tools.model.generate(**({"max_new_tokens": 2, "do_sample": False} | inputs)),
     "pipeline": lambda tools, images, **inputs: tools.pipe(images, **({"max_new_tokens": 2} | inputs)),
     "encode": lambda tools, inputs, **options: tools.encoder.encode(inputs, **options),
@@ -70,6 +101,7 @@ ENTRIES = {
     "similarity": lambda tools, **embeds: similarity(**embeds),
     "set_embedding_tokens": lambda tools, *given: build_model().set_embedding_tokens(*given),
     "set_embedding_prompt": lambda tools, prompt: build_model().set_embedding_prompt(prompt),
+    "index": hits_of_damaged,
     "config": lambda tools, **values: build_model(**values) and None,
     "arguments": lambda tools, **values: arguments(tools, **values) and None,
 }
@@ -169,6 +201,51 @@ NO_PIXELS = [
     ({"pixel_values": PIXELS}, None),
     ({"pixel_values": torch.zeros(1, 3, 48, 64)}, None),
 ]
+NO_BATCHES = [
+    ({"attention_mask": torch.ones(2, 4)}, r"`attention_mask` has shape \(2, 4\); expected that of `input_ids`"),
+    ({"labels": torch.zeros(2, 4).long()}, r"`labels` has shape \(2, 4\); expected that of `input_ids`, \(2, 3\)"),
+    ({"image_ids": torch.zeros(3)}, r"`image_ids` has shape \(3,\); expected \(2,\)"),
+    ({"image_index": torch.tensor([0, 7])}, r"`image_index` is \[0, 7\]; expected 2 numbers below 2, or -1 for none"),
+    ({"image_index": torch.tensor([0, -2])}, r"`image_index` is \[0, -2\]; expected"),
+    ({"image_index": torch.tensor([0.0, 1.0])}, r"`image_index` is \[0.0, 1.0\]; expected 2 numbers"),
+    ({"image_index": torch.tensor([0, 1, 1])}, r"`image_index` is \[0, 1, 1\]; expected 2 numbers"),
+    ({"image_index": torch.tensor([[0], [1]])}, r"`image_index` is \[\[0\], \[1\]\]; expected 2 numbers"),
+    ({"image_index": torch.tensor(0)}, "`image_index` is 0; expected 2 numbers"),
+    ({"pixel_values": PIXELS[:1]}, "holds 1 images and `input_ids` 2 texts; expected pairs, or `image_index`"),
+    ({"pixel_values": None}, "holds 0 images and `input_ids` 2 texts; expected pairs, or `image_index`"),
+    ({"box_index": torch.tensor([0, -1])}, r"`box_index` is \[0, -1\], but `boxes` is None; expected the boxes"),
+    ({"box_index": torch.tensor([1, -1]), "boxes": BOXES}, "`box_index` is .*, each of a box of the text's image"),
+    ({"box_index": torch.tensor([-1, 0]), "boxes": BOXES}, "of a box of the text's image that is no padding"),
+    ({"boxes": BOXES[:1]}, r"`boxes` has shape \(1, 1, 4\); expected \(2, R, 4\)"),
+    ({"boxes": 9 * BOXES}, r"`boxes` has .*9.0.*; expected .* in \[0, 1\]"),
+    ({"fused_index": torch.tensor([[0, 5], [1, -1]])}, r"`fused_index` is .*; expected 2 lists of numbers below 2"),
+    ({"fused_index": torch.zeros(2, 1, 1).long()}, "`fused_index` is .*; expected 2 lists of numbers"),
+    ({"target_row": torch.tensor([2, -1])}, r"`target_row` is \[2, -1\]; expected 2 numbers below 2"),
+    ({"memory_row": torch.tensor([-1, 2])}, r"`memory_row` is \[-1, 2\]; expected 2 numbers below 2"),
+    ({"contrastive_mask": torch.ones(2).long()}, r"`contrastive_mask` is torch.int64 of shape \(2,\); expected"),
+    ({"hard_negative_mask": torch.ones(3).bool()}, r"`hard_negative_mask` is .*\(3,\); expected \(2,\) torch.bool"),
+    (
+        {"image_index": torch.tensor([0, -1]), "contrastive_mask": torch.ones(2).bool()},
+        "`contrastive_mask` is True for a text whose `image_index` is -1; expected an image",
+    ),
+    ({"input_ids": IDS + 300}, "`input_ids` has 320; expected 0 to 299"),
+    ({"input_ids": torch.full((2, 300), 20)}, "is 30[0-9] tokens long; the language model takes at most 256"),
+    ({"pixel_values": PIXELS.long()}, "`pixel_values` is torch.int64; expected floating point"),
+    ({"pixel_values": PIXELS + NAN}, "`pixel_values` has values that are NaN or infinite"),
+    ({"patch_features": torch.zeros(2, 32, 4, 4)}, "`patch_features` came with `pixel_values`"),
+    ({"pixel_values": None, "patch_features": torch.zeros(2, 9, 4, 4)}, r"has shape \(2, 9, 4, 4\); expected \(I, 32"),
+    ({"no_column": IDS}, "`no_column` is no column of the texts of a batch; expected some of input_ids"),
+    ({"labels": torch.full((2, 3), -100)}, None),
+    ({"attention_mask": torch.zeros(2, 3).long()}, None),
+    ({"input_ids": torch.zeros(2, 0).long()}, None),
+    ({"num_items_in_batch": 0}, None),
+    ({"image_index": torch.tensor([1, 1]), "image_ids": torch.tensor([5, 5])}, None),
+    ({"image_index": torch.tensor([-1, -1])}, None),
+    ({"pixel_values": None, "image_index": torch.tensor([-1, -1])}, None),
+    ({"pixel_values": None, "patch_features": torch.zeros(2, 32, 4, 4)}, None),
+    ({"box_index": torch.tensor([0, -1]), "boxes": BOXES}, None),
+    ({}, None),
+]
 NO_GENERATION = [
     ({"num_beams": 0}, "`num_beams` is 0; expected a whole number of at least 1"),
     ({"num_beams": -1}, "`num_beams` is -1; expected a whole number"),
@@ -197,6 +274,39 @@ NO_GENERATION = [
     ({"pad_token_id": "a"}, "`pad_token_id` is 'a'; expected token ids"),
     ({"num_beams": 2, "num_return_sequences": 2, "eos_token_id": [2, 3], "top_k": None}, None),
     ({"do_sample": True, "top_p": 0.5, "temperature": 2.0}, None),
+]
+
+FILES_OF_INDEX = ("rows-1.parquet", "embedding-1.npy", "probes-1.safetensors")
+DAMAGES = {  # what becomes of the bytes of a file
+    "removed": lambda data: None,
+    "emptied": lambda data: b"",
+    "cut": lambda data: data[:-1],
+    "longer": lambda data: data + b"0",
+    "zeros at the end": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    "zeros": lambda data: bytes(len(data)),
+    "one bit": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "no text": lambda data: b"\xff\xfe",
+    "a list": lambda data: b"[]",
+    "a mapping": lambda data: b"{}",
+    "deep": lambda data: b"[" * 100_000,
+    "a word": lambda data: data.replace(b"settings", b"setting_"),
+    "another format": lambda data: b'{"format": 99}',
+}
+NO_INDEX = [
+    *[
+        ({"file": file, "damage": damage}, f"{file}.*; expected (a whole one|what was written|[0-9]+)")
+        for file in FILES_OF_INDEX
+        for damage in list(DAMAGES)[:7]
+    ],
+    ({"file": MANIFEST, "damage": "removed"}, f"which is no index; expected a folder with {MANIFEST}"),
+    *[
+        ({"file": MANIFEST, "damage": damage}, f"whose {MANIFEST} is damaged; expected a whole one. Delete it")
+        for damage in list(DAMAGES)[1:]
+        if damage not in ("a mapping", "another format")
+    ],
+    ({"file": MANIFEST, "damage": "a mapping"}, "an index of format 1; expected format"),
+    ({"file": MANIFEST, "damage": "another format"}, "an index of format 99; expected format"),
+    ({}, None),
 ]
 ROWS = [
     *[("processor", {"images": value}, outcome) for value, outcome in NO_PICTURES],
@@ -229,18 +339,7 @@ ROWS = [
     ("forward", {"input_ids": IDS, "pixel_values": PIXELS, "labels": IDS}, "`labels` came with images and texts"),
     ("forward", {"input_ids": IDS, "pixel_values": PIXELS, "boxes": torch.rand(2, 1, 4)}, "`boxes` "),
     ("forward", {"input_ids": IDS, "image_index": IDS[:, 0]}, "`image_index` came without `return_loss=True`"),
-    ("forward", {"input_ids": IDS, "pixel_values": PIXELS, "return_loss": True, "no_column": IDS}, "`no_column`"),
-    (
-        "forward",
-        {"input_ids": IDS, "pixel_values": PIXELS, "return_loss": True, "image_ids": torch.zeros(3)},
-        r"`image_ids` has shape \(3,\); expected \(2,\)",
-    ),
-    (
-        "forward",
-        {"input_ids": IDS, "pixel_values": PIXELS, "return_loss": True, "image_index": torch.tensor([0, 7])},
-        "`image_index`",
-    ),
-    ("forward", {"input_ids": IDS, "pixel_values": PIXELS, "return_loss": True}, None),
+    *[("batch", columns, outcome) for columns, outcome in NO_BATCHES],
     ("forward", {"input_ids": IDS, "pixel_values": PIXELS}, None),
     ("generate", {"input_ids": PLACES}, "image placeholders, but there are no `pixel_values`"),
     ("generate", {"input_ids": PLACES, "pixel_values": PIXELS[:1]}, "8 image placeholders"),
@@ -289,6 +388,23 @@ ROWS = [
     ("encode", {"inputs": ["", " ", "<image>", "a" * 9999, "nothing.png"]}, None),
     ("encode", {"inputs": [PICTURE, "a", {"image": PICTURE, "text": ""}, {"image": PICTURE, "boxes": [BOX]}]}, None),
     ("encode", {"inputs": []}, None),
+    ("encode", {"inputs": "a"}, None),
+    ("encode", {"inputs": PICTURE}, None),
+    ("encode", {"inputs": [{"image": PICTURE, "text": "a", "boxes": [BOX]}]}, None),
+    ("encode", {"inputs": [{"image": [PICTURE, PICTURE], "text": "<image> or <image>?"}]}, None),
+    ("encode", {"inputs": [np.zeros((0, 0, 3))]}, r"has shape \(0, 0, 3\); expected \(H, W\)"),
+    ("encode", {"inputs": [np.full((4, 4, 3), NAN)]}, "NaN or infinite; expected finite"),
+    ("encode", {"inputs": [{"image": b"no picture"}]}, "holds 10 bytes that are no image; expected an image file"),
+    ("encode", {"inputs": [{"image": None}]}, "is a NoneType; expected a PIL image"),
+    ("encode", {"inputs": [{"image": []}]}, "expected"),
+    ("encode", {"inputs": [{"image": PICTURE, "text": "\ud800"}]}, "half a surrogate pair"),
+    ("encode", {"inputs": [{"image": PICTURE, "boxes": [[NAN, 0, 5, 5]]}]}, "expected finite pixel coordinates"),
+    ("encode", {"inputs": [{"image": PICTURE, "boxes": [[70, 50, 90, 60]]}]}, "which lies outside its image"),
+    ("encode", {"inputs": [{"image": "http://127.0.0.1/a.png"}]}, "is a URL, and fetching is off"),
+    ("encode", {"inputs": [{"audio": "a.wav"}]}, "audio"),
+    ("encode", {"inputs": [{"text": "a", "colour": "red"}]}, "colour"),
+    ("encode", {"inputs": ["a"], "precision": "int3"}, "int3"),
+    *[("index", given, outcome) for given, outcome in NO_INDEX],
     ("embed_texts", {"texts": []}, "`texts` is empty; expected at least one text"),
     ("embed_texts", {"texts": ["\ud800"]}, "half a surrogate pair"),
     ("embed_texts", {"texts": ["a", "<image>", "", "a <image> b"]}, None),

@@ -8,7 +8,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from mmgem.configuration_mmgem import MMGEMConfig
-from mmgem.input_checks import check_boxes, checked_mask
+from mmgem.input_checks import check_boxes, check_ids, check_pixels, checked_mask
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.patch_grid import blank_image
 from mmgem.text_rows import IGNORED_LABEL, TextRows
@@ -122,8 +122,8 @@ class MMGEMForReconstruction(MMGEMModel):
             [`ReconstructionOutput`].
 
         Raises:
-            ValueError: If shapes or indices do not fit together, or a token is masked that is padding or that nothing
-                stands before.
+            ValueError: If shapes or indices do not fit together, a token is not in the vocabulary or a pixel not
+                finite, or a token is masked that is padding or that nothing stands before.
         """
         images = {"pixel_values": pixel_values, "boxes": boxes, "image_index": image_index, "box_index": box_index}
         if text_mask is None:
@@ -137,6 +137,8 @@ class MMGEMForReconstruction(MMGEMModel):
             )
         if pixel_values is None:  # a blank one, so that every process of a run takes part with every parameter
             pixel_values = blank_image(self.config.grid, input_ids.device)
+        check_pixels(pixel_values)
+        check_ids(input_ids, self.get_input_embeddings().num_embeddings, self.config.image_token_id)
         attention_mask = checked_mask(input_ids, attention_mask, allow_empty=True)
         if box_index is None:
             box_index = torch.full_like(image_index, -1)

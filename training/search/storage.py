@@ -297,7 +297,7 @@ def read_index(place: Path, name: str) -> StoredIndex:
             except (FileNotFoundError, DamagedFileError):
                 if _read_manifest(place, name) == manifest:  # it was not updated meanwhile
                     raise
-    except _UnknownFormatError:
+    except _ManifestError:
         raise
     except _DAMAGE as error:
         raise ValueError(
@@ -443,8 +443,8 @@ def chunks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-class _UnknownFormatError(ValueError):
-    pass
+class _ManifestError(DamagedFileError):
+    """Of a manifest that is damaged or of another format; it says what to do."""
 
 
 def _read_manifest(place: Path, name: str) -> dict[str, Any]:
@@ -454,13 +454,13 @@ def _read_manifest(place: Path, name: str) -> dict[str, Any]:
     except DamagedFileError:
         unchecked = _read_without_checksum(place / MANIFEST)
         if unchecked is None or unchecked.get("format") in (3, FORMAT):
-            raise DamagedFileError(
+            raise _ManifestError(
                 f"`{name}` is {str(place)!r}, an index whose {MANIFEST} is damaged; expected a whole one. Delete it, "
                 "and make it anew with `mmgem index`."
             ) from None
         manifest, known = unchecked, (2,)
     if manifest.get("format") not in known:
-        raise _UnknownFormatError(
+        raise _ManifestError(
             f"`{name}` is {str(place)!r}, an index of format {manifest.get('format', 1)}; expected format {FORMAT}. "
             "Delete it, and make it anew with `mmgem index`."
         )
