@@ -142,6 +142,10 @@ def boxes_on_grid(boxes: torch.Tensor, grid: VisionGrid, image_size: tuple[int, 
     return (boxes * boxes.new_tensor([width, height, width, height])).clamp(max=1)
 
 
+# Without weights, the configuration says it all; each operator takes long there.
+_grids_on_meta: dict[tuple[type, str], VisionGrid] = {}
+
+
 @torch.no_grad()
 def find_grid(vision_tower: PreTrainedModel) -> VisionGrid:
     """Find out where a vision tower has its patch features, by running it and not by its name.
@@ -162,10 +166,16 @@ def find_grid(vision_tower: PreTrainedModel) -> VisionGrid:
     if "pixel_values" not in {p.name for p in parameters} or required - IMAGE_INPUTS:
         takes = sorted(required) or list(inspect.signature(vision_tower.forward).parameters)[:1]
         raise ValueError(f"`vision` is a `{name}`, which takes {takes}; expected an encoder of images.")
+    kind = type(vision_tower), vision_tower.config.to_json_string(use_diff=False)
+    if vision_tower.device.type == "meta" and kind in _grids_on_meta:
+        return _grids_on_meta[kind]
     was_training = vision_tower.training
     vision_tower.eval()  # nothing is drawn at random
     try:
-        return _find_grid(vision_tower, name)
+        grid = _find_grid(vision_tower, name)
+        if vision_tower.device.type == "meta":
+            _grids_on_meta[kind] = grid
+        return grid
     finally:
         vision_tower.train(was_training)
 

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from vision_towers import MECHANISMS, VISION_TOWERS
 
-from mmgem import modeling_mmgem
+from mmgem import modeling_mmgem, patch_grid
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.patch_grid import find_grid
@@ -129,6 +129,17 @@ def test_boxes_leave_out_the_pixels_that_fill_no_patch():
     torch.testing.assert_close(tokens[:, 0], model.get_image_features(pixel_values).last_hidden_state)
     half = torch.tensor([[[0.0, 0.0, 0.5, 1.0]]]).expand(2, -1, -1)
     torch.testing.assert_close(tokens[:, 1], model.pool_aggregator(roi_align(grid, half)))
+
+
+def test_towers_without_weights_that_are_configured_alike_are_run_once(monkeypatch):
+    with torch.device("meta"):
+        towers = [build_vision_tower(AutoConfig.for_model(**VISION_TOWERS["clip"].config)) for _ in range(2)]
+    grid = find_grid(towers[0])
+    monkeypatch.setattr(patch_grid, "_find_grid", None)
+    assert find_grid(towers[1]) == grid
+    monkeypatch.undo()
+    towers[1].config.image_size *= 2
+    assert find_grid(towers[1]).image_size != grid.image_size
 
 
 class TimmTower(PreTrainedModel):

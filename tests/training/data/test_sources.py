@@ -1,8 +1,6 @@
 """Data sections and their sources: what rows look like, and what is refused before training begins."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from image_bytes import png
@@ -188,16 +186,3 @@ def test_a_kind_of_data_is_one_file_and_one_line(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             check_section(section, "`x`")
-
-
-@pytest.mark.slow
-def test_a_section_is_checked_without_what_reads_it():
-    """Neither libraries of data and models, nor scenes where no scenes are asked for."""
-    code = (
-        "import sys; from mmgem.training.data.open_source import check_section\n"
-        "for section in ({'folder': 'x'}, {'parquet': 'x'}, {'dataset': 'x'}, {'webdataset': 'x'}):\n"
-        "    check_section(section, 'x')\n"
-        "unwanted = {'datasets', 'pyarrow', 'peft', 'transformers', 'mmgem.training.scenes', 'mmgem.modeling_mmgem'}\n"
-        "print(sorted(unwanted & set(sys.modules)))\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

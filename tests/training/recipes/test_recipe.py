@@ -89,14 +89,21 @@ def test_a_recipe_is_what_its_file_says(load, recipe, tmp_path):
     assert third.options == recipe["stages"][2]["reconstruction"]
 
 
-def test_a_recipe_is_read_without_a_model_or_a_trainer():
-    heavy = ["peft", "transformers", "mmgem.modeling_mmgem", "mmgem.training.trainer.trainer"]
+@pytest.mark.slow
+def test_a_recipe_is_read_without_a_model_or_a_trainer_and_a_section_without_what_reads_it():
+    """Neither libraries of data and models, nor scenes where no scenes are asked for."""
     code = (
-        "import sys; from mmgem.training.recipes.recipe import load_recipe; "
-        f"print(load_recipe(sys.argv[1]).stages[0].name, [name for name in {heavy} if name in sys.modules])"
+        "import sys; from mmgem.training.data.open_source import check_section\n"
+        "for section in ({'folder': 'x'}, {'parquet': 'x'}, {'dataset': 'x'}, {'webdataset': 'x'}):\n"
+        "    check_section(section, 'x')\n"
+        "unwanted = {'datasets', 'pyarrow', 'peft', 'transformers', 'mmgem.training.scenes', 'mmgem.modeling_mmgem'}\n"
+        "print(sorted(unwanted & set(sys.modules)))\n"
+        "from mmgem.training.recipes.recipe import load_recipe\n"
+        "unwanted = {'peft', 'transformers', 'mmgem.modeling_mmgem', 'mmgem.training.trainer.trainer'}\n"
+        "print(load_recipe(sys.argv[1]).stages[0].name, sorted(unwanted & set(sys.modules)))\n"
     )
     command = [sys.executable, "-c", code, str(CARDS / "mm-gem" / "recipe.yaml")]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["align", "[]"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\nalign []\n"
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in CARDS.glob("*/recipe.yaml")))
