@@ -22,8 +22,8 @@ CLIENT_TESTS := tests/modeling_mmgem/test_modeling_mmgem.py tests/modeling_mmgem
 PICTURE := model_cards/mmgem-photo/demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-pages test-benchmarks test-families compatibility test-oldest test-newest clients \
-	fast lint types format audit retrain picture hub-code hub-photo old-folders clean
+.PHONY: help install demo test test-package test-pages test-benchmarks test-families compatibility test-oldest \
+	test-newest clients fast lint types format audit retrain picture hub-code hub-photo old-folders clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -42,7 +42,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tiny; the page is demo/index.html
 	$(BIN)/mmgem demo --out demo
 
-test: lint types ## ruff, mypy and the tests of the package; of models one family for each mechanism
+test: lint ## ruff, mypy and the tests of the package; of models one family for each mechanism
+	$(MAKE) -j 2 types test-package
+
+test-package: $(STAMP) # beside mypy, which keeps one core busy
 	$(PYTEST) $(BY_FILE) -m 'not families and not pages' --ignore tests/benchmarks --durations=10
 
 test-pages: $(STAMP) ## the code of the README and of docs/, as it stands, and what the card of mmgem-tiny promises
