@@ -260,11 +260,15 @@ def soup(
 def evaluate(
     model: ModelArgument,
     data: Annotated[Path, typer.Argument(parser=path, help="Image folder with metadata.jsonl.")],
+    subset: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="FROM TO", help="Only images that hash to these numbers, such as 0.9 1 for a tenth."),
+    ] = None,
     batch_size: BatchSize = 64,
     table_file: Table = None,
     as_json: AsJson = False,
 ):
-    """Measure retrieval, classification and captions on an image folder, with 95% confidence intervals."""
+    """Measure retrieval, classification, captions and answers on an image folder, with 95% confidence intervals."""
     check_table(table_file)
     with work():
         from mmgem.training.data.image_folder import read_image_folder
@@ -272,7 +276,7 @@ def evaluate(
         from mmgem.training.evaluation.evaluate import evaluate_model
         from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
-        dataset, skipped = read_image_folder(data), SkippedLog(rows_name=str(data))
+        dataset, skipped = read_image_folder(data, subset=subset), SkippedLog(rows_name=str(data))
         intervals: dict[str, tuple[float, float]] = {}
         loaded, processor = load_model(model)
         figures = evaluate_model(

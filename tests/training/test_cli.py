@@ -216,6 +216,9 @@ def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
     figures = json.loads(run("evaluate", checkpoint, gallery, "--json").stdout)
     assert 0 <= figures["text_to_image_recall@1"] <= figures["text_to_image_recall@10"] == 1
 
+    held_out = json.loads(run("evaluate", checkpoint, gallery, "--subset", 0, 0.6, "--json").stdout)
+    assert held_out != figures
+
     low, high = figures["intervals"]["text_to_image_recall@1"]
     assert 0 <= low <= figures["text_to_image_recall@1"] <= high <= 1
 

@@ -76,7 +76,7 @@ def open_source(section: Mapping[str, Any]) -> Source:
     | kind | data |
     |---|---|
     | `scenes: {seed: ..., count: ...}` | arguments of [`mmgem.training.scenes.dataset.SceneDataset`] |
-    | `folder: PATH` | an image folder, see [`mmgem.training.data.image_folder.read_image_folder`] |
+    | `folder: PATH`, `subset: [0, 0.9]` | see [`mmgem.training.data.image_folder.FolderSource`] |
     | `parquet: PATTERN` | tables, see [`mmgem.training.data.tables.open_parquet`] |
     | `dataset: NAME`, `name`, `split`, `streaming`, `data_files` | see [`mmgem.training.data.tables.open_dataset`] |
     | `webdataset: PATTERN` | tar files, see [`mmgem.training.data.shards.ShardSource`] |

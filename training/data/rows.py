@@ -6,6 +6,7 @@ from typing import Any
 CAPTION_COLUMNS = ("captions", "caption", "text")
 IMAGE_COLUMNS = ("image", "images")
 ID_COLUMNS = ("image_id", "scene_id", "file_name")
+TEXT_COLUMNS = ("long_caption", "region_captions", "label", "qa", "edit")  # beside captions
 COLUMNS = (
     *IMAGE_COLUMNS,
     *CAPTION_COLUMNS,

@@ -16,7 +16,6 @@ from mmgem.training.evaluation.metrics import (
     CaptionJudge,
     Mean,
     agreement,
-    answer_accuracy,
     bleu4,
     caption_variety,
     cider,
@@ -24,6 +23,7 @@ from mmgem.training.evaluation.metrics import (
     prior_accuracy,
     recall_at,
     retrieval_ranks,
+    right_answers,
 )
 from mmgem.training.evaluation.row_outputs import RowOutputs, RowPredictor, instructions_of, region_texts_of
 from mmgem.training.inference import CAPTION_TOKENS, embed_texts
@@ -99,9 +99,10 @@ def evaluate_model(
         max_new_tokens: The length at which a generated caption is cut.
         samples: If given, receives for each row `caption` and, with boxes, `region_captions`, as generated.
         caption_judge: The judge that tells right captions from wrong ones, such as
-            [`mmgem.training.evaluation.scene_metrics.SCENE_JUDGE`]; without one, no `_fidelity` is measured.
-        intervals: If given, receives for each recall and for `cider` a 95% confidence interval, by bootstrap over
-            images.
+            [`mmgem.training.evaluation.scene_metrics.SCENE_JUDGE`]; without one, and with one that cannot read most
+            of the captions of the rows, no `_fidelity` is measured.
+        intervals: If given, receives for each recall, for `cider` and for answers a 95% confidence interval, by
+            bootstrap over images.
         skipped: Where to note rows that cannot be read, or whose pictures cannot, which are left out; they are logged
             in any case.
 
@@ -123,6 +124,7 @@ def evaluate_model(
     if len(outputs) < 2:
         raise ValueError(f"`dataset` has {len(outputs)} rows that can be read; expected 2 or more.")
 
+    caption_judge = _fitting(caption_judge, outputs)
     embed = partial(_embed_texts, model, processor, share)
     figures = _caption_figures(outputs, embed, caption_judge)
     figures |= _language_figures(outputs, embed)
@@ -138,6 +140,13 @@ def evaluate_model(
     if intervals is not None:
         intervals |= {name: value.interval() for name, value in figures.items() if isinstance(value, Mean)}
     return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+def _fitting(judge: CaptionJudge | None, outputs: Sequence[RowOutputs]) -> CaptionJudge | None:
+    """The judge, if there is one and it fits the rows."""
+    captions = [text for output in outputs for text in captions_of(output.row)[:1]]
+    regions = [text for output in outputs for text in region_texts_of(output.row)]
+    return judge if judge is not None and judge.fits(captions, regions) else None
 
 
 def _recalls(name: str, ranks: torch.Tensor, images: Sequence[int], suffix: str = "") -> Figures:
@@ -261,15 +270,17 @@ def _label_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJu
 
 
 def _answer_figures(outputs: Sequence[RowOutputs]) -> Figures:
-    turns = [turn for output in outputs for turn in output.row.get("qa") or []]
-    references = [turn["answer"] for turn in turns]
-    written = {
-        "answer_accuracy": [answer for output in outputs for answer in output.answers],
-        "memory_answer_accuracy": [answer for output in outputs for answer in output.memory_answers],
+    turns = [(image, turn) for image, output in enumerate(outputs) for turn in output.row.get("qa") or []]
+    if not turns:
+        return {}
+    images, references = torch.tensor([image for image, _ in turns]), [turn["answer"] for _, turn in turns]
+    answers = [answer for output in outputs for answer in output.answers]
+    figures: Figures = {
+        "answer_accuracy": Mean(right_answers(answers, references), images),
+        "answer_prior_accuracy": prior_accuracy([turn["question"] for _, turn in turns], references),
     }
-    figures: Figures = {name: answer_accuracy(answers, references) for name, answers in written.items() if answers}
-    if turns:
-        figures["answer_prior_accuracy"] = prior_accuracy([turn["question"] for turn in turns], references)
+    if recalled := [answer for output in outputs for answer in output.memory_answers]:
+        figures["memory_answer_accuracy"] = Mean(right_answers(recalled, references), images)
     return figures
 
 

@@ -228,6 +228,18 @@ class CaptionJudge:
     classes: Sequence[str]
     label_prompt: Callable[[str], str]
 
+    def fits(self, captions: Sequence[str], region_captions: Sequence[str]) -> bool:
+        """Whether it is a judge of these pictures: one that can read most of their reference captions.
+
+        A phrase such as "a red ball" can be read in photographs as well, and would be judged among nothing else.
+
+        Args:
+            captions: Reference captions of images.
+            region_captions: Reference captions of regions.
+        """
+        meanings = [*map(self.parse_caption, captions), *map(self.parse_region_caption, region_captions)]
+        return 2 * sum(meaning is not None for meaning in meanings) >= len(meanings)
+
     def caption_fidelity(self, captions: Sequence[str], references: Sequence[str]) -> float | None:
         """The share of captions that say exactly what their reference says.
 
@@ -241,9 +253,15 @@ class CaptionJudge:
         return _fidelity(captions, references, self.parse_region_caption)
 
 
+def right_answers(answers: Sequence[str], references: Sequence[str]) -> torch.Tensor:
+    """(N,) bool, whether each answer is its reference, but for case, punctuation and articles."""
+    pairs = zip(answers, references, strict=True)
+    return torch.tensor([_content(answer) == _content(reference) for answer, reference in pairs])
+
+
 def answer_accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers that are their reference, but for case, punctuation and articles."""
-    return agreement([_content(answer) for answer in answers], [_content(reference) for reference in references])
+    """The share of answers that are right, by `right_answers`."""
+    return float(Mean(right_answers(answers, references)))
 
 
 def prior_accuracy(questions: Sequence[str], references: Sequence[str]) -> float:

@@ -238,7 +238,7 @@ class RowPredictor:
         if self.writes_regions or not region_texts:
             return bool(region_texts)
         judge = self.caption_judge
-        return judge is not None and any(judge.parse_region_caption(text) is not None for text in region_texts)
+        return judge is not None and all(judge.parse_region_caption(text) is not None for text in region_texts)
 
     def _write(self, answer: Callable, sources: Sequence, outputs: Sequence[RowOutputs], has_caption: Sequence[bool]):
         """For each row a caption, if it has one, and its answers, all from its source, by the function `answer`."""

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from mmgem.training.data.image_folder import read_image_folder
+from mmgem.training.data.open_source import load_rows, open_source
 
 
 def _write(folder, *lines):
@@ -87,6 +88,30 @@ def test_bad_lines_are_named(tmp_path, line, error, message):
     _write(tmp_path, '{"file_name": "a.png", "text": "fine"}', line)
     with pytest.raises(error, match=message):
         read_image_folder(tmp_path)
+
+
+def test_questions_need_no_captions(tmp_path):
+    qa = [{"question": "what is it?", "answer": "a cat"}]
+    _write(tmp_path, json.dumps({"file_name": "a.png", "qa": qa}))
+    [row] = read_image_folder(tmp_path)
+    assert row["captions"] == [] and row["qa"] == qa
+
+
+def test_subsets_take_all_rows_of_an_image_and_each_row_once(tmp_path):
+    fields = [{"file_name": "a.png", "image_id": f"i{number // 2}", "text": str(number)} for number in range(400)]
+    _write(tmp_path, *map(json.dumps, fields))
+    texts = lambda *subset: [row["captions"][0] for row in read_image_folder(tmp_path, subset=subset).rows]  # noqa: E731
+    train, held_out = texts(0, 0.8), texts(0.8, 1)
+    assert sorted(train + held_out, key=int) == [row["text"] for row in fields] and 40 < len(held_out) < 120
+    assert not {int(text) // 2 for text in train} & {int(text) // 2 for text in held_out}
+    section = {"folder": str(tmp_path), "subset": [0.8, 1]}
+    assert [row["captions"][0] for row in load_rows(section).rows] == held_out
+    assert [row["captions"][0] for row in map(open_source(section).texts, range(len(held_out)))] == held_out
+    for wrong in ([0.5], [0.5, 0.5], [-0.1, 1], [0, 1.1]):
+        with pytest.raises(ValueError, match="`subset` is .*expected two rising numbers from 0 to 1"):
+            open_source({"folder": str(tmp_path), "subset": wrong})
+    with pytest.raises(ValueError, match="in which none of 400 rows lies"):
+        open_source({"folder": str(tmp_path), "subset": [0, 1e-9]})
 
 
 def test_csv_says_the_same(tmp_path):

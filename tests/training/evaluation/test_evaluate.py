@@ -112,6 +112,17 @@ def test_missing_columns_are_not_measured(rows):
     assert metrics["text_to_image_recall@1"] == metrics["caption_fidelity"] == 1
 
 
+def test_a_judge_that_does_not_fit_the_captions_leaves_nothing_behind(rows):
+    # One phrase of each row can be read, as "a red ball" of a photograph can.
+    others = [
+        {"image": row["image"], "boxes": row["boxes"], "captions": [f"someone looks at thing {number}"]}
+        | {"region_captions": [row["region_captions"][0], *["a hat"] * (len(row["boxes"]) - 1)]}
+        for number, row in enumerate(rows)
+    ]
+    figures = evaluate_model(KnowingModel(rows), KnowingProcessor(), others)
+    assert "region_recall@1" in figures and not [name for name in figures if name.endswith("_fidelity")]
+
+
 def test_rows_may_lack_captions_or_boxes(rows):
     mixed = [dict(row) for row in rows]
     mixed[0] |= {"captions": [], "boxes": [], "region_captions": [], "instructions": []}
@@ -241,6 +252,7 @@ def test_captions_of_each_language_are_measured(rows):
     assert intervals["text_to_image_recall@1"] == (1, 1) and intervals["image_to_text_recall@10_xx"][0] < 1
     low, high = intervals["cider"]
     assert low < figures["cider"] < high
+    assert intervals["answer_accuracy"] == intervals["memory_answer_accuracy"] == (1, 1)
     assert intervals.keys() <= figures.keys() and "bleu4" not in intervals
 
 

@@ -89,6 +89,16 @@ def test_fidelity_judges_meaning_not_words():
     assert agreement(["a", "b", "c", "d"], ["a", "b", "c", "x"]) == 0.75
 
 
+def test_a_judge_fits_what_it_can_mostly_read():
+    scenes, photographs = ["a red star at the top"], ["a man on a red horse", "two dogs"]
+    assert (
+        SCENE_JUDGE.fits(scenes, ["a red star"]) and SCENE_JUDGE.fits([], []) and SCENE_JUDGE.fits(scenes, ["a dog"])
+    )
+    assert not SCENE_JUDGE.fits(photographs, ["a red ball"]) and not SCENE_JUDGE.fits(
+        [], ["a dog", "a hat", "a red ball"]
+    )
+
+
 def test_cider_is_ten_for_the_reference_and_zero_for_other_words():
     references = [["a red star at the top"], ["one blue moon on this left"], ["two green hearts below them"]]
     exact = ["A red star, at the top.", "one blue moon on this left!", "two green hearts below them"]
