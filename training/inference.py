@@ -249,14 +249,15 @@ def embed_and_remember(model, processor, images: Sequence[Any]) -> ImageStates:
 
 
 def generate_captions(model, processor, images: Sequence[Any], max_new_tokens: int = CAPTION_TOKENS) -> list[str]:
-    """Writes the caption of each image of one batch, greedily."""
+    """Writes the caption of each image of one batch, as the generation configuration of the model says."""
     return generate_answers(model, processor, images, [""] * len(images), max_new_tokens)
 
 
 def generate_region_captions(
     model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
-    """Writes the caption of each box of one batch of images, greedily; `boxes` and order as in `embed_regions`.
+    """Writes the caption of each box of one batch of images, as `generate_captions` does; `boxes` and order as in
+    `embed_regions`.
 
     The model's prompt "region_caption" asks for it, if there is one.
     """
@@ -275,7 +276,8 @@ def generate_region_captions(
 def generate_answers(
     model, processor, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int = CAPTION_TOKENS
 ) -> list[str]:
-    """Writes the answers to one batch of questions, each about its image, greedily; to an empty one, a caption.
+    """Writes the answers to one batch of questions, each about its image; to an empty one, a caption. The generation
+    configuration of the model says how.
 
     Raises:
         ValueError: If there are not as many images as questions.
@@ -293,7 +295,7 @@ def answer_from_memory(
     questions: Sequence[str] | None = None,
     max_new_tokens: int = CAPTION_TOKENS,
 ) -> list[str]:
-    """Writes the answers to one batch of questions about images of which only memories are left, greedily.
+    """Writes the answers to one batch of questions about images of which only memories are left.
 
     Args:
         model: An `MMGEMModel`; its vision tower does not run.
