@@ -42,10 +42,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: $(STAMP) ## write a gallery, search, caption and measure it with mmgem-tiny; the page is demo/index.html
 	$(BIN)/mmgem demo --out demo
 
-test: lint ## ruff, mypy and the tests of the package; of models one family for each mechanism
+test: lint ## ruff, mypy and, beside it, the tests of the package
 	$(MAKE) -j 2 types test-package
 
-test-package: $(STAMP) # beside mypy, which keeps one core busy
+test-package: $(STAMP) ## the tests of the package alone; of models one family for each mechanism
 	$(PYTEST) $(BY_FILE) -m 'not families and not pages' --ignore tests/benchmarks --durations=10
 
 test-pages: $(STAMP) ## the code of the README and of docs/, as it stands, and what the card of mmgem-tiny promises
