@@ -1,0 +1,57 @@
+"""The weights of mmgem-photo, on photographs that scikit-image and matplotlib install."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from mmgem.training.demo.photographs import copy_free_photographs
+from mmgem.training.inference import embed_images, embed_texts, generate_captions
+from mmgem.training.loading import load_checkpoint
+
+FOLDER = Path(__file__).parents[1] / "model_cards" / "mmgem-photo"
+SEARCHES = {
+    "a person with a camera": "camera.png",
+    "a man in a black hat": "grace_hopper.jpg",
+    "a cup of coffee": "coffee.png",
+    "a rocket": "rocket.jpg",
+    "a red motorcycle": "motorcycle_left.png",
+    "ein Motorrad": "motorcycle_left.png",
+    "\u6469\u6258\u8f66": "motorcycle_left.png",
+}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_checkpoint(FOLDER, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """By name; 16 of them."""
+    folder = tmp_path_factory.mktemp("photographs")
+    assert copy_free_photographs(folder) == 16
+    return {path.name: Image.open(path).convert("RGB") for path in sorted(folder.iterdir())}
+
+
+def test_the_weights_are_small_and_run_in_float32(loaded):
+    path = FOLDER / "model.safetensors"
+    assert path.stat().st_size < 60e6
+    with safe_open(path, framework="pt") as file:
+        types = {file.get_slice(name).get_dtype() for name in file.keys()}
+    assert types <= {"F16", "I64"}
+    assert {parameter.dtype for parameter in loaded[0].parameters()} == {torch.float32}
+
+
+def test_it_finds_photographs_by_words_of_three_languages(loaded, photographs):
+    scores = embed_texts(*loaded, list(SEARCHES)) @ embed_images(*loaded, list(photographs.values())).T
+    found = [list(photographs)[best] for best in scores.argmax(dim=1).tolist()]
+    assert dict(zip(SEARCHES, found, strict=True)) == SEARCHES
+
+
+def test_it_writes_sentences(loaded, photographs):
+    [caption] = generate_captions(*loaded, [photographs["motorcycle_left.png"]])
+    assert "motorcycle" in caption and len(caption.split()) > 4
