@@ -76,7 +76,74 @@ class JointStep:
         image_tokens = self._pool(grid, pixel_values, None, spatial_shapes)  # (I, n, C)
         box_tokens = None if boxes is None else self._pool(grid, pixel_values, boxes, spatial_shapes)  # (I, R, n, C)
 
-        # Language: captions after their visual tokens, and what is embedded before [EMB], packed into the same rows.
+        row_of_text = rows.is_embedded.cumsum(0) - 1  # (T,), row in `read_outs`
+        if rows.text_states is None:
+            read_outs, caption_loss, labels = self._read_and_write(
+                rows, row_of_text, image_tokens, box_tokens, pixel_values, num_items_in_batch
+            )
+        else:
+            read_outs, labels = self._given_read_outs(rows), rows.labels.new_empty(0)  # (S_t, k, H), (0,)
+            caption_loss = 0.0 * image_tokens.sum()
+
+        text_features = self._read_out(read_outs).float()  # (S_t, D) or (S_t, k, D)
+        image_features = self._embed_visual_tokens(image_tokens[:num_images]).float()  # (I, D) or (I, k, D)
+        image_embeds, text_embeds = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+        region_embeds, region_ids, row_of_box = self._regions(image_embeds, box_tokens, boxes, image_ids)
+
+        query_embeds = text_embeds[row_of_text[rows.contrastive_mask]]  # (Q, ...)
+        document_embeds = text_embeds[row_of_text[rows.is_document]]  # (N, ...)
+        target_index, query_modality = _targets(rows, num_images, len(region_embeds), row_of_box)
+        row_ids = ids_of_rows(rows.input_ids, rows.attention_mask, rows.fused_index, image_ids)  # (T,)
+        modalities = (IMAGE, len(image_embeds)), (REGION, len(region_embeds)), (DOCUMENT, len(document_embeds))
+        batch = ContrastiveBatch(
+            query_embeds=query_embeds,
+            target_embeds=torch.cat([image_embeds, region_embeds, document_embeds]),  # (P, ...)
+            target_index=target_index,
+            query_ids=row_ids[rows.contrastive_mask],
+            target_ids=torch.cat([image_ids, region_ids, row_ids[rows.is_document]]),
+            query_modality=query_modality,
+            target_modality=torch.cat([image_ids.new_full((count,), modality) for modality, count in modalities]),
+            logit_scale=self._temperature(),
+            logit_bias=None if self.logit_bias is None else self.logit_bias.squeeze(),
+        )
+        contrastive, loss = None, caption_loss
+        if not return_contrastive_batch:
+            contrastive = ContrastiveObjective()(batch)
+            loss = self._joint_loss(caption_loss, contrastive, labels, rows.labels, num_items_in_batch)
+        return self._pair_output(
+            image_embeds,
+            query_embeds,
+            loss=loss,
+            caption_loss=caption_loss,
+            contrastive_loss=contrastive,
+            contrastive_batch=batch,
+            image_norm=image_features.detach().norm(dim=-1).mean(),
+            text_norm=text_features.detach().norm(dim=-1).mean(),
+        )
+
+    def _read_and_write(
+        self,
+        rows: TextRows,
+        row_of_text: torch.Tensor,
+        image_tokens: torch.Tensor,
+        box_tokens: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the language model: captions after their visual tokens, and what is embedded before [EMB], packed into
+        the same rows.
+
+        Args:
+            rows: The texts.
+            row_of_text: (T,) long, the row that each text that is embedded has in what was read out.
+            image_tokens: (I, n, C).
+            box_tokens: (I, R, n, C), or None.
+            pixel_values: For the connector of a VLM.
+            num_items_in_batch: As for [`MMGEMModel.forward`].
+
+        Returns:
+            (S_t, k, H) states of the [EMB] vectors, the caption loss, and its (N,) labels.
+        """
         embedding_tokens, n = self.embedding_tokens, self.config.num_visual_tokens  # (k, H)
         k = len(embedding_tokens)
         vlm_tokens = None
@@ -125,7 +192,6 @@ class JointStep:
             [len(caption_embeds), len(text_embeds)]
         )  # (N_c, H), (N_t, H)
         read_outs = text_states[texts.is_suffix].view(len(texts.lengths), *embedding_tokens.shape)  # (S_t, k, H)
-        row_of_text = rows.is_embedded.cumsum(0) - 1  # (T,), row in `read_outs`
 
         # A text that is written from a memory stands after states that were just read out, and sees no image.
         labels, unused = captions.labels, hidden_states.sum() + image_tokens.sum()
@@ -136,42 +202,23 @@ class JointStep:
             recalled_states = self._run_packed(recalled_embeds, recalled.lengths, blocks)  # (N_m, H)
             caption_states, labels = torch.cat([caption_states, recalled_states]), torch.cat([labels, recalled.labels])
         caption_loss = self._caption_loss(caption_states, labels, num_items_in_batch) + 0.0 * unused
+        return read_outs, caption_loss, labels
 
-        text_features = self._read_out(read_outs).float()  # (S_t, D) or (S_t, k, D)
-        image_features = self._embed_visual_tokens(image_tokens[:num_images]).float()  # (I, D) or (I, k, D)
-        image_embeds, text_embeds = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-        region_embeds, region_ids, row_of_box = self._regions(image_embeds, box_tokens, boxes, image_ids)
-
-        query_embeds = text_embeds[row_of_text[rows.contrastive_mask]]  # (Q, ...)
-        document_embeds = text_embeds[row_of_text[rows.is_document]]  # (N, ...)
-        target_index, query_modality = _targets(rows, num_images, len(region_embeds), row_of_box)
-        row_ids = ids_of_rows(rows.input_ids, rows.attention_mask, rows.fused_index, image_ids)  # (T,)
-        modalities = (IMAGE, len(image_embeds)), (REGION, len(region_embeds)), (DOCUMENT, len(document_embeds))
-        batch = ContrastiveBatch(
-            query_embeds=query_embeds,
-            target_embeds=torch.cat([image_embeds, region_embeds, document_embeds]),  # (P, ...)
-            target_index=target_index,
-            query_ids=row_ids[rows.contrastive_mask],
-            target_ids=torch.cat([image_ids, region_ids, row_ids[rows.is_document]]),
-            query_modality=query_modality,
-            target_modality=torch.cat([image_ids.new_full((count,), modality) for modality, count in modalities]),
-            logit_scale=self._temperature(),
-            logit_bias=None if self.logit_bias is None else self.logit_bias.squeeze(),
-        )
-        contrastive, loss = None, caption_loss
-        if not return_contrastive_batch:
-            contrastive = ContrastiveObjective()(batch)
-            loss = self._joint_loss(caption_loss, contrastive, labels, rows.labels, num_items_in_batch)
-        return self._pair_output(
-            image_embeds,
-            query_embeds,
-            loss=loss,
-            caption_loss=caption_loss,
-            contrastive_loss=contrastive,
-            contrastive_batch=batch,
-            image_norm=image_features.detach().norm(dim=-1).mean(),
-            text_norm=text_features.detach().norm(dim=-1).mean(),
-        )
+    def _given_read_outs(self, rows: TextRows) -> torch.Tensor:
+        """(S_t, k, H) the `text_states` of the texts that are embedded, in place of the language model."""
+        assert rows.text_states is not None
+        if rows.is_generated.any() or (rows.fused_index[rows.is_embedded] >= 0).any():
+            raise ValueError(
+                "`text_states` came with texts that are generated, or embedded after images; expected `labels` of "
+                "-100, and texts that are embedded alone."
+            )
+        shape = tuple(rows.text_states.shape[1:])
+        if shape != tuple(self.embedding_tokens.shape):
+            raise ValueError(
+                f"`text_states` has shape {tuple(rows.text_states.shape)}; expected (T, k, H) with (k, H) "
+                f"{tuple(self.embedding_tokens.shape)}, those of the [EMB] vectors."
+            )
+        return rows.text_states[rows.is_embedded].to(self.embedding_tokens.dtype)
 
     @torch.compiler.disable(recursive=False)
     def _regions(

@@ -34,6 +34,7 @@ class Role(Enum):
     BOX = "numbers of boxes of the image in `image_index`"
     TEXT = "numbers of texts"
     FLAG = "True or False"
+    STATES = "states of the language model"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ class TextRows:
     hard_negative_mask: torch.Tensor = _column(
         Role.FLAG,
         "(T,) True for texts that describe no image: candidates that every image has to tell from its own texts.",
+    )
+    text_states: torch.Tensor | None = _column(
+        Role.STATES,
+        "(T, k, H) states of the [EMB] vectors after each text, the `last_hidden_state` of `get_text_features` of a "
+        "frozen language model. It is not run; then nothing is generated, and no image stands before a text.",
     )
     reads_memory: bool = False
 
@@ -194,6 +200,8 @@ class TextRows:
                 raise ValueError(
                     f"`{name}` is {value.dtype} of shape {tuple(value.shape)}; expected ({num_texts},) torch.bool."
                 )
+        if self.text_states is not None and (self.text_states.ndim != 3 or len(self.text_states) != num_texts):
+            raise ValueError(f"`text_states` has shape {tuple(self.text_states.shape)}; expected ({num_texts}, k, H).")
         without_target = (self.image_index < 0) & (self.target_row < 0)
         if (self.contrastive_mask & without_target).any():
             raise ValueError(

@@ -21,6 +21,7 @@ from mmgem.training.data.feature_cache import CachedViews
 from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.data.permutation import hash_numbers
 from mmgem.training.data.rows import ID_COLUMNS, check_row, edit_of, edited_file_of, images_of, row_name
+from mmgem.training.data.text_cache import CachedTexts
 
 
 @dataclass(eq=False, repr=False)
@@ -55,6 +56,7 @@ class MMGEMCollator(TextDrawing):
             by the `draw_seed` of their row; by default they are whole. Rows with several images or an edit are left
             as they are.
         cached_views: The features of a frozen tower, which then stand in the batch in place of pixels.
+        cached_texts: The states of a frozen language model after the texts that are compared, in place of running it.
         options: How many texts of each kind are drawn, see [`TextDrawing`].
 
     Raises:
@@ -65,6 +67,7 @@ class MMGEMCollator(TextDrawing):
     processor: Any
     augmentation: dict[str, float] | None = None
     cached_views: CachedViews | None = None
+    cached_texts: CachedTexts | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,7 +138,10 @@ class MMGEMCollator(TextDrawing):
         if all(row.get("row_key") is not None for row in rows):
             inputs["row_keys"] = [row["row_key"] for row in rows]
         columns = {name: _column(name, texts) for name in self.text_columns}
-        return inputs | self.tokenize(texts) | columns, row_index
+        inputs |= self.tokenize(texts) | columns
+        if self.cached_texts is not None:
+            inputs["text_states"] = self.cached_texts.look_up(inputs)
+        return inputs, row_index
 
     @cached_property
     def shorter_side(self) -> int:

@@ -128,6 +128,26 @@ class TextDrawing:
             raise ValueError(f"`prompt_name` of {row_name(row, 0)} is {name!r}; expected {known}.")
         return "" if name is None else prompts[name]
 
+    def embeddable_texts(self, row: Mapping[str, Any]) -> list[str]:
+        """List all texts of a row that may be drawn to be embedded alone, after the prompt of the row.
+
+        Args:
+            row: Its columns; images need not be loaded.
+        """
+        columns = {
+            "queries": self.queries_per_image,
+            "region_captions": self.regions_per_image,
+            "hard_negatives": self.hard_negatives_per_image,
+        }
+        texts = captions_of(row) if self.captions_per_image else []
+        texts += [text for column, count in columns.items() if count for text in row.get(column) or []]
+        if self.long_caption_probability and row.get("long_caption"):
+            texts.append(row["long_caption"])
+        if self.label_template is not None and row.get("label") is not None:
+            texts.append(self.label_template.format(label=row["label"]))
+        prompt = self.check_prompt(row)
+        return [prompt + text for text in texts]
+
     def draw_texts(
         self, row: Mapping[str, Any], in_view: Sequence[bool], first_image: int = 0, first_text: int = 0
     ) -> tuple[list[DrawnText], list[int]]:

@@ -30,17 +30,17 @@ _NOT_SETTINGS = ("auto_map", "processor_class", "_processor_class", "data_format
 
 
 class FeatureCache:
-    """Features by image and view, in a folder of safetensors files that are read memory-mapped.
+    """Features by key, in a folder of safetensors files that are read memory-mapped.
 
     A file appears under its name only once it is whole, so that a run that was killed goes on with what there is. Each
-    says which tower and which image processor its features are of.
+    says what its features are of.
 
     Args:
         folder: Where the files are; it need not be there yet.
-        made_by: What the features are of, from [`feature_maker`].
+        made_by: What the features are of, from [`feature_maker`] or [`mmgem.training.data.text_cache.text_maker`].
 
     Raises:
-        ValueError: If a file there is damaged, or is of another tower or another image processor.
+        ValueError: If a file there is damaged, or is of another tower, or another image processor.
     """
 
     def __init__(self, folder: str | Path, made_by: Mapping[str, str]):
@@ -61,7 +61,7 @@ class FeatureCache:
         return key in self._file_of
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """The features of a key, (C, rows, columns).
+        """The features of a key, such as (C, rows, columns) of an image.
 
         Raises:
             KeyError: If it has none.
@@ -72,7 +72,7 @@ class FeatureCache:
         return self._open[path].get_tensor(key)
 
     def add(self, features: Mapping[str, torch.Tensor]) -> None:
-        """Keep features, (C, rows, columns) by key, in a file of their own."""
+        """Keep features by key in a file of their own."""
         self.folder.mkdir(parents=True, exist_ok=True)
         # By all keys: a run that was killed writes the same file again, other processes never do.
         name = hashlib.blake2b(" ".join(features).encode(), digest_size=16).hexdigest()
@@ -112,13 +112,19 @@ def feature_maker(vision_tower: nn.Module, image_processor) -> dict[str, str]:
         vision_tower: The frozen tower.
         image_processor: What makes its `pixel_values`.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(vision_tower.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     settings = image_processor.to_dict() | {"image_processor_type": type(image_processor).__name__}
     settings = {name: value for name, value in settings.items() if name not in _NOT_SETTINGS and value is not None}
-    return {"weights": digest.hexdigest(), "image_processor": json.dumps(settings, sort_keys=True, default=str)}
+    weights = weights_digest(vision_tower.state_dict())
+    return {"weights": weights, "image_processor": json.dumps(settings, sort_keys=True, default=str)}
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return what only equal weights have, names and types included."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def image_key(image: Image.Image) -> int:
@@ -312,10 +318,12 @@ def _batches(loader, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
 
 def _difference(made_by: Mapping[str, str], expected: Mapping[str, str]) -> str | None:
     """In which way features are others than expected, as a clause; None if they are not."""
-    if made_by.get("image_processor") != expected["image_processor"]:
+    if made_by.get("image_processor") != expected.get("image_processor"):
         was, now = (json.loads(by.get("image_processor", "{}")) for by in (made_by, expected))
         name = next(name for name in [*now, *was] if was.get(name) != now.get(name))
         return f"whose images were processed with `{name}` {was.get(name)} instead of {now.get(name)}"
     if made_by.get("weights") != expected["weights"]:
-        return f"of a vision tower with other weights ({made_by.get('weights')} instead of {expected['weights']})"
-    return None
+        tower = "vision tower" if "image_processor" in expected else "language model"
+        return f"of a {tower} with other weights ({made_by.get('weights')} instead of {expected['weights']})"
+    name = next((name for name in expected if made_by.get(name) != expected[name]), None)
+    return None if name is None else f"made with `{name}` {made_by.get(name)} instead of {expected[name]}"

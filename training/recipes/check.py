@@ -24,6 +24,7 @@ from mmgem.training.recipes.starting_model import build_model
 from mmgem.training.recipes.step_memory import SavedTensors, step_memory
 from mmgem.training.recipes.validation import check_sections, check_stages
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer.latent_alignment import LATENT_OPTIONS
 from mmgem.training.trainer.parameter_selection import set_trainable
 from mmgem.training.trainer.trainer import MMGEMTrainer
 
@@ -96,7 +97,7 @@ def check_recipe(
         this, sources = stages[number], open_sources(stages[number])
         rows = stage_rows(this, sources, planned[number], planned[number].seed + number, skipped)
         set_trainable(model)  # whatever the stage before it froze
-        arguments = stage_arguments(recipe, this, out, output_dir=str(folder), **_DRY_RUN)
+        arguments = stage_arguments(recipe, this, out, output_dir=str(folder), **_DRY_RUN | _without_latents(this))
         trainer = stage_trainer(recipe, this, model, processor, arguments, rows)
         say(f"\nstage {number + 1} of {len(stages)}: {this.name}")
         say(describe_model(trainer.model))
@@ -107,6 +108,14 @@ def check_recipe(
         model = stage_kind(this).released(trainer.accelerator.unwrap_model(trainer.model))
         trainer.accelerator.free_memory()
     return checks
+
+
+def _without_latents(stage: Stage) -> dict[str, Any]:
+    """Arguments without the options that ask for cached features, which a dry run does not compute."""
+    if not any(name in stage.options for name in LATENT_OPTIONS):
+        return {}
+    options = {name: value for name, value in stage.options.items() if name not in LATENT_OPTIONS}
+    return {"contrastive_objective": options}
 
 
 def _show_rows(

@@ -70,10 +70,13 @@ class FeatureCaching:
 
     Args:
         views: Views of each image: the whole image, and others, drawn by the `augmentation` of the collator.
+        texts: Whether the language model is frozen too, and is run once for each text that is embedded. Only
+            projections and the aggregator train then, by the contrastive loss.
         folder: Where they are kept, perhaps for other runs too; by default in the folder of the run.
     """
 
     views: int = 1
+    texts: bool = False
     folder: str | None = None
 
 
@@ -186,7 +189,9 @@ def load_recipe(path: str | Path) -> Recipe:
 
     With `cache_features` the features of the frozen vision tower are computed once, before the first step, and kept on
     the disk for all steps and later stages. With an `augmentation` in the `collator` there are some `views` of each
-    image instead of ever new ones.
+    image instead of ever new ones. `cache_features: {texts: true}` does the same for a frozen language model, so that
+    a step is no more than projections and the contrastive loss, with `fusemix` and `structure` among the options of
+    `objective`.
 
     A stage with a section `reconstruction`, be it empty (`{}`), learns to put back masked tokens and patches, and
     nothing else; it takes no `objective`.
@@ -344,6 +349,7 @@ def _parse_caching(section: Any, where: str) -> FeatureCaching | None:
     check_keys(section, _names_of(FeatureCaching), where)
     caching = FeatureCaching(**section)
     check_type(caching.views, int, f"`views` in {where}")
+    check_type(caching.texts, bool, f"`texts` in {where}")
     check_type(caching.folder, str | None, f"`folder` in {where}")
     if caching.views < 1:
         raise ValueError(f"`views` in {where} is {caching.views}; expected 1 or more.")

@@ -21,7 +21,14 @@ from mmgem.training.output_folder import whole_folder
 from mmgem.training.output_lock import only_writer
 from mmgem.training.recipes.model_card import write_model_card
 from mmgem.training.recipes.recipe import Recipe, first_difference, load_recipe, read_yaml
-from mmgem.training.recipes.stage import cached_views, open_sources, stage_arguments, stage_rows, stage_trainer
+from mmgem.training.recipes.stage import (
+    cached_texts,
+    cached_views,
+    open_sources,
+    stage_arguments,
+    stage_rows,
+    stage_trainer,
+)
 from mmgem.training.recipes.stage_folder import LOG_NAME, save_stage, stage_folder, starting_point
 from mmgem.training.recipes.validation import check_sections, check_stages
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
@@ -152,6 +159,8 @@ def _run_stage(recipe: Recipe, number: int, out: Path, sources: list[Source], ev
     if stage.cache_features is not None:
         folder = Path(stage.cache_features.folder or out / "feature_cache")
         trainer.data_collator.cached_views = cached_views(stage, model, trainer, sources, folder)
+        if stage.cache_features.texts:
+            trainer.data_collator.cached_texts = cached_texts(model, trainer, sources, folder)
     # All rows of the stage are one epoch, so after its last step the Trainer finds nothing left to do.
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     save_stage(trainer, recipe, number, out)

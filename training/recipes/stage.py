@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.open_source import open_source
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source
+from mmgem.training.data.text_cache import CachedTexts, check_frozen_texts, fill_texts, text_maker
 from mmgem.training.recipes.recipe import Recipe, Stage
 from mmgem.training.recipes.stage_kinds import stage_kind
 from mmgem.training.recipes.starting_model import prepare_for_stage
@@ -138,9 +139,7 @@ def cached_views(
     check_frozen(model)
     collator, state, arguments = trainer.data_collator, PartialState(), trainer.args
     image_processor, grid = collator.processor.image_processor, model.config.grid
-    made_by = feature_maker(model.vision_tower, image_processor)
-    name = hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=8).hexdigest()
-    cache = FeatureCache(folder / name, made_by)
+    cache = _open_cache(folder, feature_maker(model.vision_tower, image_processor))
     views = CachedViews(cache, stage.cache_features.views, collator.augmentation_of_images, grid)
     missing = MissingViews(views, sources, image_processor, state.process_index, state.num_processes)
     batch_size, num_workers = arguments.per_device_eval_batch_size, arguments.dataloader_num_workers
@@ -148,6 +147,33 @@ def cached_views(
     state.wait_for_everyone()
     cache.refresh()
     return views
+
+
+def cached_texts(model: MMGEMModel, trainer: MMGEMTrainer, sources: Sequence[Source], folder: Path) -> CachedTexts:
+    """Compute, once, the states that the frozen language model has after all texts of a stage.
+
+    Every process of a distributed run calls this, and computes its part.
+
+    Args:
+        model: The plain model of the stage, set for it.
+        trainer: Its trainer.
+        sources: Its sources.
+        folder: Where states are kept, those of each language model in a folder of their own.
+
+    Raises:
+        ValueError: If there is a file of other states, or a damaged one; if a source is a stream.
+    """
+    check_frozen_texts(model)
+    cache, state = _open_cache(folder, text_maker(model)), PartialState()
+    texts = fill_texts(cache, model, trainer.data_collator, sources, state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    cache.refresh()
+    return texts
+
+
+def _open_cache(folder: Path, made_by: Mapping[str, str]) -> FeatureCache:
+    name = hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return FeatureCache(folder / name, made_by)
 
 
 def _steps_of(arguments: MMGEMTrainingArguments, sources: Sequence) -> int:

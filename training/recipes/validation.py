@@ -20,6 +20,7 @@ from mmgem.training.data.augmentation import Augmentation
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.drawn_texts import TextDrawing
 from mmgem.training.data.feature_cache import check_frozen
+from mmgem.training.data.text_cache import check_frozen_texts
 from mmgem.training.loading import load_config
 from mmgem.training.recipes.recipe import TRAINED_WITH, ModelSection, Recipe, Stage
 from mmgem.training.recipes.stage_kinds import stage_kind
@@ -27,6 +28,7 @@ from mmgem.training.recipes.starting_model import check_image_size
 from mmgem.training.recipes.tokenizer import train_tokenizer
 from mmgem.training.recipes.trimming import with_first_layers
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer.latent_alignment import LATENT_OPTIONS
 from mmgem.training.trainer.lora import add_lora
 from mmgem.training.trainer.parameter_selection import parameter_groups
 from mmgem.vision_language_model import check_vlm_config
@@ -45,6 +47,14 @@ _NOT_IN_MODEL = (
     "image_token_id",
     "prompts",
     "calibrated_modalities",
+)
+# Of the collator: texts that stand after images, or after what was read of them.
+_READ_WITH_IMAGES = (
+    "edits_per_image",
+    "instructed_regions_per_image",
+    "memory_captions_per_image",
+    "memory_questions_per_image",
+    "match_captions_per_image",
 )
 
 
@@ -94,6 +104,8 @@ def check_stages(recipe: Recipe) -> None:
             trained = stage_kind(stage).try_on_meta(model)
             if stage.cache_features is not None:
                 check_frozen(model)
+                if stage.cache_features.texts:
+                    check_frozen_texts(model)
             parameter_groups(trained, 1.0, stage.training.get("learning_rates"), 0.0, [])
         except (TypeError, ValueError, StrictDataclassError) as error:
             raise ValueError(f"stage `{stage.name}`: {' '.join(str(error).split())}") from error
@@ -191,7 +203,7 @@ def _check_stage(stage: Stage) -> None:
     of_stage = f"of stage `{stage.name}`"
     if stage.embedding is not None:
         check_arguments(stage.embedding, MMGEMModel.set_embedding_tokens, f"`embedding` {of_stage}", given=["self"])
-    given = ["processor", "prompts", "cached_views"]  # by the run
+    given = ["processor", "prompts", "cached_views", "cached_texts"]  # by the run
     check_arguments(stage.collator, MMGEMCollator, f"`collator` {of_stage}", given=given)
     if (augmentation := stage.collator.get("augmentation")) is not None:
         check_arguments(augmentation, Augmentation, f"`augmentation` in `collator` {of_stage}")
@@ -208,6 +220,7 @@ def _check_stage(stage: Stage) -> None:
             "without it."
         )
     stage_kind(stage).check()
+    _check_caching(stage, of_stage)
     training = stage.training
     # `fsdp: true` is what the library asks for, but not what its annotation says.
     typed = {name: value for name, value in training.items() if name != "fsdp"}
@@ -223,3 +236,36 @@ def _check_stage(stage: Stage) -> None:
         raise ValueError(f"`r` in `lora` {of_stage} is {rank}; expected 1 or more.")
     if not any(section.get("weight", 1) for section in stage.train_data):
         raise ValueError(f"`weight` of all `train_data` {of_stage} is 0; expected one above it.")
+
+
+def _check_caching(stage: Stage, of_stage: str) -> None:
+    """Refuse what cached features cannot be used for, or what only they can."""
+    options, collator, caching = stage.options, stage.collator, stage.cache_features
+    if caching is not None and "pretrained" in (options.get("teacher") or {}):
+        raise ValueError(
+            f"`cache_features` {of_stage} is given, but the pretrained `teacher` has a tower of its own; expected one "
+            "of them."
+        )
+    if caching is None or not caching.texts:
+        if asking := [name for name in LATENT_OPTIONS if options.get(name)]:
+            raise ValueError(
+                f"`{asking[0]}` in `objective` {of_stage} is {options[asking[0]]}, without features of both towers; "
+                "expected `cache_features: {texts: true}`."
+            )
+        return
+    if stage.training.get("caption_loss_weight", 1.0) or "reconstruction" == stage.kind:
+        raise ValueError(
+            f"`texts` of `cache_features` {of_stage} is True, but the language model learns to write; expected "
+            "`caption_loss_weight: 0` in `training`."
+        )
+    if read := [name for name in _READ_WITH_IMAGES if collator.get(name)]:
+        raise ValueError(
+            f"`texts` of `cache_features` {of_stage} is True, but `{read[0]}` is {collator[read[0]]}, for which the "
+            "language model runs; expected 0."
+        )
+    alone = {"regions_per_image": 2, "hard_negatives_per_image": 0}  # and what they are by default
+    if options.get("fusemix") and (others := [name for name, count in alone.items() if collator.get(name, count)]):
+        raise ValueError(
+            f"`fusemix` in `objective` {of_stage} mixes whole images and their texts, but the `collator` has "
+            f"`{others[0]}` {collator.get(others[0], alone[others[0]])}; expected 0."
+        )

@@ -1,7 +1,7 @@
 """The contrastive losses that a recipe can ask for. A new one is a class, and its name in `LOSSES`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.contrastive import ContrastiveObjective, Pairs, Ranking
 from mmgem.contrastive_batch import ContrastiveBatch
 from mmgem.training.argument_checks import check_arguments, check_keys, check_type
+from mmgem.training.trainer.latent_alignment import mix_latents, structure_loss
 
 TEACHERS = {"momentum": float, "pretrained": str}
 
@@ -28,17 +29,27 @@ class MaskedObjective(ContrastiveObjective):
             be chosen when searching (MetaEmbed, https://arxiv.org/abs/2509.18095); by default all k.
         dimensions: Numbers of dimensions, from the first on, each with a loss of its own beside that of all of them
             (Matryoshka representations, https://arxiv.org/abs/2205.13147); of k vectors, the first group's.
+        fusemix: The alpha of [`mmgem.training.trainer.latent_alignment.mix_latents`], by which pairs of cached
+            features are mixed; by default they are not.
+        structure: The weight of [`mmgem.training.trainer.latent_alignment.structure_loss`], which keeps the
+            neighbourhoods of cached features (its authors have 10). It is added to the contrastive loss, and logged
+            in it.
+        structure_levels: The levels of these neighbourhoods.
 
     Attributes:
         teacher: The model that embeds each batch beside the one in training, if a loss asks one; see [`InfoNCE`].
 
     Raises:
-        ValueError: If the threshold is not a finite number, groups or dimensions do not grow, or groups are not pairs.
+        ValueError: If the threshold is not a finite number, groups or dimensions do not grow, groups are not pairs, or
+            another number is out of its range.
     """
 
     false_negative_threshold: float | None = None
     vector_groups: list | None = None
     dimensions: list[int] | None = None
+    fusemix: float | None = None
+    structure: float = 0.0
+    structure_levels: int = 1
     teacher: dict[str, Any] | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -48,6 +59,16 @@ class MaskedObjective(ContrastiveObjective):
         if self.dimensions is not None:
             check_type(self.dimensions, list[int], "`dimensions`")
             _check_growing("dimensions", [0, *self.dimensions])
+        if self.fusemix is not None and not 0 < self.fusemix < math.inf:
+            raise ValueError(f"`fusemix` is {self.fusemix}; expected a number above 0, such as 1.")
+        _check_range("structure", self.structure, lowest=0.0)
+        if self.structure_levels < 1:
+            raise ValueError(f"`structure_levels` is {self.structure_levels}; expected 1 or more.")
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether it asks for cached features of images and of texts."""
+        return self.fusemix is not None or self.structure > 0
 
     def check(self, config: MMGEMConfig) -> None:
         """Refuse a model that lacks what the loss needs, before anything is trained.
@@ -73,6 +94,23 @@ class MaskedObjective(ContrastiveObjective):
             raise ValueError(
                 f"`dimensions` is {self.dimensions}; expected at most `projection_dim`, {config.projection_dim}."
             )
+        if self.structure and config.is_multi_vector:
+            raise ValueError(
+                f"`structure` is {self.structure}, but `embedding_pooling` is 'multi_vector'; expected embeddings of "
+                "one vector."
+            )
+
+    def mixed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch for the model as it is to be trained with: mixed, if `fusemix` says so."""
+        return inputs if self.fusemix is None else mix_latents(inputs, self.fusemix)
+
+    def regularization(
+        self, inputs: Mapping[str, Any], image_embeds: torch.Tensor, text_embeds: torch.Tensor
+    ) -> torch.Tensor | float:
+        """Return what is added to the loss of a batch of this process; arguments as for `structure_loss`."""
+        if not self.structure:
+            return 0.0
+        return self.structure * structure_loss(inputs, image_embeds, text_embeds, self.structure_levels)
 
     def views(self, batch: ContrastiveBatch) -> list[ContrastiveBatch]:
         """Return the batch with those parts of the embeddings that have a loss; the loss is the mean of theirs.

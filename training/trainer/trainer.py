@@ -99,6 +99,11 @@ class MMGEMTrainer(Trainer):
             set_trainable(model, args.freeze, args.train_only)
         self.objective = build_objective(**(args.contrastive_objective or {}))
         self.objective.check(model.config)
+        if self.objective.structure and args.grad_cache_chunk_size:
+            raise ValueError(
+                f"`structure` is {self.objective.structure} and `grad_cache_chunk_size` {args.grad_cache_chunk_size}; "
+                "expected one of them."
+            )
         self.grad_cache = GradCache(args.grad_cache_chunk_size) if args.grad_cache_chunk_size else None
         self.teacher = Teacher(model, processing_class, **self.objective.teacher) if self.objective.teacher else None
         self.ema = EMACallback(args.ema_decay) if args.ema_decay is not None else None
@@ -187,10 +192,13 @@ class MMGEMTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = self._without_unweighted(inputs)
+        inputs = self.objective.mixed(self._without_unweighted(inputs))
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, return_contrastive_batch=True)
         teacher = None if self.teacher is None else self.teacher.embed([inputs])
         contrastive_loss = self.objective(outputs.contrastive_batch, teacher)
+        contrastive_loss = contrastive_loss + self.objective.regularization(
+            inputs, outputs.image_embeds, outputs.text_embeds
+        )
         self._note(outputs, contrastive_loss, num_items_in_batch)
         loss = self._weigh(outputs.caption_loss, contrastive_loss, num_items_in_batch)
         # With nothing to compare the scale has no part in the loss, which DDP would wait for.
@@ -200,7 +208,8 @@ class MMGEMTrainer(Trainer):
     def _cached_step(self, model, inputs, num_items_in_batch):
         """Forward and backward, `grad_cache_chunk_size` images at a time; gradients meet in the last chunk's pass."""
         model.train()
-        chunks = split_batch(self._without_unweighted(self._prepare_inputs(inputs)), self.grad_cache.chunk_size)
+        inputs = self.objective.mixed(self._without_unweighted(self._prepare_inputs(inputs)))
+        chunks = split_batch(inputs, self.grad_cache.chunk_size)
         with self.compute_loss_context_manager():
             batches, random_states = self.grad_cache.embed(model, chunks)
             teacher = None if self.teacher is None else self.teacher.embed(chunks)

@@ -156,6 +156,27 @@ def test_a_run_on_cached_features_learns_what_one_with_the_tower_in_the_loop_doe
 
 
 @pytest.mark.slow
+def test_projections_learn_from_cached_features_of_both_towers_what_they_do_with_these_in_the_loop(
+    write, recipe, tmp_path
+):
+    recipe["model"]["text_config"]["attention_dropout"] = 0.0  # which cached states have not
+    parts = ["pool_aggregator", "image_projection", "text_projection", "logit_scale"]
+    training = TRAINING | {"train_only": parts, "caption_loss_weight": 0}
+    stage = {"name": "only", "train_data": SCENES, "training": training}
+    mixed = stage | {"name": "mixed", "objective": {"fusemix": 1.0, "structure": 1.0, "structure_levels": 2}}
+    mixed |= {"collator": {"regions_per_image": 0}, "cache_features": {"texts": True}}
+    train(write(stages=[stage]), tmp_path / "looped")
+    train(write(stages=[stage | {"cache_features": {"texts": True}}, mixed]), tmp_path / "cached")
+    logs = [json.loads((tmp_path / name / "training_log.json").read_text()) for name in ("cached", "looped")]
+    cached, looped = ([entry["train_loss"] for entry in log if entry["stage"] == "only"] for log in logs)
+    assert cached == pytest.approx(looped, rel=1e-5) and len(cached) == 1
+    one, other = (weights(tmp_path / "cached" / "stages" / name) for name in ("only", "mixed"))
+    assert {name.partition(".")[0] for name in one if not torch.equal(one[name], other[name])} <= set(parts)
+    assert not torch.equal(one["text_projection.weight"], other["text_projection.weight"])
+    assert len([*(tmp_path / "cached" / "feature_cache").iterdir()]) == 2  # of images, and of texts
+
+
+@pytest.mark.slow
 def test_a_run_leaves_a_whole_hub_folder_and_one_for_each_stage(whole, recipe):
     names = {path.name for path in whole.iterdir()}
     expected = "config.json model.safetensors tokenizer.json processor_config.json modeling_mmgem.py modules.json"

@@ -2,7 +2,7 @@ import pytest
 from tiny_models import build_model as tiny_model
 
 from mmgem.training.recipes.recipe import load_recipe, parse_recipe
-from mmgem.training.recipes.validation import check_stages
+from mmgem.training.recipes.validation import check_sections, check_stages
 from mmgem.training.reconstruction.model import MMGEMForReconstruction
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -130,6 +130,44 @@ def test_reconstruction_takes_a_bidirectional_model_and_its_own_parts(training, 
         return check(recipe)
     with pytest.raises(ValueError, match=message):
         check(recipe)
+
+
+ALIGNED = {
+    "cache_features": {"texts": True},
+    "objective": {"fusemix": 1.0, "structure": 10},
+    "collator": {"regions_per_image": 0},
+    "training": {
+        "caption_loss_weight": 0,
+        "train_only": ["pool_aggregator", "image_projection", "text_projection", "logit_scale"],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("training", {}, None),
+        ("training", {"caption_loss_weight": 0.5}, "the language model learns to write"),
+        ("training", {"train_only": ["text_projection", "embedding_tokens"]}, "`embedding_tokens` trains; expected"),
+        ("training", {"train_only": ["image_projection", "language_model"]}, "`language_model.* trains; expected"),
+        ("collator", {"regions_per_image": 1}, "`fusemix` .* mixes whole images .*`regions_per_image` 1; expected 0"),
+        ("collator", {"hard_negatives_per_image": 1}, "`hard_negatives_per_image` 1; expected 0"),
+        ("collator", {"edits_per_image": 1}, "`edits_per_image` is 1, for which the language model runs"),
+        ("objective", {"soft_targets": 0.1, "teacher": {"pretrained": "x"}}, "`teacher` has a tower of its own"),
+    ],
+)
+def test_what_cached_texts_cannot_train_is_refused(section, changes, message):
+    recipe = recipe_with()
+    recipe["stages"][1] |= ALIGNED | {section: ALIGNED[section] | changes}
+
+    def check_all():
+        check_sections(parse_recipe(recipe))
+        check(recipe)
+
+    if message is None:
+        return check_all()
+    with pytest.raises(ValueError, match=message):
+        check_all()
 
 
 def test_a_calibrated_checkpoint_is_not_trained_unless_read_anew(tmp_path):
