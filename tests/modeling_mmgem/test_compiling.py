@@ -8,6 +8,8 @@ from transformers import CompileConfig
 COMPILED = {"fullgraph": True, "backend": "eager"}
 SEVERAL = {"num_embedding_tokens": 3, "embedding_pooling": "multi_vector"}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
@@ -75,7 +77,7 @@ def test_exported_program_takes_every_batch_and_length(config, inputs):
     class Vectors(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = build_model(**config)
+            self.model = build_model(layers=1, **config)
 
         def forward(self, pixel_values, input_ids, attention_mask):
             images, texts = self.model.get_image_features(pixel_values), self.model.get_text_features

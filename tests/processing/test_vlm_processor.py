@@ -1,10 +1,9 @@
 """The processor of a model that began as a VLM: the VLM's own inputs for its prompts, whole images to embed."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 
+import fresh_process
 import pytest
 import torch
 from PIL import Image
@@ -135,10 +134,7 @@ def test_saved_and_loaded_in_a_process_without_the_package(tmp_path, images):
             fused = torch.nn.functional.normalize(model.get_multimodal_features(**prompts).pooler_output, dim=-1)
         written = model.generate(**prompts, **GREEDY)
         expected[folder] = [outputs.image_embeds, outputs.text_embeds, logits, written, fused]
-    loaded = subprocess.run(
-        [sys.executable, "-c", LOADER, *expected], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert loaded.returncode == 0, loaded.stderr[-3000:]
-    for folder, answers in json.loads(loaded.stdout.splitlines()[-1]).items():
+    output = fresh_process.run(LOADER, *expected, cwd=tmp_path, installed=False)
+    for folder, answers in json.loads(output.splitlines()[-1]).items():
         for found, wanted in zip(answers, expected[folder], strict=True):
             torch.testing.assert_close(torch.tensor(found), wanted, rtol=0, atol=1e-5)

@@ -16,21 +16,21 @@ from transformers import TrainerCallback
 from mmgem.training.trainer.checkpoints import last_complete_checkpoint
 
 
-class InFifthStep(TrainerCallback):
+class InThirdStep(TrainerCallback):
     """Does something on the second process, and lets the first not wait long for it."""
 
     def __init__(self, act: Callable[[], None]):
         self.act = act
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 4:
+        if state.global_step == 2:
             if dist.get_rank() == 1:
                 self.act()
             # As `ddp_timeout` does on accelerators; on a CPU transformers leaves it at half an hour.
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=5), dist.group.WORLD)
 
 
-ACTS = {"step": [InFifthStep(die)], "hanging": [InFifthStep(lambda: time.sleep(1000))]}
+ACTS = {"step": [InThirdStep(die)], "hanging": [InThirdStep(lambda: time.sleep(1000))]}
 
 
 def main(folder: Path, moment: str):

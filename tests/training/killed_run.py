@@ -4,6 +4,7 @@ As a script it runs in a process of its own for each of many moments, kills it t
 one that has imported everything and computed nothing.
 """
 
+import gc
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from transformers import TrainerState
 from mmgem.training.trainer.checkpoints import last_complete_checkpoint
 from mmgem.training.trainer.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
-STEPS, SAVE_STEPS = 6, 2
+STEPS, SAVE_STEPS = 3, 1
 RANDOM_MOMENTS = 3
 FILES = ["config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 MOMENTS = [*FILES, "complete.json", "rotation", *[f"random {number}" for number in range(RANDOM_MOMENTS)]]
@@ -101,7 +102,7 @@ def write_in_two_halves(at_half: Callable[[Path], None]):
 
 def die_at(name: str) -> Callable[[Path], None]:
     """Of the second checkpoint, in the middle of this file; the first is whole by then."""
-    return lambda path: die() if path.name == name and path.parent.name in ("checkpoint-4", "") else None
+    return lambda path: die() if path.name == name and path.parent.name in ("checkpoint-2", "") else None
 
 
 def in_own_process(task: Callable[[], None], seconds: float = 0.0) -> tuple[bool, float]:
@@ -124,6 +125,7 @@ def in_own_process(task: Callable[[], None], seconds: float = 0.0) -> tuple[bool
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported stays
     root = Path(sys.argv[1])
 
     def run(folder: Path, at_half: Callable[[Path], None] | None = None):

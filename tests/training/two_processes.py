@@ -1,5 +1,6 @@
 """Gradients of one step on two processes, case by case, and an evaluation; see test_distribution.py."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -104,6 +105,7 @@ def lock(out: Path) -> str:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported stays
     folder = Path(sys.argv[1])
     processor = read_processor(str(folder / "tokenizer"))
     gradients = {name: gradient(processor, folder, items, 1, **args) for name, (items, args, _) in cases().items()}

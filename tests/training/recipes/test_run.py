@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("short_answers")
 
 SCENES = {"scenes": {"seed": 1, "count": 16, "image_size": 48}}
 TRAINING = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4, "disable_tqdm": True}
+UNSAVED = TRAINING | {"save_strategy": "no"}  # of runs whose checkpoints nobody looks at
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -91,7 +92,7 @@ def test_the_recipes_of_the_repository_run_from_beginning_to_end(name, pytestcon
     monkeypatch.chdir(pytestconfig.rootpath)  # where `pretrained` begins
     recipe = yaml.safe_load(Path("model_cards", name, "recipe.yaml").read_text())
     del recipe["eval_data"]
-    short = TRAINING | {"warmup_steps": 0, "logging_steps": 1, "dataloader_num_workers": 0, "bf16": False}
+    short = UNSAVED | {"warmup_steps": 0, "logging_steps": 1, "dataloader_num_workers": 0, "bf16": False}
     for stage in recipe["stages"]:
         stage["training"] |= short
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -108,7 +109,7 @@ def test_the_recipes_of_mmgem_photo_run_on_any_folder_of_the_same_form(name, pyt
     text = text.replace("../shared/photos", str(tmp_path)).replace("runs/towers", str(tmp_path / "towers"))
     recipe = yaml.safe_load(text)
     for stage in recipe["stages"]:
-        stage["training"] |= TRAINING | {"warmup_steps": 0, "logging_steps": 1, "dataloader_num_workers": 0}
+        stage["training"] |= UNSAVED | {"warmup_steps": 0, "logging_steps": 1, "dataloader_num_workers": 0}
         stage["training"].pop("bf16", None)
     (tmp_path / "captions.txt").write_text("a dog runs\na cat sleeps\n")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -143,7 +144,7 @@ def test_the_recipes_of_mmgem_photo_run_on_any_folder_of_the_same_form(name, pyt
 
 @pytest.mark.slow
 def test_a_run_on_cached_features_learns_what_one_with_the_tower_in_the_loop_does(write, tmp_path):
-    stage = {"name": "only", "train_data": SCENES, "training": TRAINING | {"freeze": ["vision_tower"]}}
+    stage = {"name": "only", "train_data": SCENES, "training": UNSAVED | {"freeze": ["vision_tower"]}}
     resized = stage | {"name": "resized", "image_size": 48}
     cached = [each | {"cache_features": True} for each in (stage, stage | {"name": "again"}, resized)]
     train(write(stages=[stage, stage | {"name": "again"}, resized]), tmp_path / "looped")
@@ -238,7 +239,9 @@ def test_rows_that_were_trained_on_are_not_read_again(whole, write, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_stages_run_one_at_a_time(whole, write, tmp_path):
+def test_stages_run_one_at_a_time(whole, write, recipe, tmp_path):
+    for stage in recipe["stages"]:
+        stage["training"]["save_strategy"] = "no"
     recipe, out = write(), tmp_path / "single"
     with pytest.raises(FileNotFoundError, match="stage `second` begins where `first` ends"):
         train(recipe, out, stage="second")
@@ -267,11 +270,11 @@ def test_a_finished_run_is_not_run_again(whole, write, monkeypatch):
 
 @pytest.mark.slow
 def test_lora_is_merged_and_its_adapter_kept(write, recipe, tmp_path):
-    recipe["stages"][0]["training"] = TRAINING | {"lora": {"r": 2}, "learning_rate": 0.01}
+    recipe["stages"][0]["training"] = UNSAVED | {"lora": {"r": 2}, "learning_rate": 0.01}
     train(write(), tmp_path / "out", stage="first")
     folder = tmp_path / "out" / "stages" / "first"
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    recipe["stages"][0]["training"] = TRAINING | {"learning_rate": 0.0}
+    recipe["stages"][0]["training"] = UNSAVED | {"learning_rate": 0.0}
     before = train(write("still.yaml"), tmp_path / "still", stage="first").model
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     difference = weights(folder)[name] - weights(before)[name]
@@ -333,7 +336,7 @@ def test_a_stage_may_put_back_what_is_masked(in_two_steps, write, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_put_back_with_lora_is_merged_without_its_head(in_two_steps, write, tmp_path):
-    in_two_steps["stages"][0]["training"] |= {"lora": {"r": 2}}
+    in_two_steps["stages"][0]["training"] |= {"lora": {"r": 2}, "save_strategy": "no"}
     train(write(**in_two_steps), tmp_path / "out", stage="first")
     folder = tmp_path / "out" / "stages" / "first"
     assert any("reconstruction_head" in name for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
@@ -348,7 +351,8 @@ def test_what_is_put_back_with_lora_is_merged_without_its_head(in_two_steps, wri
 
 @pytest.mark.slow
 def test_evaluation_is_written_and_carded(write, tmp_path):
-    report = train(write(eval_data=SCENES), tmp_path / "out")
+    stage = {"name": "only", "train_data": SCENES, "training": UNSAVED}
+    report = train(write(eval_data=SCENES, stages=[stage]), tmp_path / "out")
     metrics = report.metrics
     assert {"text_to_image_recall@1", "caption_fidelity", "region_recall@1", "zero_shot_accuracy"} <= set(metrics)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == metrics
@@ -363,7 +367,7 @@ def test_what_cannot_be_read_is_counted(write, tmp_path):
     for number in range(3):
         Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
     (tmp_path / "photos" / "3.png").write_bytes(b"no picture")
-    stage = {"name": "photos", "train_data": {"folder": str(tmp_path / "photos")}, "training": TRAINING}
+    stage = {"name": "photos", "train_data": {"folder": str(tmp_path / "photos")}, "training": UNSAVED}
     report = train(write(stages=[stage]), tmp_path / "out")
     assert report.skipped == {str(tmp_path / "photos"): 1}
 

@@ -71,6 +71,7 @@ def test_gradients_are_those_of_the_mean():
             replace(several_vectors(), query_embeds=query_embeds)
         ),
         (batch.query_embeds.detach().requires_grad_(),),
+        fast_mode=True,
     )
     assert found[:, 0].any() and found[:, 3].any()
 
