@@ -40,7 +40,7 @@ class PackedLayout:
         multiple = 1 if one_per_row else min(8, max(1, 2 ** (len(filled).bit_length() - 4)))
         self.shape = (_round_up(len(filled), multiple), row_length)
         length = torch.tensor(lengths, device=device)
-        segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), length)  # (N,)
+        segment = torch.repeat_interleave(length)  # (N,)
         first_token = length.cumsum(0) - length  # (S,)
         position = torch.arange(len(segment), device=device) - first_token[segment]  # (N,)
         self.row = torch.tensor(sequence_row, device=device)[segment]  # (N,)

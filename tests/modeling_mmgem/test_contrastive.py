@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from contrastive_batches import image_batch, mixed_batch, part_of, unit_rows
 
+from mmgem import contrastive
 from mmgem.contrastive import ContrastiveObjective
 from mmgem.contrastive_batch import IMAGE, REGION, ids_of_regions, token_row_ids
 
@@ -85,11 +86,41 @@ def test_a_hard_negative_that_is_true_of_an_image_is_none_for_it():
 
 
 def test_images_and_regions_add_their_losses():
-    batch = mixed_batch()
-    of_images = part_of(batch, [0, 1, 2, 3, 4, 5, 11], [0, 1, 2, 3])
-    of_regions = part_of(batch, [6, 7, 8, 9, 10], [4, 5, 6, 7, 8])
+    everything, images, regions = mixed_batch(), [0, 1, 2, 3, 4, 5, 11], [6, 7, 8]  # five that describe, and three
+    batch = part_of(everything, images + regions, list(range(9)))
+    of_images = part_of(everything, images, [0, 1, 2, 3])
+    of_regions = part_of(everything, regions, [4, 5, 6, 7, 8])
     objective = ContrastiveObjective()
     torch.testing.assert_close(objective(batch), objective(of_images) + objective(of_regions))
+
+
+def test_a_hard_negative_for_regions_is_none_for_images():
+    images, texts = unit_rows(2, seed=1), unit_rows(3, seed=2)
+    batch = image_batch(images, texts, 3.0, target_index=[0, 1, -1])
+    batch.query_modality[2] = REGION
+    torch.testing.assert_close(ContrastiveObjective()(batch), loss_of(images, texts[:2], 3.0))
+
+
+@pytest.mark.parametrize(
+    ("at_once", "vectors", "blocks"),
+    [(12, (), [2, 2, 2]), (36, (3, 2), [2, 2, 2]), (36, (2, 3), [2, 2, 2]), (1, (), [1] * 6), (36, (), [6])],
+)
+def test_a_block_has_as_many_anchors_as_similarities_are_held_at_once(at_once, vectors, blocks, monkeypatch):
+    """Similarities of each vector of 6 texts or 4 images. More blocks than one run again, for the gradients."""
+    found = []
+
+    class Recorded(ContrastiveObjective):
+        def loss(self, pairs, rows):
+            found.append(len(rows))
+            return super().loss(pairs, rows)
+
+    monkeypatch.setattr(contrastive, "SCORES_AT_ONCE", at_once)
+    texts, images = (
+        unit_rows(count * k, seed=k).view(count, *[k] * bool(vectors), 8).requires_grad_()
+        for count, k in zip((6, 4), vectors or (1, 1))
+    )
+    Recorded()(image_batch(images, texts, target_index=[0, 1, 2, 3, 0, 1])).backward()
+    assert found == blocks if len(blocks) == 1 else sorted(found) == sorted(blocks * 2)
 
 
 def test_a_bias_changes_nothing_and_has_a_gradient():

@@ -140,6 +140,20 @@ def test_an_interval_is_that_of_the_normal_distribution_where_values_are_many():
     assert wide[1] - wide[0] > 2 * (high - low)
 
 
+@pytest.mark.parametrize(("level", "deviations"), [(0.5, 0.674), (0.9, 1.645)])
+def test_the_level_of_an_interval_is_how_often_it_holds_the_mean(level, deviations):
+    values = torch.rand(4000, generator=torch.Generator().manual_seed(0)) < 0.3
+    share, width = float(Mean(values)), deviations * math.sqrt(0.3 * 0.7 / 4000)
+    assert Mean(values).interval(level) == pytest.approx((share - width, share + width), abs=0.001)
+
+
+def test_an_interval_is_the_same_in_parts(monkeypatch):
+    mean = Mean(torch.rand(50, generator=torch.Generator().manual_seed(0)))
+    whole = mean.interval()
+    monkeypatch.setattr(metrics, "_MAX_SCORES", 7 * 50)
+    assert mean.interval() == whole
+
+
 def test_cider_refuses_what_means_nothing():
     with pytest.raises(ValueError, match="`captions` is of 1 images; expected 2 or more"):
         cider(["a"], [["a"]])
@@ -231,6 +245,18 @@ def test_answers_are_judged_by_their_words():
 
 
 def test_a_hit_is_a_point_in_a_box_of_its_own():
-    points = torch.tensor([[5.0, 5.0], [5.0, 5.0], [0.0, 9.0], [9.1, 3.0]])
-    boxes = [[[0, 0, 4, 9], [4, 4, 6, 6]], [[0, 0, 4, 9]], [[0, 0, 4, 9]], [[5, 0, 9, 9]]]
-    assert pointing_hits(points, boxes).tolist() == [True, False, True, False]
+    points = torch.tensor([[5.0, 5.0], [5.0, 5.0], [0.0, 9.0], [9.1, 3.0], [4.0, 0.0]])
+    boxes = [[[0, 0, 4, 9], [4, 4, 6, 6]], [[0, 0, 4, 9]], [[0, 0, 4, 9]], [[5, 0, 9, 9]], [[0, 0, 4, 9]]]
+    assert pointing_hits(points, boxes).tolist() == [True, False, True, False, True]  # edges included
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [agreement, answer_accuracy, prior_accuracy, SCENE_JUDGE.caption_fidelity, SCENE_JUDGE.region_caption_fidelity],
+)
+def test_one_reference_for_each_is_expected(measure):
+    for given, references in ((["a"], ["a", "b"]), (["a", "b"], ["a"])):
+        with pytest.raises(ValueError, match="zip"):
+            measure(given, references)
+    with pytest.raises(ValueError, match="zip"):
+        pointing_hits(torch.zeros(2, 2), [[[0, 0, 1, 1]]])
