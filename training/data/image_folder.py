@@ -1,6 +1,7 @@
 """Image folders with a `metadata.jsonl` or `.csv`: the data of users, and scenes once they are written."""
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,9 +229,13 @@ class FolderSource(Source):
         self, path: str, columns: Mapping[str, ColumnName] | None = None, subset: Sequence[float] | None = None
     ):
         super().__init__(str(path), columns, path)
+        import pyarrow as pa
+
         self.subset = subset
-        self._lines = _in_subset(list(read_metadata(find_metadata(path))), subset, self.columns)
-        check_columns(columns_of(self._lines), self.columns, self.name)
+        lines = _in_subset(list(read_metadata(find_metadata(path))), subset, self.columns)
+        check_columns(columns_of(lines), self.columns, self.name)
+        # One object: to look at one of many copies the page that it lies in, of the memory that workers share.
+        self._lines = pa.array(map(pickle.dumps, lines), pa.large_binary())
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -238,12 +243,15 @@ class FolderSource(Source):
     def checked(self) -> ImageFolderDataset:
         return read_image_folder(self.folder, self.columns, self.allow_outside_paths, self.subset)
 
+    def _line(self, index: int) -> tuple[str, dict[str, Any] | str]:
+        return pickle.loads(self._lines[index].as_buffer())
+
     def key(self, index: int) -> str:
-        where, _ = self._lines[index]
+        where, _ = self._line(index)
         return where.partition(" of ")[0]
 
     def fields(self, index: int) -> dict[str, Any]:
-        _, fields = self._lines[index]
+        _, fields = self._line(index)
         if isinstance(fields, str):
             raise ValueError(fields)
         return fields

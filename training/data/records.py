@@ -26,6 +26,8 @@ def read_records(file: Path) -> Iterator[Record]:
         ValueError: If it as a whole is not what its ending says.
     """
     readers = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    if file.suffix.lower() not in readers:
+        raise ValueError(f"{file} ends in {file.suffix!r}; expected one of {', '.join(RECORD_SUFFIXES)}.")
     return readers[file.suffix.lower()](file)
 
 
@@ -47,8 +49,11 @@ def _read_json_lines(file: Path) -> Iterator[Record]:
 
 def _read_csv(file: Path) -> Iterator[Record]:
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, restkey="")
+        reader = csv.DictReader(lines, restkey="", strict=True)  # a quotation that has no end would take all lines
         try:
+            names = reader.fieldnames or ()
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{file} has the column {twice[0]!r} twice; expected names of their own.")
             for fields in reader:
                 if "" in fields or None in fields.values():
                     yield (

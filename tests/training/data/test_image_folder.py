@@ -1,11 +1,12 @@
 """Image folders of users: what is read, and what is refused with what words."""
 
+import gc
 import json
 
 import pytest
 from PIL import Image
 
-from mmgem.training.data.image_folder import read_image_folder
+from mmgem.training.data.image_folder import FolderSource, read_image_folder
 from mmgem.training.data.open_source import load_rows, open_source
 
 
@@ -136,6 +137,8 @@ def test_csv_says_the_same(tmp_path):
         (b"file_name,text\na.png,a cat, asleep\n", "line 2 of .*csv has the cells .*asleep.*; expected 2"),
         (b"file_name,text\na.png,K\xe4fer\n", "csv cannot be read; expected comma-separated UTF-8 text"),
         (b"file_name,text\n", "csv, which names no images"),
+        (b'file_name,text\na.png,"a cat\nb.png,a dog\n', "csv cannot be read; .*unexpected end of data"),  # was cut
+        (b"file_name,text,text\na.png,a cat,a dog\n", "csv has the column 'text' twice; expected names of their own"),
     ],
 )
 def test_bad_csv_is_named(tmp_path, content, message):
@@ -149,3 +152,14 @@ def test_empty_metadata(tmp_path):
     _write(tmp_path, "")
     with pytest.raises(ValueError, match="metadata.jsonl, which names no images"):
         read_image_folder(tmp_path)
+
+
+def test_lines_are_one_object_which_workers_do_not_copy(tmp_path):
+    """A worker that looks at an object writes into it, and so copies the page that it lies in."""
+    _write(tmp_path, *(json.dumps({"file_name": f"{n}.png", "captions": ["a", "b"]}) for n in range(1000)))
+    FolderSource(str(tmp_path))  # imports what it needs
+    gc.collect()
+    before = len(gc.get_objects())
+    source = FolderSource(str(tmp_path))
+    assert len(gc.get_objects()) - before < 100
+    assert source.key(7) == "line 8" and source.fields(7) == {"file_name": "7.png", "captions": ["a", "b"]}
