@@ -29,7 +29,16 @@ from transformers.utils import (
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids, is_distributed
 from .image_vectors import QUERY_STD, ImageVectors
-from .input_checks import check_boxes, check_generation, check_ids, check_pixels, checked_mask, fit_length, is_box
+from .input_checks import (
+    TOKENS,
+    check_boxes,
+    check_generation,
+    check_ids,
+    check_pixels,
+    checked_mask,
+    fit_length,
+    is_box,
+)
 from .joint_step import JointStep
 from .language_model_probe import PROBING, check_reading
 from .late_interaction import similarity
@@ -248,7 +257,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             args, kwargs: As for the parent.
 
         Raises:
-            ValueError: If weights are missing, left over, of another shape or not finite, or files are damaged.
+            ValueError: If weights are missing, left over, of another shape or not finite, files are damaged, or
+                arguments of `generate` that are kept with the model are out of their range.
         """
         kwargs |= {"output_loading_info": True}
         kwargs["ignore_mismatched_sizes"] = ignore_mismatched_sizes or not output_loading_info
@@ -258,6 +268,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         if output_loading_info:
             return model, report
         check_whole(name, model, report, ignore_mismatched_sizes)
+        generation = model.generation_config.to_diff_dict()  # of a file that may have been written by hand
+        kept = {
+            key: value for key, value in generation.items() if key not in TOKENS
+        }  # of which some families use none
+        check_generation(kept, model.get_input_embeddings().num_embeddings)
         return model
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys, *args):

@@ -40,6 +40,7 @@ def place(tmp_path_factory, tiny_processor):
     (folder / "broken.yaml").write_text("a: [")
     (folder / "list.yaml").write_text("[]")
     (folder / "captions.jsonl").write_text("not json\n")
+    (folder / "queries.jsonl").write_text('{"text": "star", "relevant": ["7.png"]}')
     (folder / "gallery" / "broken.png").write_bytes(b"no picture")
     (folder / "table.csv").mkdir()
     before = os.getcwd()
@@ -161,6 +162,23 @@ COMMANDS = [
     ((*SEARCH, "star", "--model", ""), "`model` is ''; expected the folder of a checkpoint"),
     ((*SEARCH, "star", "--table", "x.xml"), "`--table` is 'x.xml'; expected a file that ends in"),
     ((*SEARCH, "star", "--table", "no/x.csv"), "`--table` is 'no/x.csv', in a folder that is not there"),
+    *[((*SEARCH, "star", "--where", where), outcome) for where, outcome in [
+        ("", "`where` is ''; expected NAME, one of = "), ("width", "`where` is 'width'; expected NAME"),
+        ("=60", "`where` is '=60'; expected NAME"), ("width==60", "`where` is 'width==60'; expected NAME"),
+        ("width<nan", "`where` is 'width<nan'; expected a finite number, or a word, after <"),
+        ("width>=1e999", "expected a finite number"), ("nothing=1", "`where` names 'nothing', which no row has; exp"),
+        ("width=60", None),
+    ]],
+    ((*SEARCH, "star", "--kind", "nothing"), "`kinds` holds 'nothing', of which the index has none; expected some of"),
+    ((*SEARCH, "--image", PICTURE, "--hybrid"), "`lexical_weight` is 0.5, but there is no `text`"),
+    ((*SEARCH, "star", "--lexical-weight", "2"), "--lexical-weight.*less than or equal to 1"),
+    ((*SEARCH, "star", "--explain", "images"), "`--explain` is 'images', which is there; expected a new or an empty"),
+    ((*SEARCH, "--fit-on", "nothing"), "`--fit-on` is 'nothing', which is no file; expected one of JSON lines"),
+    ((*SEARCH, "--fit-on", "images"), "`--fit-on` is 'images', which is no file"),
+    ((*SEARCH, "--fit-on", PICTURE), "images/0.png ends in '.png'; expected one of .csv, .jsonl, .parquet"),
+    ((*SEARCH, "--fit-on", "captions.jsonl"), "line 1 of captions.jsonl is no JSON object; expected one"),
+    ((*SEARCH, "--fit-on", "images/metadata.jsonl"), "expected `text`, and `relevant`, a list of files"),
+    ((*SEARCH, "--fit-on", "queries.jsonl"), r"'star' with the relevant files \['7.png'\]; expected some of the inde"),
     (("ask", "index", "what?"), "give --image or --search, one of them"),
     (("ask", "index", "what?", "--search", ""), "`text` is ''; expected something to look for"),
     (("ask", "index", "what?", "--image", "nothing.png"), "`images` holds 'nothing.png', which is not in the index"),

@@ -271,11 +271,20 @@ def _fit(index: Path, file: Path, prompt, vectors, query_vectors, kinds, where, 
         from mmgem.training.search.hybrid import LabelledQuery, fit_lexical_weight
         from mmgem.training.search.index import SearchIndex
 
+        if not file.is_file():
+            raise FileNotFoundError(f"`--fit-on` is {str(file)!r}, which is no file; expected one of JSON lines.")
         queries = []
         for number, fields in read_records(file):
-            if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-                raise ValueError(f"line {number} of {file} is {str(fields)!r:.80}; expected `text` and `relevant`.")
-            queries.append(LabelledQuery(fields["text"], fields.get("relevant") or []))
+            if isinstance(fields, str):  # why it cannot be read
+                raise ValueError(f"line {number} of {file} {fields}")
+            text, relevant = fields.get("text"), fields.get("relevant")
+            if not (
+                isinstance(text, str) and isinstance(relevant, list) and all(isinstance(r, str) for r in relevant)
+            ):
+                raise ValueError(
+                    f"line {number} of {file} is {fields!r:.80}; expected `text`, and `relevant`, a list of files."
+                )
+            queries.append(LabelledQuery(text, relevant))
         conditions = [Condition.parse(condition) for condition in where or []] or None
         loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
         limits = {"prompt": prompt, "vectors": vectors, "query_vectors": query_vectors}

@@ -22,9 +22,24 @@ def load_checkpoint(name: str | Path, device: str | torch.device | None = None) 
     name = str(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The code in the folder is what is installed here; without saying so, the parts of the processor ask about it.
-    processor = MMGEMProcessor.from_pretrained(name, trust_remote_code=False)
-    return MMGEMModel.from_pretrained(name).to(device).eval(), processor
+    try:
+        # The code in the folder is what is installed here; without saying so, the parts of the processor ask about it.
+        processor = MMGEMProcessor.from_pretrained(name, trust_remote_code=False)
+        model = MMGEMModel.from_pretrained(name)
+    except (OSError, TypeError, ValueError) as error:
+        if "; expected" in str(error):
+            raise
+        reason = str(error).partition(". ")[0].rstrip(".")  # the rest of a library's error is about the Hub
+        raise ValueError(
+            f"`model` is {name!r}, which cannot be read ({reason}); expected a whole and undamaged checkpoint."
+        ) from error
+    for part in ("num_visual_tokens", "image_token_id"):
+        there, expected = getattr(processor, part), getattr(model.config, part)
+        if there != expected:
+            raise ValueError(
+                f"`model` is {name!r}, whose processor has {there} as `{part}`; expected {expected}, as the model has."
+            )
+    return model.to(device).eval(), processor
 
 
 def load_config(name: str | Path) -> MMGEMConfig:

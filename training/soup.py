@@ -75,8 +75,8 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     weights = [1.0] * count if weights is None else list(weights)
     fits = len(weights) == count and all(math.isfinite(weight) and weight >= 0 for weight in weights)
-    if not fits or sum(weights) == 0:
-        raise ValueError(f"`weights` is {weights}; expected {count} numbers, 0 or more, not all of them 0.")
+    if not fits or not 0 < sum(weights) < math.inf:
+        raise ValueError(f"`weights` is {weights}; expected {count} numbers, 0 or more, with a finite sum above 0.")
     return [weight / sum(weights) for weight in weights]
 
 

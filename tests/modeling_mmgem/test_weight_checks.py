@@ -12,6 +12,7 @@ from tiny_models import build_model
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor  # from the package itself, which registers them
+from mmgem.training.loading import load_checkpoint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -234,3 +235,33 @@ def test_a_run_of_checkpoints_reads_the_processor_once(tiny_processor, tmp_path,
         model.save_pretrained(tmp_path / checkpoint)
         assert MMGEMProcessor.from_pretrained(tmp_path / checkpoint).num_visual_tokens == 4
     assert names == [str(tmp_path / "source")]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("processor_config.json", None, r"which cannot be read \(Can't load image processor"),
+        ("tokenizer.json", None, r"which cannot be read \(Couldn't instantiate the backend tokenizer"),
+        ("generation_config.json", "null", r"which cannot be read \('NoneType' object is not a mapping\)"),
+        ("generation_config.json", '{"max_new_tokens": -1}', "which cannot be read .`max_new_tokens` must be"),
+        ("generation_config.json", '{"num_beams": "x"}', "`num_beams` is 'x'; expected a whole number"),
+        ("generation_config.json", '{"do_sample": 3}', "`do_sample` is 3; expected True or False"),
+        (
+            "processor_config.json",
+            {"num_visual_tokens": 9},
+            "whose processor has 9 as `num_visual_tokens`; expected 4,",
+        ),
+        ("config.json", {"num_visual_tokens": 9}, "whose processor has 4 as `num_visual_tokens`; expected 9, as the"),
+        ("config.json", {"image_token_id": 5}, "whose processor has 1 as `image_token_id`; expected 5, as the"),
+    ],
+)
+def test_a_checkpoint_whose_parts_do_not_fit(tiny_model, tiny_processor, tmp_path, name, change, message):
+    tiny_model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    file = tmp_path / name
+    if change is None:
+        file.unlink()
+    else:
+        file.write_text(change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path, device="cpu")

@@ -108,7 +108,7 @@ def test_too_few_folders_are_refused(two, tmp_path):
             soup(folders, tmp_path / "soup")
 
 
-@pytest.mark.parametrize("weights", [[1, -1], [0, 0], [1], [1, 1, 1], [1, float("nan")], [1, float("inf")]])
+@pytest.mark.parametrize("weights", [[1, -1], [0, 0], [1], [1] * 3, [1, float("nan")], [1, float("inf")], [1e308] * 2])
 def test_weights_that_make_no_mean_are_refused(weights, two, tmp_path):
     with pytest.raises(ValueError, match=r"`weights` is \[.*expected 2 numbers"):
         soup(two, tmp_path / "soup", weights)

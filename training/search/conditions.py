@@ -21,7 +21,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_CONDITION = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", flags=re.DOTALL)
+_CONDITION = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|=|<|>)(?!=)\s*(.*?)\s*", flags=re.DOTALL)
 
 
 class Condition(NamedTuple):
@@ -52,6 +52,8 @@ class Condition(NamedTuple):
             raise ValueError(f"`where` is {text!r}; expected NAME, one of {' '.join(_OPERATORS)}, and a value.")
         column, name, value = match.groups()
         number = _number(value)
+        if number is None and name not in ("=", "!=") and _is_float(value):
+            raise ValueError(f"`where` is {text!r}; expected a finite number, or a word, after {name}.")
         return cls(column, name, value if number is None else number)
 
     def holds(self, own: Any) -> bool:
@@ -114,6 +116,13 @@ def _number(value: Any) -> float | None:
     except (OverflowError, TypeError, ValueError):  # a JSON object, an integer of hundreds of digits, a word
         return None
     return number if math.isfinite(number) else None  # "nan" is a word, too
+
+
+def _is_float(word: str) -> bool:
+    try:
+        return bool(word) and float(word) is not None
+    except ValueError:
+        return False
 
 
 def _text(value: Any) -> str:

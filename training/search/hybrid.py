@@ -116,10 +116,10 @@ def fit_lexical_weight(index, queries: Sequence[LabelledQuery], **limits) -> Fit
     known = {*names.tolist()}
     ranks = np.zeros((len(_WEIGHTS), len(queries)))
     for number, query in enumerate(queries):
-        if missing := {*query.relevant} - known or not query.relevant:
+        missing = sorted({*query.relevant} - known)
+        if missing or not query.relevant:
             raise ValueError(
-                f"`queries` holds {query.text!r} with the relevant files {missing or []!r}; expected some of the "
-                "index."
+                f"`queries` holds {query.text!r} with the relevant files {missing!r:.200}; expected some of the index."
             )
         rankings = [
             np.array([hit.row for hit in index.search(query.text, top=RANKED, lexical_weight=weight, **limits)], int)
