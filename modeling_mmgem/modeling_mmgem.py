@@ -292,7 +292,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         return config.projection_dim if config.embedding_prompt_ids is None else config.text_config.hidden_size
 
     @torch.no_grad()
-    def set_embedding_tokens(self, num_embedding_tokens: int, embedding_pooling: str):
+    def set_embedding_tokens(
+        self, num_embedding_tokens: int, embedding_pooling: str, token_ids: list[int] | None = None
+    ):
         """Read embeddings with another number of [EMB] vectors, or pool them otherwise, from now on. They are no
         longer calibrated. Texts must leave room for the vectors: `model_max_length` of the tokenizer does not change.
 
@@ -301,15 +303,29 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 them, so that a text is at first embedded about as before; kept apart, they begin at random, and as
                 different.
             embedding_pooling: See [`MMGEMConfig`]. Where an image had one vector, it stays the first.
+            token_ids: As many tokens, as whose embeddings all vectors begin, such as the end token. A language model
+                that does not train reads more by them than by vectors that begin at random.
 
         Raises:
-            ValueError: As [`MMGEMConfig`]; the model is then as it was.
+            ValueError: As [`MMGEMConfig`], and for what are not as many tokens of the language model; the model is
+                then as it was.
         """
+        vocab_size = self.config.text_config.vocab_size
+        if token_ids is not None and (
+            len(token_ids) != num_embedding_tokens or not all(0 <= token < vocab_size for token in token_ids)
+        ):
+            raise ValueError(
+                f"`token_ids` is {token_ids}; expected `num_embedding_tokens`, {num_embedding_tokens}, numbers from 0 "
+                f"to {vocab_size - 1}."
+            )
         self._change_read_out(num_embedding_tokens=num_embedding_tokens, embedding_pooling=embedding_pooling)
         before, kept_apart = self.embedding_tokens, embedding_pooling == "multi_vector"
         further = torch.randn(max(0, num_embedding_tokens - len(before)), before.shape[1]).to(before)  # (., H)
         further = self.get_input_embeddings().weight.std() * further if kept_apart else before[-1] + 0.02 * further
-        self.embedding_tokens = nn.Parameter(torch.cat([before[:num_embedding_tokens], further]))  # (k, H)
+        tokens = torch.cat([before[:num_embedding_tokens], further])  # (k, H)
+        if token_ids is not None:
+            tokens = self.get_input_embeddings().weight[token_ids].detach().to(before)
+        self.embedding_tokens = nn.Parameter(tokens)
         trained, self.image_vectors = self.image_vectors, self._make_image_vectors()
         if self.image_vectors is not None:
             self.image_vectors.to(before)

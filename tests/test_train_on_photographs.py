@@ -13,8 +13,8 @@ PAGE = (ROOT / "docs" / "train_on_photographs.md").read_text(encoding="utf-8")
 
 
 def test_what_the_page_shows_can_be_trained():
-    whole, model = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL))
-    for sections in (whole, whole | model):
+    whole, *others = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL))
+    for sections in (whole, *(whole | other for other in others)):
         check_sections(parse_recipe(sections))
 
 

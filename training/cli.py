@@ -273,12 +273,14 @@ def evaluate(
     with work():
         from mmgem.training.data.image_folder import read_image_folder
         from mmgem.training.data.skipped import SkippedLog
+        from mmgem.training.data.text_coverage import warn_uncovered
         from mmgem.training.evaluation.evaluate import evaluate_model
         from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
         dataset, skipped = read_image_folder(data, subset=subset), SkippedLog(rows_name=str(data))
         intervals: dict[str, tuple[float, float]] = {}
         loaded, processor = load_model(model)
+        warn_uncovered(processor.tokenizer, dataset.rows, str(data))
         figures = evaluate_model(
             loaded,
             processor,

@@ -300,3 +300,18 @@ def test_of_an_empty_text_no_rationale_is_written():
 def test_another_number_of_rationale_tokens_is_refused(count):
     with pytest.raises(ValueError, match=f"`max_rationale_tokens` is {count!r}; expected a whole number from 0"):
         tiny().get_multimodal_features(IDS, MASK, max_rationale_tokens=count)
+
+
+def test_vectors_begin_as_tokens_that_read_what_these_would():
+    model = tiny(num_embedding_tokens=1)
+    for wrong in ([5], [5, 300], [-1, 5]):
+        before = model.embedding_tokens
+        with pytest.raises(
+            ValueError, match="`token_ids` is .*; expected `num_embedding_tokens`, 2, numbers from 0 to 299"
+        ):
+            model.set_embedding_tokens(2, "last", token_ids=wrong)
+        assert model.embedding_tokens is before and model.config.num_embedding_tokens == 1
+    model.set_embedding_tokens(2, "last", token_ids=[7, 5])
+    state = model.get_decoder()(torch.cat([IDS, torch.tensor([[7, 5]] * 2)], dim=1)[:1]).last_hidden_state[:, -1]
+    torch.testing.assert_close(model.get_text_features(IDS[:1]).last_hidden_state[:, -1], state)
+    assert model.embedding_tokens.requires_grad

@@ -9,6 +9,7 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmgem.processing.boxes import check_boxes
 from mmgem.processing.image_loading import load_image
 from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.data.rows import images_of
@@ -116,6 +117,8 @@ def readable_rows(
                 row["images"] = [load_image(image, f"image of row {number}", **options) for image in row["images"]]
             for image in filter(None, [*images_of(row), row.get("edited_image")]):
                 processor.check_proportions(image.size, f"image of row {number}")
+            if row.get("boxes") and len(images_of(row)) == 1:
+                check_boxes([row["boxes"]], [images_of(row)[0].size])
         except UNREADABLE as error:
             skipped.add(skipped.rows_name, str(number), " ".join(str(error).split()) or type(error).__name__)
             yield None

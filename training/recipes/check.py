@@ -18,7 +18,14 @@ from mmgem.training.recipes.batch_preview import contact_sheet, describe_row, de
 from mmgem.training.recipes.check_report import StageCheck, describe_check, describe_model
 from mmgem.training.recipes.recipe import Stage, load_recipe
 from mmgem.training.recipes.run import SKIPPED_NAME
-from mmgem.training.recipes.stage import open_sources, rows_per_step, stage_arguments, stage_rows, stage_trainer
+from mmgem.training.recipes.stage import (
+    open_sources,
+    rows_per_step,
+    stage_arguments,
+    stage_rows,
+    stage_trainer,
+    warn_of_languages,
+)
 from mmgem.training.recipes.stage_kinds import stage_kind
 from mmgem.training.recipes.starting_model import build_model
 from mmgem.training.recipes.step_memory import SavedTensors, step_memory
@@ -98,6 +105,7 @@ def check_recipe(
         rows = stage_rows(this, sources, planned[number], planned[number].seed + number, skipped)
         set_trainable(model)  # whatever the stage before it froze
         arguments = stage_arguments(recipe, this, out, output_dir=str(folder), **_DRY_RUN | _without_latents(this))
+        warn_of_languages(processor.tokenizer, sources)
         trainer = stage_trainer(recipe, this, model, processor, arguments, rows)
         say(f"\nstage {number + 1} of {len(stages)}: {this.name}")
         say(describe_model(trainer.model))

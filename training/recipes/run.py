@@ -28,6 +28,7 @@ from mmgem.training.recipes.stage import (
     stage_arguments,
     stage_rows,
     stage_trainer,
+    warn_of_languages,
 )
 from mmgem.training.recipes.stage_folder import LOG_NAME, save_stage, stage_folder, starting_point
 from mmgem.training.recipes.validation import check_sections, check_stages
@@ -155,6 +156,7 @@ def _run_stage(recipe: Recipe, number: int, out: Path, sources: list[Source], ev
     arguments = stage_arguments(recipe, stage, out)
     rows = stage_rows(stage, sources, arguments, arguments.seed + number, skipped)
     model, processor = starting_point(recipe, number, out, rows)
+    warn_of_languages(processor.tokenizer, sources)
     trainer = stage_trainer(recipe, stage, model, processor, arguments, rows, eval_dataset)
     if stage.cache_features is not None:
         folder = Path(stage.cache_features.folder or out / "feature_cache")

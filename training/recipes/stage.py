@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from mmgem.training.data.feature_cache import (
 )
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.open_source import open_source
-from mmgem.training.data.skipped import SkippedLog
+from mmgem.training.data.skipped import UNREADABLE, SkippedLog
 from mmgem.training.data.sources import Source
 from mmgem.training.data.text_cache import CachedTexts, check_frozen_texts, fill_texts, text_maker
+from mmgem.training.data.text_coverage import TEXTS_READ, warn_uncovered
 from mmgem.training.recipes.recipe import Recipe, Stage
 from mmgem.training.recipes.stage_kinds import stage_kind
 from mmgem.training.recipes.starting_model import prepare_for_stage
@@ -67,6 +68,29 @@ def stage_arguments(recipe: Recipe, stage: Stage, out: Path, **changes) -> MMGEM
 def open_sources(stage: Stage) -> list[Source]:
     """Open the sources of a stage's training data."""
     return [open_source(section) for section in stage.train_data]
+
+
+def warn_of_languages(tokenizer, sources: Sequence[Source]) -> None:
+    """Warn of columns of sources with a length whose language a tokenizer does not cover, by rows from all over them.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        sources: Of a stage, from `open_sources`.
+    """
+    if not PartialState().is_main_process:
+        return
+    for source in sources:
+        if isinstance(source, Sized):
+            places = range(0, len(source), max(1, len(source) // TEXTS_READ))
+            warn_uncovered(tokenizer, _readable(source, places), source.name)
+
+
+def _readable(source: Source, places: Iterable[int]) -> Iterator[dict[str, Any]]:
+    for index in places:
+        try:
+            yield source.texts(index)
+        except UNREADABLE:
+            continue  # the mixture notes it, and takes another one
 
 
 def stage_rows(

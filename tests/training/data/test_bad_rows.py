@@ -200,6 +200,15 @@ def test_evaluation_leaves_out_what_training_does(tmp_path, model, tiny_processo
         evaluate_model(model, tiny_processor, [GOOD, BAD_ROWS["truncated"]], max_new_tokens=1)
 
 
+def test_evaluation_leaves_out_rows_whose_boxes_lie_outside(model, tiny_processor):
+    boxed = [
+        GOOD | {"boxes": [box], "region_captions": ["it"]} for box in ([0, 0, 9, 9], [50, 50, 60, 60], [5, 5, 9, 9])
+    ]
+    skipped = SkippedLog()
+    figures = evaluate_model(model, tiny_processor, boxed, max_new_tokens=1, skipped=skipped)
+    assert skipped._added == {("rows", "1")} and "region_recall@1" in figures
+
+
 def test_calibration_leaves_out_what_training_does(tiny_processor):
     model, skipped = build_model(), SkippedLog()
     other = {"image": PICTURE.rotate(90), "caption": "a blue moon"}
