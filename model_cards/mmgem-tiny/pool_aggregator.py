@@ -112,12 +112,21 @@ class PoolAggregator(nn.Module):
             return tokens.view(*boxes.shape[:2], *tokens.shape[1:])  # (B, R, n, C)
 
         windows, valid, _ = self._windows(grid)  # (B, n, W, C), (n, W)
-        pooled = torch.einsum("bnwc,nw->bnc", windows, _average(valid, windows))  # (B, n, C)
-        query, key, value = self._queries_keys_values(pooled, windows)  # (B * n, heads, 1 or W, d)
-        # Not `len`, which would fix the size of a batch in an exported graph.
-        mask = valid.expand(grid.shape[0], -1, -1).reshape(query.shape[0], 1, 1, -1)  # (B * n, 1, 1, W)
-        looked_up = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B * n, heads, 1, d)
-        return pooled + self.output(looked_up.reshape(*pooled.shape[:2], -1))  # (B, n, A) -> (B, n, C)
+        pooled = (_average(valid, windows)[:, None] @ windows).squeeze(2)  # (B, n, C)
+        normed, query = self.norm(windows), self._query(pooled)  # (B, n, W, C), (B, n, heads, d)
+        if _is_here(self.key_value, normed):
+            # A window has one query, which goes through the weights of the keys in place of all patches, and the
+            # patches are summed before they go through those of the values. A softmax does not feel the bias of keys.
+            key_weight, value_weight = self.key_value.weight.unflatten(0, (2, self.num_heads, -1))  # (heads, d, C)
+            value_bias = self.key_value.bias.unflatten(0, (2, self.num_heads, -1))[1]  # (heads, d)
+            scores = torch.einsum("bnhd,hdc->bnhc", query, key_weight) @ normed.transpose(-1, -2)  # (B, n, heads, W)
+            looked_at = self._attention(scores, valid) @ normed  # (B, n, heads, C)
+            looked_up = torch.einsum("bnhc,hdc->bnhd", looked_at, value_weight) + value_bias  # (B, n, heads, d)
+        else:
+            key, value = self._keys_values(normed)  # (B, n, W, heads, d)
+            scores = torch.einsum("bnhd,bnwhd->bnhw", query, key)
+            looked_up = torch.einsum("bnhw,bnwhd->bnhd", self._attention(scores, valid), value)
+        return pooled + self.output(looked_up.flatten(2))  # (B, n, A) -> (B, n, C)
 
     def contributions(self, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Take the tokens of whole images apart into what each patch of their windows brings, with the weights of the
@@ -132,37 +141,45 @@ class PoolAggregator(nn.Module):
         """
         windows, valid, patches = self._windows(grid)  # (B, n, W, C), (n, W), (n, W)
         average = _average(valid, windows)  # (n, W)
-        pooled = torch.einsum("bnwc,nw->bnc", windows, average)  # (B, n, C)
-        query, key, value = self._queries_keys_values(pooled, windows)  # (B * n, heads, 1 or W, d)
-        scores = (query @ key.transpose(-1, -2)).squeeze(2) / query.shape[-1] ** 0.5  # (B * n, heads, W)
-        mask = valid.expand(len(grid), -1, -1).reshape(len(query), 1, -1)  # (B * n, 1, W)
-        attention = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B * n, heads, W)
-        looked_up = (attention[..., None] * value).transpose(1, 2)  # (B * n, W, heads, d)
-        looked_up = looked_up.reshape(*windows.shape[:3], -1)  # (B, n, W, A)
+        pooled = (average[:, None] @ windows).squeeze(2)  # (B, n, C)
+        key, value = self._keys_values(self.norm(windows))  # (B, n, W, heads, d)
+        scores = torch.einsum("bnhd,bnwhd->bnhw", self._query(pooled), key)
+        attention = self._attention(scores, valid).transpose(-1, -2)  # (B, n, W, heads)
+        looked_up = (attention[..., None] * value).flatten(3)  # (B, n, W, A)
         bias = self.output(torch.zeros_like(looked_up[0, 0, 0]))  # (C,)
         return average[..., None] * windows + self.output(looked_up) - bias, patches, bias
 
     def _windows(self, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, C, h, w) -> (B, n, W, C) patches of each token's window, (n, W) False beyond it, (n, W) their numbers"""
-        (batch, channels, height, width), g = grid.shape, self.grid_size
+        (height, width), g = grid.shape[2:], self.grid_size
         rows, row_valid = adaptive_windows(height, g, grid.device)
         columns, column_valid = adaptive_windows(width, g, grid.device)
-        windows = grid[:, :, rows][..., columns]  # (B, C, g, wh, g, ww)
-        windows = windows.permute(0, 2, 4, 3, 5, 1).reshape(batch, g * g, -1, channels)  # (B, n, W, C)
         valid = row_valid[:, None, :, None] & column_valid[None, :, None, :]  # (g, g, wh, ww)
         patches = rows[:, None, :, None] * width + columns[None, :, None, :]  # (g, g, wh, ww)
-        return windows, valid.view(g * g, -1), patches.view(g * g, -1)
+        patches = patches.view(g * g, -1)  # (n, W)
+        windows = grid.flatten(2).transpose(1, 2)[:, patches]  # (B, n, W, C)
+        return windows, valid.view(g * g, -1), patches
 
-    def _queries_keys_values(
-        self, pooled: torch.Tensor, windows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, n, C) and (B, n, W, C) -> (B * n, heads, 1, d) and twice (B * n, heads, W, d)"""
-        # A row for each token, since exports take no attention of five dimensions.
-        rows, heads = pooled.shape[0] * pooled.shape[1], self.num_heads
-        query = self.query(self.norm(pooled)).view(rows, heads, 1, -1)
-        key_value = self.key_value(self.norm(windows)).view(rows, windows.shape[2], 2, heads, -1)
-        key, value = key_value.permute(2, 0, 3, 1, 4)
-        return query, key, value
+    def _query(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, n, C) -> (B, n, heads, d), divided by the root of d"""
+        query = self.query(self.norm(pooled)).unflatten(-1, (self.num_heads, -1))
+        return query / query.shape[-1] ** 0.5
+
+    def _keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, n, W, C) -> twice (B, n, W, heads, d)"""
+        key_value = self.key_value(normed).unflatten(-1, (2, self.num_heads, -1))  # (B, n, W, 2, heads, d)
+        return key_value[..., 0, :, :], key_value[..., 1, :, :]
+
+    def _attention(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """(B, n, heads, W) and (n, W) -> (B, n, heads, W), the weight of each patch of the window"""
+        return scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1, torch.float32).to(scores.dtype)
+
+
+def _is_here(linear: nn.Linear, inputs: torch.Tensor) -> bool:
+    """Whether the weights of a layer are all that it is: not with LoRA, quantized, pruned, elsewhere or in shards."""
+    weight = linear.weight
+    is_plain = type(linear) is nn.Linear and type(weight) is nn.Parameter
+    return is_plain and weight.device == inputs.device and weight.shape[-1:] == inputs.shape[-1:]
 
 
 def _average(valid: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmgem.pool_aggregator import PoolAggregator, roi_align
 
@@ -10,6 +11,13 @@ def grid_and_tokens(request):
     height, width, num_visual_tokens = request.param
     torch.manual_seed(0)
     return torch.randn(2, 8, height, width), num_visual_tokens
+
+
+class PerturbedLinear(nn.Linear):
+    """A layer that its weights do not tell all about."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) + inputs.sum(-1, keepdim=True) * self.bias.cos()
 
 
 def test_untrained_aggregator_is_average_pooling(grid_and_tokens):
@@ -39,10 +47,14 @@ def test_token_attends_to_its_own_window_only():
     assert torch.equal(seen, expected)
 
 
+@pytest.mark.parametrize("is_wrapped", [False, True])
 @pytest.mark.parametrize("width", [None, 6])
-def test_attention_equals_plain_reference(width):
+def test_attention_equals_plain_reference(width, is_wrapped):
+    """Also where the layer of keys and values is more than its weights, as with LoRA."""
     torch.manual_seed(0)
     aggregator = PoolAggregator(8, 2, num_visual_tokens=4, attention_size=width)
+    if is_wrapped:
+        aggregator.key_value = PerturbedLinear(8, 2 * (width or 8))
     head = (width or 8) // 2
     grid = torch.randn(1, 8, 4, 4)
     window = grid[0, :, 2:, :2].flatten(1).T  # (4, 8), of the token at the bottom left
