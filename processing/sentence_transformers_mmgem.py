@@ -23,6 +23,7 @@ except ImportError:
     raise
 
 from .sentence_transformers_inputs import read_input
+from .token_batches import batches_of_tokens, restore, tokens_at_a_time
 
 MIXED = "message"  # what sentence-transformers calls a batch of more than one kind
 
@@ -157,7 +158,11 @@ class MMGEMTransformer(Transformer):
         if max_rationale_tokens and modality != "image":
             method = self.model.get_multimodal_features
             inputs["max_rationale_tokens"] = max_rationale_tokens
-        vectors = method(**inputs, return_dict=True).pooler_output
+        encodes = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+        if modality == "text" and encodes and not max_rationale_tokens:
+            vectors = _embed_by_tokens(method, inputs)
+        else:
+            vectors = method(**inputs, return_dict=True).pooler_output
         if modality == "image" and "boxes" in inputs:
             vectors = vectors.squeeze(1)  # (B, 1, ...), a region each
         return vectors if self.model.config.is_multi_vector else vectors.unsqueeze(1)
@@ -269,6 +274,18 @@ class NestedVectors(Dense):
         if config_kwargs and "num_vectors" in config_kwargs:
             config["num_vectors"] = config_kwargs["num_vectors"]
         return cls(**config)
+
+
+def _embed_by_tokens(method, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The embeddings of texts, padded to the longest, in batches that are as large as suits the device."""
+    is_token = inputs["attention_mask"].bool()  # (B, L)
+    batches = list(batches_of_tokens(is_token.sum(-1).tolist(), tokens_at_a_time(is_token.device)))
+    parts = []
+    for batch in batches:
+        columns = is_token[batch].any(0)  # (L,)
+        own = {name: values[batch][:, columns] for name, values in inputs.items()}
+        parts.append(method(**own, return_dict=True).pooler_output)
+    return restore(parts, batches)
 
 
 def _check_num_vectors(num_vectors: int | None, available: int | None = None):

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.processing.token_batches import batches_of_tokens, restore, tokens_at_a_time
 from mmgem.training.distributed import is_sharded, reshard
 
 Box = Sequence[float]
 BOXES_AT_A_TIME = 256  # of all images of a batch together
-# Of texts that are embedded, padding included: on a processor few, by `benchmarks.text_batches`.
-TEXT_TOKENS_ON_CPU, TEXT_TOKENS_AT_A_TIME = 512, 8192
 CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get captions as short as answers
 
 
@@ -75,9 +75,13 @@ def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     Returns:
         (B, D) or (B, k, D), normalised, float32, on the CPU.
     """
-    inputs = to_model(model, processor(images=list(images), return_tensors="pt"))
+    return embed_prepared_images(model, processor(images=list(images), return_tensors="pt"))
+
+
+def embed_prepared_images(model, inputs) -> torch.Tensor:
+    """Embeds images as the processor has prepared them; as `embed_images`."""
     with inference(model):
-        return unit(model.get_image_features(**inputs).pooler_output)
+        return unit(model.get_image_features(**to_model(model, inputs)).pooler_output)
 
 
 def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]]) -> torch.Tensor:
@@ -120,31 +124,22 @@ def embed_texts(model, processor, texts: Sequence[str], batch_tokens: int | None
     """
     if not texts:
         raise ValueError("`texts` is empty; expected at least one text.")
-    if batch_tokens is None:
-        batch_tokens = TEXT_TOKENS_ON_CPU if model.device.type == "cpu" else TEXT_TOKENS_AT_A_TIME
-    plain = [processor.plain_text(text) for text in texts]
-    lengths = [len(ids) for ids in processor(text=plain, padding=False)["input_ids"]]
-    batches = list(_batches_of_tokens(lengths, batch_tokens))
+    batch_tokens = tokens_at_a_time(model.device) if batch_tokens is None else batch_tokens
+    ids = processor(text=[processor.plain_text(text) for text in texts], padding=False)["input_ids"]
+    batches = list(batches_of_tokens([len(own) for own in ids], batch_tokens))
     parts = []
     with inference(model):
         for batch in batches if len(batches) == 1 else tqdm(batches, desc="texts", unit="batch", leave=False):
-            inputs = processor(text=[plain[row] for row in batch], padding=True, return_tensors="pt")
+            inputs = _padded([ids[row] for row in batch], processor.tokenizer.pad_token_id or 0)
             parts.append(unit(model.get_text_features(**to_model(model, inputs)).pooler_output))
-    embeddings = torch.cat(parts)
-    restored = torch.empty_like(embeddings)
-    restored[torch.tensor([row for batch in batches for row in batch])] = embeddings
-    return restored
+    return restore(parts, batches)
 
 
-def _batches_of_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Yields the numbers of texts of these lengths, in batches of about one length, the longest first."""
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and (len(batch) + 1) * max(1, lengths[batch[0]]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
+def _padded(ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Token ids as (B, L), with their mask."""
+    rows = [torch.tensor(own, dtype=torch.long) for own in ids]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id), "attention_mask": mask}
 
 
 def embed_fused(
@@ -279,12 +274,24 @@ def generate_answers(
     """Writes the answers to one batch of questions, each about its image; to an empty one, a caption. The generation
     configuration of the model says how.
 
+    The vision tower runs once over an image that comes several times, as the same object.
+
     Raises:
         ValueError: If there are not as many images as questions.
     """
     _check_as_many(images, questions, "questions")
     prompts = [processor.prompt(question) for question in questions]
-    inputs = processor(images=list(images), text=prompts, padding=True, return_tensors="pt", **processor.prompt_kwargs)
+    options = {"padding": True, "return_tensors": "pt", **processor.prompt_kwargs}
+    inputs = processor(images=list(images), text=prompts, **options)
+    rows: dict[int, int] = {}  # the first of each image
+    first = [rows.setdefault(id(image), row) for row, image in enumerate(images)]
+    if model.vlm is None and len(rows) < len(images):
+        pictures = {name: inputs.pop(name) for name in ("pixel_values", "spatial_shapes") if name in inputs}
+        pictures = {name: tensor[list(rows.values())] for name, tensor in pictures.items()}
+        with inference(model):
+            tokens = model.get_image_features(**to_model(model, pictures)).last_hidden_state  # (I, n, C)
+        places = {row: place for place, row in enumerate(rows.values())}
+        inputs["visual_tokens"] = tokens[[places[row] for row in first]]  # (B, n, C)
     return _generate(model, inputs, processor, max_new_tokens)
 
 

@@ -9,6 +9,7 @@ Multimodal Generative Embedding Model, https://arxiv.org/abs/2405.19333.
 
 import math
 from dataclasses import asdict, dataclass
+from functools import wraps
 from inspect import signature
 from pathlib import Path
 
@@ -658,18 +659,16 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If images and placeholders do not match, if a rationale is to follow texts that are padded on
-                the right or `visual_tokens`, if these come with `pixel_values`, and as [`get_text_features`].
+                the right, if `visual_tokens` come with `pixel_values`, and as [`get_text_features`].
         """
         attention_mask = checked_mask(input_ids, attention_mask)
         if visual_tokens is None:
             self._check_placeholders(input_ids, pixel_values, boxes)
-        elif pixel_values is not None or boxes is not None or max_rationale_tokens or self.vlm is not None:
-            raise ValueError(
-                "`visual_tokens` came with `pixel_values`, `boxes` or `max_rationale_tokens`, or for a model that "
-                "began as a VLM; expected them alone."
-            )
+        else:
+            self._check_visual_tokens(visual_tokens, pixel_values, boxes)
         if max_rationale_tokens:
             images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
+            images["visual_tokens"] = visual_tokens
             input_ids, attention_mask = self._with_rationale(
                 input_ids, attention_mask, images, max_rationale_tokens, **kwargs
             )
@@ -830,6 +829,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         spatial_shapes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         patch_features: torch.FloatTensor | None = None,
+        visual_tokens: torch.FloatTensor | None = None,
         **kwargs,
     ) -> MMGEMOutput | BaseModelOutputWithPooling:
         """Embed, compare, generate or train, by what is given:
@@ -862,6 +862,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             pixel_attention_mask: Says the same as `spatial_shapes`; only VLMs read it.
             patch_features: (I, C, rows, columns), in meaning 4 instead of `pixel_values`: the features of the vision
                 tower, as `patch_grid` of a frozen one gave them. It is not run.
+            visual_tokens: (units, n, C), in meaning 2 instead of `pixel_values`, see [`get_multimodal_features`].
             position_ids, past_key_values, inputs_embeds: Handed to the language model.
             kwargs: In meaning 2 handed to the language model; in meaning 4 the columns of [`TextRows`], and no other.
             {columns}
@@ -872,6 +873,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         text_columns = {name: kwargs.pop(name) for name in TEXT_COLUMNS if name in kwargs}
         if not return_loss:
             _refuse_text_columns(text_columns | {"patch_features": patch_features})
+        elif visual_tokens is not None:
+            raise ValueError("`visual_tokens` came with `return_loss=True`; expected `pixel_values`, to train on.")
+        if visual_tokens is not None:
+            self._check_visual_tokens(visual_tokens, pixel_values, boxes)
         if input_ids is None and inputs_embeds is None:
             if pixel_values is None:
                 raise ValueError("`input_ids` and `pixel_values` are both None; expected at least one of them.")
@@ -889,10 +894,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 is_first = (
                     torch.compiler.is_compiling() or cache is None or (has_length and not cache.get_seq_length())
                 )
-                if is_first:
+                if is_first and visual_tokens is None:
                     self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
                 images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
-                inputs_embeds = self._embed_prompt(input_ids, **images)  # (B, L, H)
+                inputs_embeds = self._embed_prompt(input_ids, **images, visual_tokens=visual_tokens)  # (B, L, H)
             if labels is not None:
                 kwargs["labels"], kwargs["num_items_in_batch"] = labels, num_items_in_batch
             if attention_mask is not None and inputs_embeds is not None and self._is_state_space:
@@ -967,6 +972,18 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         if len(shape) != 4 or shape[1] != width or 0 in shape:
             raise ValueError(f"`patch_features` has shape {shape}; expected (I, {width}, rows, columns).")
 
+    def _check_visual_tokens(self, visual_tokens: torch.Tensor, pixel_values, boxes):
+        if pixel_values is not None or boxes is not None or self.vlm is not None:
+            raise ValueError(
+                "`visual_tokens` came with `pixel_values` or `boxes`, or for a model that began as a VLM; expected "
+                "them alone."
+            )
+        n, width = self.config.num_visual_tokens, self.config.grid.hidden_size
+        if visual_tokens.ndim != 3 or tuple(visual_tokens.shape[1:]) != (n, width):
+            raise ValueError(
+                f"`visual_tokens` has shape {tuple(visual_tokens.shape)}; expected (units, {n}, {width})."
+            )
+
     def _temperature(self) -> torch.Tensor:
         """Inverse temperature, at most 100."""
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().squeeze()
@@ -993,6 +1010,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
         Args:
             inputs: (B, L) token ids, also called `input_ids`.
+            visual_tokens: (units, n, C), instead of `pixel_values`: the `last_hidden_state` of
+                [`get_image_features`] for the image of each placeholder. Several questions about an image repeat its
+                tokens, and the vision tower runs over it once. It is a keyword argument.
             embedding_tokens: (B, j, H), j from 1 to k: the `last_hidden_state` of [`get_multimodal_features`] for
                 images, or the first j states of it. They stand where the image would; neither an image nor the vision
                 tower is needed. `input_ids` then holds the question, padded on the left, and may be left out for a
@@ -1005,11 +1025,14 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             Token ids; with `embedding_tokens` only the new ones.
 
         Raises:
-            ValueError: If `embedding_tokens` are not those of this model, or come with images; if images come with
-                a prompt that has no place for them; for a number out of its range, such as `num_beams=0`; if the
-                prompt is so long that nothing can be written.
+            ValueError: If `embedding_tokens` or `visual_tokens` are not those of this model, or come with images; if
+                images come with a prompt that has no place for them; for a number out of its range, such as
+                `num_beams=0`; if the prompt is so long that nothing can be written.
         """
         check_generation(kwargs, self.get_input_embeddings().num_embeddings)
+        images = {name: kwargs.get(name) for name in ("visual_tokens", "pixel_values", "boxes")}
+        if images["visual_tokens"] is not None:
+            self._check_visual_tokens(*images.values())
         settings = args[0] if args else kwargs.get("generation_config")
         default = (self.generation_config if settings is None else settings).max_new_tokens
 
@@ -1035,8 +1058,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 kwargs = fitted(prompt, kwargs.get("attention_mask"))
             return generate(inputs, *args, **kwargs)
         input_ids = kwargs.pop("input_ids", inputs)
-        if kwargs.get("pixel_values") is not None or kwargs.get("boxes") is not None:
-            raise ValueError("`embedding_tokens` and `pixel_values` are both given; expected one of them.")
+        if given := [name for name, value in images.items() if value is not None]:
+            raise ValueError(f"`embedding_tokens` and `{given[0]}` are both given; expected one of them.")
         embeds, mask = self._embed_recall(embedding_tokens, input_ids, kwargs.pop("attention_mask", None))
         kwargs = fitted(embeds, mask)
         return super().generate(inputs_embeds=embeds, attention_mask=mask, *args, **kwargs)  # noqa: B026
@@ -1091,14 +1114,14 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Every copy of a prompt, for a beam or a further answer, gets the images or boxes of this prompt."""
-        names = ("pixel_values", "boxes", "spatial_shapes", "pixel_attention_mask")
+        names = ("pixel_values", "visual_tokens", "boxes", "spatial_shapes", "pixel_attention_mask")
         images = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
-        if expand_size > 1 and "pixel_values" in images:
+        if expand_size > 1 and images:
             if "boxes" in images:  # each in an image of its own, since those of an image may be of several prompts
                 image, box = is_box(images["boxes"]).nonzero(as_tuple=True)  # (units,)
                 boxes = images.pop("boxes")[image, box][:, None]  # (units, 1, 4)
                 images = {name: tensor[image] for name, tensor in images.items()} | {"boxes": boxes}
-            n, units = self.config.num_visual_tokens, len(images["pixel_values"])
+            n, units = self.config.num_visual_tokens, len(next(iter(images.values())))
             counts = (input_ids == self.config.image_token_id).sum(-1)  # (B,) placeholders
             if (counts % n).any() or counts.sum() != n * units:
                 raise self._wrong_number(int(counts.sum()), units)
@@ -1107,6 +1130,13 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             images = {name: tensor[of_copies.to(tensor.device)] for name, tensor in images.items()}
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs | images
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # by whose parameters the library goes
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As of every model; visual tokens are read with the prompt, as the library knows of pixels."""
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+            kwargs.pop("visual_tokens", None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """As of every model; and what else makes a Hub folder complete: the code with the pipeline, the settings of

@@ -1,6 +1,7 @@
 """One folder, loaded by sentence-transformers: each input goes through the method made for its kind."""
 
 import json
+import sys
 from pathlib import Path
 
 import fresh_process
@@ -72,6 +73,24 @@ def test_a_list_that_mixes_them(encoder, expected, photo, batch_size):
     texts, image, fused = expected["texts"], expected["image"], expected["fused"]
     embeddings = encoder.encode(inputs, batch_size=batch_size)
     assert close(embeddings, torch.cat([texts[:1], image, fused, texts[1:2], image, texts[2:], image]))
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_batch_of_texts_runs_in_parts_of_about_one_length(encoder, monkeypatch, padding_side):
+    texts = ["star " * length for length in (1, 90, 3, 100, 2, 95, 4, 0)]
+    expected = torch.cat([torch.as_tensor(encoder.encode([text])) for text in texts])
+    encoder[0].processor.tokenizer.padding_side = padding_side
+    model, shapes = encoder[0].model, []
+    embed = type(model).get_text_features.__get__(model)
+
+    def get_text_features(input_ids, **others):
+        shapes.append(input_ids.numel())
+        return embed(input_ids, **others)
+
+    monkeypatch.setattr(model, "get_text_features", get_text_features)
+    monkeypatch.setattr(sys.modules[type(encoder[0]).__module__], "tokens_at_a_time", lambda device: 250)
+    assert close(encoder.encode(texts, batch_size=8), expected)
+    assert len(shapes) > 2 and max(shapes) <= 250
 
 
 def test_an_image_never_reaches_the_language_model(encoder, photo):

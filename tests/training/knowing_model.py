@@ -44,7 +44,7 @@ class KnowingProcessor:
     image_processor = WholeImages()
     vlm_processor = None
     is_plain, prompt_kwargs, allow_urls = True, {}, False
-    pad = 0
+    pad_token_id = 0
 
     def check_proportions(self, size, name):
         pass
@@ -72,15 +72,15 @@ class KnowingProcessor:
             inputs["input_ids"] = [list(sample.encode()) for sample in text]
         elif text is not None:
             inputs["input_ids"] = self.encode([sample.replace("<image>", "\1") for sample in text])
-            inputs["attention_mask"] = (inputs["input_ids"] != self.pad).long()
+            inputs["attention_mask"] = (inputs["input_ids"] != self.pad_token_id).long()
         return inputs
 
     def encode(self, texts):
         rows = [torch.tensor(list(text.encode()), dtype=torch.long) for text in texts]
-        return pad_sequence(rows, batch_first=True, padding_value=self.pad)
+        return pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
 
     def batch_decode(self, ids, skip_special_tokens=True):
-        return [bytes(value for value in row if value != self.pad).decode() for row in ids.tolist()]
+        return [bytes(value for value in row if value != self.pad_token_id).decode() for row in ids.tolist()]
 
 
 class KnowingModel(torch.nn.Module):
@@ -192,6 +192,7 @@ class KnowingModel(torch.nn.Module):
         embedding_tokens=None,
         max_new_tokens=None,
         do_sample=None,
+        visual_tokens=None,
     ):
         method = "recall" if embedding_tokens is not None else "generate" if boxes is None else "describe regions"
         self._called(method, len(input_ids))
@@ -201,6 +202,7 @@ class KnowingModel(torch.nn.Module):
             rows = [self.row_list[int(number)] for number in embedding_tokens[:, 0, 0]]
             questions = KnowingProcessor().batch_decode(input_ids)
             return KnowingProcessor().encode(map(self._answer, rows, questions))
+        pixel_values = visual_tokens if pixel_values is None else pixel_values
         rows, questions = self._rows(pixel_values), self._texts_after_images(input_ids)
         texts = map(self._answer, rows, questions)
         if boxes is not None:

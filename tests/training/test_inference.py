@@ -118,9 +118,10 @@ def test_visual_tokens_take_the_place_of_pixels(model, tiny_processor, images):
         other = model.get_multimodal_features(**inputs, visual_tokens=visual_tokens.flip(0))
     torch.testing.assert_close(output.pooler_output, expected.pooler_output)
     assert not torch.allclose(other.pooler_output, expected.pooler_output, atol=1e-3)
-    for extra in ({"pixel_values": pixel_values}, {"boxes": torch.zeros(2, 1, 4)}, {"max_rationale_tokens": 2}):
-        with pytest.raises(ValueError, match="`visual_tokens` came with"):
-            model.get_multimodal_features(**inputs, visual_tokens=visual_tokens, **extra)
+    for extra in ({"pixel_values": pixel_values}, {"boxes": torch.zeros(2, 1, 4)}):
+        for method in (model.get_multimodal_features, model.generate):
+            with pytest.raises(ValueError, match="`visual_tokens` came with"):
+                method(**inputs, visual_tokens=visual_tokens, **extra)
     with pytest.raises(ValueError, match="holds 8 image placeholders.* give 1 images"):
         model.get_multimodal_features(**inputs, visual_tokens=visual_tokens[:1])
 
@@ -197,6 +198,33 @@ def test_answers_in_a_batch_are_those_one_at_a_time(model, tiny_processor, image
     ]
     assert answers[1] == generate_captions(model, tiny_processor, images, 6)[1]
     assert len(set(answers)) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_answers_to_visual_tokens_are_those_to_pixels(tiny_model, tiny_processor, images, options):
+    inputs = tiny_processor(images=images[:2], text=["<image>a moon", "<image>"], return_tensors="pt")
+    pixel_values = inputs.pop("pixel_values")
+    options |= {"max_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    expected = tiny_model.eval().generate(**inputs, pixel_values=pixel_values, **options)
+    visual_tokens = tiny_model.get_image_features(pixel_values).last_hidden_state
+    assert torch.equal(tiny_model.generate(**inputs, visual_tokens=visual_tokens, **options), expected)
+    rationale = {"max_rationale_tokens": 3}
+    torch.testing.assert_close(
+        tiny_model.get_multimodal_features(**inputs, visual_tokens=visual_tokens, **rationale).pooler_output,
+        tiny_model.get_multimodal_features(**inputs, pixel_values=pixel_values, **rationale).pooler_output,
+    )
+
+
+def test_several_questions_about_an_image_share_its_vision_pass(model, tiny_processor, images, monkeypatch):
+    asked = [images[0], images[1], images[0], images[0]]
+    expected = [
+        generate_answers(model, tiny_processor, [image], [text], 6)[0]
+        for image, text in zip(asked, TEXTS, strict=True)
+    ]
+    seen, run = [], model._patch_grid
+    monkeypatch.setattr(model, "_patch_grid", lambda pixels, *others: seen.append(len(pixels)) or run(pixels, *others))
+    assert generate_answers(model, tiny_processor, asked, TEXTS, 6) == expected
+    assert seen == [2]
 
 
 def test_answers_from_memory_need_no_vision_tower(model, tiny_processor, images, monkeypatch):

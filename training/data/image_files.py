@@ -6,6 +6,7 @@ import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from threading import Condition
@@ -76,12 +77,14 @@ class ImageFile(NamedTuple):
         image: The picture, scaled down if the reader may do that.
         size: Its width and height as it is not scaled down, in pixels.
         content: A hash of the file.
+        inputs: What the reader's `prepare` made of the picture.
     """
 
     file_name: str
     image: Image.Image
     size: tuple[int, int]
     content: str
+    inputs: Any = None
 
 
 class FoundImages(NamedTuple):
@@ -214,6 +217,8 @@ class ImageReader:
         shorter_side: As for `load_image`, see [`shorter_side_for`].
         max_pixels: As for `load_image`.
         is_known: Whether a file need not be decoded, by its name and content; by default none.
+        prepare: Makes something of each picture, in the thread that has decoded it, such as the inputs of a model. A
+            picture that it raises a `ValueError` for goes without.
     """
 
     def __init__(
@@ -222,9 +227,10 @@ class ImageReader:
         shorter_side: int | None = None,
         max_pixels: int = MAX_PIXELS,
         is_known: Callable[[str, str], bool] = lambda file_name, content: False,
+        prepare: Callable[[Image.Image], Any] = lambda image: None,
     ):
         self.folder, self.shorter_side, self.max_pixels = Path(folder), shorter_side, max_pixels
-        self.is_known = is_known
+        self.is_known, self.prepare = is_known, prepare
         self.recognized: dict[str, str] = {}  # the contents of known files that were met, by name
         self._budget = _PixelBudget(PIXELS_IN_MEMORY)
         self._for_large = ThreadPoolExecutor(1)
@@ -290,7 +296,10 @@ class ImageReader:
                 kept = _pixels(image)
             finally:
                 self._budget.give(picture.pixels - kept)
-            return ImageFile(file_name, image, picture.upright_size, content)
+            inputs = None
+            with suppress(ValueError):  # who asks for them says why
+                inputs = self.prepare(image)
+            return ImageFile(file_name, image, picture.upright_size, content, inputs)
         except Exception as error:  # whatever a broken file makes a decoder raise, the others shall still be read
             return Skipped(os.fsencode(file_name).decode(errors="replace"), _reason(error))
 

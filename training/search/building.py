@@ -175,7 +175,7 @@ def build_index(
     earlier = EarlierRows(runs)
     embedder = ItemEmbedder(model, processor, settings, unfinished, skipped)
     shorter_side = None if settings.regions is not None else shorter_side_for(processor)  # boxes are in full pixels
-    reader = ImageReader(folder, shorter_side, max_pixels)
+    reader = ImageReader(folder, shorter_side, max_pixels, prepare=embedder.prepare)
     try:  # what was embedded is kept, also of a run that is interrupted
         rows = _embed_texts(folder, found, descriptions, settings, earlier, embedder, skipped)
         rows |= _embed_images(reader, batch_size, found, descriptions, settings, earlier, embedder, skipped)
@@ -370,7 +370,7 @@ def _embed_images(
                     if place := earlier.same(item, content):
                         rows[item.key] = place
                     else:
-                        new.append(ReadItem(item, content, file.image, file.size))
+                        new.append(ReadItem(item, content, file.image, file.size, file.inputs))
             embedder.embed(new)
             progress.update(len(files))
     for file_name, content in reader.recognized.items():

@@ -1,6 +1,6 @@
 """The vectors and memories of the items of an index, written into parts of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import count, groupby
 from pathlib import Path
@@ -15,6 +15,7 @@ from mmgem.training.inference import (
     embed_and_remember,
     embed_fused,
     embed_images,
+    embed_prepared_images,
     embed_regions,
     embed_texts,
     tower_runs_once,
@@ -34,12 +35,14 @@ class ReadItem(NamedTuple):
         content: See `content_of`.
         image: The picture of its file, if that is an image and was read.
         size: Width and height of the picture as it is not scaled down, in pixels.
+        inputs: Of the model, if they were prepared with the picture, see `prepare`.
     """
 
     item: Item
     content: str
     image: Image.Image | None = None
     size: tuple[int, int] | None = None
+    inputs: Mapping[str, torch.Tensor] | None = None
 
     @property
     def file_name(self) -> str:
@@ -69,6 +72,13 @@ class ItemEmbedder:
             "region": self._embed_regions,
             "text": self._embed_texts,
         }
+
+    def prepare(self, image: Image.Image) -> Mapping[str, torch.Tensor] | None:
+        """Makes a picture the input of the model, where it is embedded as it is; whoever reads files does so ahead."""
+        settings = self.settings
+        if settings.image_mode == "fused" or settings.captions == "fused" or settings.memory is not None:
+            return None
+        return self.processor(images=[image], return_tensors="pt")
 
     def embed(self, items: Sequence[ReadItem]) -> None:
         """Embeds a batch of items."""
@@ -119,7 +129,10 @@ class ItemEmbedder:
             of_images, of_both, memory = embed_and_remember(self.model, self.processor, images)
             return self._arrays(of_images if self.settings.image_mode == "image" else of_both, memory)
         if self.settings.image_mode == "image":
-            return self._arrays(embed_images(self.model, self.processor, images))
+            inputs = _batch([read.inputs for read in group])
+            if inputs is None:
+                return self._arrays(embed_images(self.model, self.processor, images))
+            return self._arrays(embed_prepared_images(self.model, inputs))
         return self._arrays(embed_fused(self.model, self.processor, images, [""] * len(images)))
 
     def _embed_fused(self, group: list[ReadItem]) -> list[dict[str, np.ndarray]]:
@@ -166,3 +179,12 @@ class ItemEmbedder:
 def _kind(read: ReadItem) -> str:
     """What the item is embedded with others as."""
     return "text" if read.item.kind == "caption" else read.item.kind
+
+
+def _batch(parts: Sequence[Mapping[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:
+    """The inputs of single images as those of a batch, if there are all, of the same names and shapes."""
+    shapes = {None if part is None else tuple((name, part[name].shape) for name in sorted(part)) for part in parts}
+    if None in shapes or len(shapes) != 1:
+        return None
+    first, *_ = parts
+    return {name: torch.cat([part[name] for part in parts]) for name in first}  # type: ignore[index, union-attr]

@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessorPil
 
 from mmgem.late_interaction import similarity
 from mmgem.processing.processing_mmgem import MMGEMProcessor
+from mmgem.processing.token_batches import TOKENS_ON_CPU
 from mmgem.training.evaluation import evaluate as evaluate_module
 from mmgem.training.evaluation.calibration import calibrate
 from mmgem.training.evaluation.evaluate import (
@@ -25,7 +26,7 @@ from mmgem.training.evaluation.evaluate import (
 )
 from mmgem.training.evaluation.row_outputs import RowOutputs, RowPredictor
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
-from mmgem.training.inference import TEXT_TOKENS_ON_CPU, embed_texts
+from mmgem.training.inference import embed_texts
 from mmgem.training.similarity_maps import similarity_map
 
 evaluate_model = partial(evaluate_module.evaluate_model, caption_judge=SCENE_JUDGE)
@@ -415,7 +416,7 @@ def test_no_batch_is_larger_than_it_may_be(rows):
     counts = {name: [count for method, count in model.calls if method == name] for name in dict(model.calls)}
     counts.pop("describe regions")  # of three images
     counts.pop("get_text_features")
-    assert max(mask.numel() for mask in model.text_batches if len(mask) > 1) <= TEXT_TOKENS_ON_CPU
+    assert max(mask.numel() for mask in model.text_batches if len(mask) > 1) <= TOKENS_ON_CPU
     assert max(map(max, counts.values())) == 3
     questions = sum(len(row["qa"]) for row in rows)
     assert sum(counts["recall"]) == sum(counts["generate"]) == COUNT + questions  # a caption and the answers, once
