@@ -22,16 +22,20 @@ aten = torch.ops.aten
 _GEMMS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 
-def machine_facts() -> str:
-    """One line: processor, cores, threads used, versions."""
+def machine_facts(device: str = "cpu") -> str:
+    """One line: processor, cores, threads used, versions; of an accelerator its name."""
+    versions = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name(device)}; {versions}"
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else platform.processor() or platform.machine()
     return (
         f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads "
-        f"({torch.backends.cpu.get_cpu_capability()}); torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+        f"({torch.backends.cpu.get_cpu_capability()}); {versions}"
     )
 
 
@@ -91,10 +95,27 @@ _MORE_FLOPS = {
 }
 
 
-def peak_memory(step: Callable[[], Any]) -> int:
-    """Bytes that a step on the CPU allocates at its highest point, over what was allocated before it: every allocation
-    and release of torch's allocator, in order of time.
+def synchronized(step: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """The step, and on an accelerator the wait for its end."""
+    if device == "cpu":
+        return step
+
+    def run():
+        step()
+        torch.cuda.synchronize(device)
+
+    return run
+
+
+def peak_memory(step: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes that a step allocates at its highest point, over what was allocated before it: on the CPU by every
+    allocation and release of torch's allocator, in order of time; on an accelerator by its own statistics.
     """
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()

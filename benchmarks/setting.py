@@ -60,6 +60,43 @@ class Setting:
         return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
 
 
+def laptop_setting() -> Setting:
+    """Towers of 10 million parameters each, the words not counted: what a processor of two cores serves."""
+    shared = {"hidden_size": 320, "num_attention_heads": 5, "num_hidden_layers": 8}
+    return Setting(
+        num_images=8,
+        projection_dim=320,
+        vision=shared | {"intermediate_size": 1280, "image_size": 224, "patch_size": 16},
+        text=shared
+        | {"vocab_size": 8000, "intermediate_size": 864, "num_key_value_heads": 5, "max_position_embeddings": 2048},
+    )
+
+
+def paper_setting() -> Setting:
+    """CLIP ViT-L/14 at 336 pixels and TinyLlama 1.1B, the towers of the paper: for an accelerator."""
+    return Setting(
+        num_images=32,
+        projection_dim=768,
+        vision={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        text={
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2048,
+        },
+    )
+
+
 def micro_setting() -> Setting:
     """The same in a size for tests: milliseconds."""
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

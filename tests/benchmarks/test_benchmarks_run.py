@@ -1,5 +1,6 @@
 """Each benchmark of speed and memory runs, on towers of a size for tests."""
 
+import json
 import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -10,17 +11,20 @@ from starlette.testclient import TestClient
 
 from benchmarks import (
     caption_loss,
+    cold_start,
     data_loading,
-    encoding,
     fused_cost,
     grad_cache,
+    indexing,
+    inference,
+    inference_tasks,
     joint_step,
     search,
     serving,
     training_memory,
     vector_engines,
 )
-from benchmarks.setting import build_model, micro_setting
+from benchmarks.setting import build_batch, build_model, micro_setting
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.serving.app import create_app
 
@@ -66,17 +70,48 @@ def test_caption_loss():
     assert set(caption_loss.WAYS) < set(rows)
 
 
-def test_encoding():
+def test_inference(tmp_path):
+    """Each contestant does what the task says, and the tables and the plot are made of it."""
     setting = micro_setting()
-    embeds = {mode: step() for mode, step in encoding.encoders(setting, vectors=4).items()}
-    single, several = (setting.num_images, setting.projection_dim), (setting.num_images, 4, setting.projection_dim)
-    assert len(embeds) == 6
-    assert all(tuple(found.shape) == (single if mode.vectors == 1 else several) for mode, found in embeds.items())
+    contestants = inference_tasks.build_contestants(setting, "cpu", torch.float32)
+    tasks = inference_tasks.build_tasks(contestants, setting)
+    with inference.inference(contestants.ours):
+        found = {(task.name, by): step() for task in tasks for by, step in task.steps.items()}
+        measured = inference.measure(tasks, 3, "cpu", torch.float32)
+    vectors = {key: value for key, value in found.items() if key[0].endswith("vectors")}
+    counts = {task.name: task.count for task in tasks}
+    assert all(len(getattr(value, "pooler_output", value)) == counts[name] for (name, _), value in vectors.items())
+    texts = vectors["text vectors", inference_tasks.OURS]
+    batch = build_batch(replace(setting, num_images=inference_tasks.TEXTS))
+    with torch.no_grad():
+        expected = contestants.ours.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+    torch.testing.assert_close(texts, expected)
+    written = {key: value for key, value in found.items() if key not in vectors}
+    assert len(written) == 6 and all(len(value) == counts[name] for (name, _), value in written.items())
+    for name, task in measured["tasks"].items():
+        rows = rows_of(inference.task_table(task, measured["gemm_flops_per_second"]))
+        assert [row[0] for row in rows] == list(task["by"]) and rows[0][2] == "1.00", name
+        assert all(own["flops"] > 0 and own["peak_bytes"] > 0 for own in task["by"].values())
+    inference.draw_plot(measured, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
-    rows = rows_of(encoding.compare(setting, vectors=4, rounds=1))
-    assert [(row[0], int(row[1])) for row in rows] == list(embeds)
-    assert rows[0][4] == "1.00"
-    assert all(float(row[3]) == pytest.approx(int(row[1]) * float(row[2]), abs=0.3) for row in rows)
+
+def test_cold_start(tmp_path, capsys):
+    build_model(micro_setting()).save_pretrained(tmp_path)
+    cold_start.main("mmgem", str(tmp_path))
+    parts = json.loads(capsys.readouterr().out)
+    assert tuple(parts) == cold_start.PARTS and min(parts.values()) >= 0
+    several = {by: {part: [1.0, 2.0, 3.0] for part in parts} for by in (inference_tasks.OURS, inference_tasks.CLIP)}
+    assert rows_of(inference.cold_table(several))[0][4:6] == ["6.00", "1.00"]
+
+
+def test_indexing(tmp_path, tiny_model, tiny_processor):
+    indexing.write_photographs(tmp_path, 6, (0.01, 0.02))
+    contents = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(contents) == 6
+    rows = rows_of(indexing.compare(tiny_model, tiny_processor, tmp_path, rounds=2))
+    assert [row[0] for row in rows] == [indexing.DECODING, indexing.MODEL, indexing.INDEX, indexing.BOTH]
+    assert max(float(row[2]) for row in rows[:2]) >= 1 > float(rows[3][2])
 
 
 def test_a_fused_embedding_costs_its_emb_vectors_more_than_the_prefill():
