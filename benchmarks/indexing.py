@@ -25,7 +25,7 @@ from PIL import Image
 
 from benchmarks.measure import machine_facts, markdown_table, median_ratio, time_alternately
 from mmgem.training.data.image_files import ImageReader, find_images, shorter_side_for
-from mmgem.training.inference import embed_prepared_images
+from mmgem.training.inference import embed_images
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.search.building import build_index
 
@@ -68,7 +68,7 @@ def compare(model, processor, folder: Path, rounds: int) -> str:
 
     def embed() -> None:
         for batch in pixels:
-            embed_prepared_images(model, {"pixel_values": batch})
+            embed_images(model, lambda own=batch, **images: {"pixel_values": own}, batch)
 
     def index() -> None:
         with tempfile.TemporaryDirectory() as out:

@@ -177,6 +177,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     rounds: Annotated[int, typer.Option(min=3, help="Measured runs of each step.")] = 7,
     threads: Annotated[int, typer.Option(min=0, help="Of torch; 0 leaves them as they are.")] = 0,
+    only: Annotated[str, typer.Option(help="Tasks whose name begins so.")] = "",
     cold_rounds: Annotated[int, typer.Option(min=0, help="Started processes of each model; 0 for none.")] = 7,
     out: Annotated[Path, typer.Option(help="Folder for the figures and the plot.")] = Path("runs/inference"),
 ):
@@ -185,7 +186,8 @@ def main(
     setting, kind = SETTINGS[size](), getattr(torch, dtype)
     contestants = build_contestants(setting, device, kind)
     with inference(contestants.ours):
-        measured = measure(build_tasks(contestants, setting), rounds, device, kind)
+        tasks = [task for task in build_tasks(contestants, setting) if task.name.startswith(only)]
+        measured = measure(tasks, rounds, device, kind)
     measured |= {"machine": machine_facts(device), "size": size.value, "dtype": dtype, "rounds": rounds}
     if cold_rounds > 2:
         measured["cold_start"] = cold_starts(contestants, cold_rounds)

@@ -75,13 +75,9 @@ def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     Returns:
         (B, D) or (B, k, D), normalised, float32, on the CPU.
     """
-    return embed_prepared_images(model, processor(images=list(images), return_tensors="pt"))
-
-
-def embed_prepared_images(model, inputs) -> torch.Tensor:
-    """Embeds images as the processor has prepared them; as `embed_images`."""
+    inputs = to_model(model, processor(images=list(images), return_tensors="pt"))
     with inference(model):
-        return unit(model.get_image_features(**to_model(model, inputs)).pooler_output)
+        return unit(model.get_image_features(**inputs).pooler_output)
 
 
 def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Sequence[Box]]) -> torch.Tensor:

@@ -15,7 +15,6 @@ from mmgem.training.inference import (
     embed_and_remember,
     embed_fused,
     embed_images,
-    embed_prepared_images,
     embed_regions,
     embed_texts,
     tower_runs_once,
@@ -130,9 +129,8 @@ class ItemEmbedder:
             return self._arrays(of_images if self.settings.image_mode == "image" else of_both, memory)
         if self.settings.image_mode == "image":
             inputs = _batch([read.inputs for read in group])
-            if inputs is None:
-                return self._arrays(embed_images(self.model, self.processor, images))
-            return self._arrays(embed_prepared_images(self.model, inputs))
+            processor = self.processor if inputs is None else lambda **images: inputs  # what it has prepared ahead
+            return self._arrays(embed_images(self.model, processor, images))
         return self._arrays(embed_fused(self.model, self.processor, images, [""] * len(images)))
 
     def _embed_fused(self, group: list[ReadItem]) -> list[dict[str, np.ndarray]]:

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import threading
 from dataclasses import asdict
 from functools import partial
 
@@ -81,6 +82,29 @@ def test_an_index_has_the_unit_embedding_of_every_image(folder, out, tiny_model,
     torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
     assert not (out / UNFINISHED).exists()
+
+
+def test_images_are_prepared_in_the_threads_that_decode_them(folder, out, tiny_model, tiny_processor, monkeypatch):
+    threads, prepare = [], type(tiny_processor)._process_images
+
+    def process_images(processor, images, *others, **options):
+        threads.append((threading.current_thread() is threading.main_thread(), len(images)))
+        return prepare(processor, images, *others, **options)
+
+    monkeypatch.setattr(type(tiny_processor), "_process_images", process_images)
+    build_index(folder, tiny_model, tiny_processor, out, batch_size=3)
+    assert threads.count((False, 1)) == 7
+    of_main = [size for is_main, size in threads if is_main]
+    build_index(folder, tiny_model, tiny_processor, out.with_name("fused"), batch_size=3, image_mode="fused")
+    assert len(threads) - 7 - len(of_main) > len(of_main)  # beside the probes: all batches, as before
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 3, 8, 9)])
+def test_images_of_other_shapes_are_no_batch(shape):
+    parts = [{"pixel_values": torch.zeros(1, 3, 8, 8)}, {"pixel_values": torch.ones(shape)}]
+    batch = item_embedder._batch(parts)
+    assert (batch is None) == (shape[3] == 9) and item_embedder._batch([*parts, None]) is None
+    assert batch is None or torch.equal(batch["pixel_values"].mean((1, 2, 3)), torch.tensor([0.0, 1.0]))
 
 
 def test_only_what_was_asked_for_is_kept_of_each_image(folder, out, tiny_processor):
