@@ -64,7 +64,7 @@ def laptop_setting() -> Setting:
     """Towers of 10 million parameters each, the words not counted: what a processor of two cores serves."""
     shared = {"hidden_size": 320, "num_attention_heads": 5, "num_hidden_layers": 8}
     return Setting(
-        num_images=8,
+        num_images=4,
         projection_dim=320,
         vision=shared | {"intermediate_size": 1280, "image_size": 224, "patch_size": 16},
         text=shared
