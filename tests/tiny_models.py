@@ -1,6 +1,9 @@
 """Tiny random towers and models, built from configs in milliseconds."""
 
 import copy
+import io
+import pickle
+from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -78,7 +81,39 @@ def build_towers(vision: str = "siglip", text: str = "llama"):
     return vision_tower.eval(), language_model.eval()
 
 
-_built: dict[str, tuple[MMGEMModel, torch.Tensor]] = {}  # and the state of the random numbers after each
+class _Built(NamedTuple):
+    """A model without its tensors, pickled, which is copied in a third of the time of `copy.deepcopy`; its tensors,
+    and the state of the random numbers after it was built."""
+
+    pickled: bytes
+    tensors: list[torch.Tensor]
+    random_state: torch.Tensor
+
+    @classmethod
+    def of(cls, model: MMGEMModel, random_state: torch.Tensor) -> "_Built":
+        numbers: dict[int, int] = {}
+        tensors: list[torch.Tensor] = []
+
+        def number_of(item):
+            if isinstance(item, torch.Tensor) and id(item) not in numbers:
+                numbers[id(item)] = len(tensors)
+                tensors.append(item)
+            return numbers.get(id(item)) if isinstance(item, torch.Tensor) else None
+
+        file = io.BytesIO()
+        pickler = pickle.Pickler(file)
+        pickler.persistent_id = number_of  # type: ignore[method-assign]
+        pickler.dump(model)
+        return cls(file.getvalue(), tensors, random_state)
+
+    def copy(self) -> MMGEMModel:
+        unpickler = pickle.Unpickler(io.BytesIO(self.pickled))
+        tensors = copy.deepcopy(self.tensors)
+        unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
+        return unpickler.load()
+
+
+_built: dict[str, _Built] = {}
 
 
 def build_model(vision: str = "siglip", text: str = "llama", layers: int | None = None, **config_kwargs) -> MMGEMModel:
@@ -91,10 +126,9 @@ def build_model(vision: str = "siglip", text: str = "llama", layers: int | None 
         model = _build_model(vision, text, {} if layers is None else {"num_hidden_layers": layers}, **config_kwargs)
         random_state = torch.get_rng_state()
         model._check_reading()
-        _built[name] = model, random_state
-    model, random_state = _built[name]
-    torch.set_rng_state(random_state)
-    return copy.deepcopy(model)
+        _built[name] = _Built.of(model, random_state)
+    torch.set_rng_state(_built[name].random_state)
+    return _built[name].copy()
 
 
 def _build_model(vision: str, text: str, changes: dict, **config_kwargs) -> MMGEMModel:

@@ -1,3 +1,4 @@
+import copy
 import os
 
 import pytest
@@ -148,8 +149,13 @@ def test_reduced_pictures_say_how_large_they_are(tmp_path):
     assert "900 x 600 pixels; expected at most 539,999" in skipped[0].reason
 
 
-def test_the_view_of_a_processor_is_found_by_asking_it(tiny_processor):
+def test_the_view_of_a_processor_is_found_by_asking_it(tiny_processor, monkeypatch):
     assert shorter_side_for(tiny_processor) == 2 * IMAGE_SIZE
+    larger = copy.deepcopy(tiny_processor)
+    larger.image_processor.size = {"height": 40, "width": 40}
+    assert shorter_side_for(larger) == 80
+    monkeypatch.setattr(Image, "new", None)  # processors that are set up alike are asked once
+    assert shorter_side_for(copy.deepcopy(tiny_processor), 0.5) == 4 * IMAGE_SIZE
 
 
 def test_whatever_is_wrong_with_a_file_is_reported_and_never_fatal(tmp_path):
