@@ -14,6 +14,7 @@ NETWORK = {"socket", "http", "urllib", "ssl", "ftplib", "smtplib", "asyncio", "s
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.fork", "torch.load"}
 EXTRA = {
     "url_fetching.py": NETWORK,
+    "image_loading.py": {"pillow_heif"},
     "sentence_transformers_mmgem.py": {"sentence_transformers"},
     "sentence_transformers_inputs.py": {"sentence_transformers"},
 }

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ def caption_folder(
     with_boxes: bool = False,
     batch_size: int = 32,
     max_pixels: int = MAX_PIXELS,
+    names: Sequence[str] | None = None,
 ) -> CaptionReport:
     """Captions every image below a folder into a file of JSON lines `{"file_name": …, "caption": …}`.
 
@@ -63,6 +64,7 @@ def caption_folder(
             as `"boxes": [[x0, y0, x1, y1], …]`, in pixels. Lines then have `boxes` and `region_captions`, one each.
         batch_size: Images at a time.
         max_pixels: The most pixels of an image that is read.
+        names: The only images, relative to `folder`, with forward slashes; by default all below it.
 
     Returns:
         How many images there are, and were captioned, and what was left out.
@@ -72,7 +74,7 @@ def caption_folder(
         FileNotFoundError: If `folder` is not there, or, with boxes, its metadata.
         ValueError: If there are no images that can be read, or the metadata or `out` does not hold what is expected.
     """
-    found = find_images(folder)
+    found = find_images(folder, names=names)
     folder, out = Path(folder), Path(out)
     file_names = list(found.versions)
     boxes = _read_boxes(folder) if with_boxes else None

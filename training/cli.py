@@ -31,6 +31,7 @@ from mmgem.training.cli_common import (
     Wait,
     answer,
     check_table,
+    folder_and_names,
     load_model,
     path,
     report_skipped,
@@ -111,7 +112,7 @@ def _discard(stream: Any) -> None:
     os.close(nowhere)
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _version(is_asked: bool) -> None:
@@ -433,10 +434,11 @@ def caption(
     as_json: AsJson = False,
 ):
     """Caption every image below a folder."""
+    folder, names = folder_and_names(folder)
     with work(wait):
         from mmgem.training.captioning import caption_folder
 
-        report = caption_folder(folder, *load_model(model), out, boxes, batch_size, max_pixels)
+        report = caption_folder(folder, *load_model(model), out, boxes, batch_size, max_pixels, names)
     report_skipped(report.skipped, report.passed_over)
     counts = {"images": report.images, "captioned": report.captioned}
     skipped = [file._asdict() for file in report.skipped]

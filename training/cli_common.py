@@ -25,7 +25,13 @@ def path(text: str) -> Path:
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or a name on the Hub.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a name on the Hub.")]
-ImageFolder = Annotated[Path, typer.Argument(parser=path, help="Folder of images, at any depth.")]
+ImageFolder = Annotated[
+    Path,
+    typer.Argument(
+        parser=path,
+        help="Folder of images, at any depth; - for the files that standard input names, below the current folder.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 MAX_PIXELS = 1 << 28  # of `processing.image_loading`, whose import takes long
 MaxPixels = Annotated[int, typer.Option(min=1, help="The most pixels of an image that is read.")]
@@ -60,6 +66,27 @@ def work(wait: bool = False) -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with redirect_stdout(sys.stderr), waiting(wait):
         yield
+
+
+def folder_and_names(folder: Path) -> tuple[Path, list[str] | None]:
+    """Returns FOLDER and no names, or for `-` the current folder, and the files that standard input names.
+
+    Names stand on lines, or end in NUL as those of `find -print0`.
+
+    Raises:
+        ValueError: If one is not below the current folder.
+    """
+    if str(folder) != "-":
+        return folder, None
+    here, data = Path.cwd(), sys.stdin.buffer.read()
+    names: dict[str, None] = {}
+    for line in map(os.fsdecode, data.split(b"\0") if b"\0" in data else data.splitlines()):
+        name = Path(os.path.normpath(here / line))
+        if line and not name.is_relative_to(here):
+            raise ValueError(f"standard input names {line!r}; expected files below the current folder, {str(here)!r}.")
+        if line:
+            names[name.relative_to(here).as_posix()] = None
+    return here, list(names)
 
 
 def load_model(model: str) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ from mmgem.training.cli_common import (
     Wait,
     answer,
     check_table,
+    folder_and_names,
     load_model,
     path,
     report_skipped,
@@ -96,6 +97,7 @@ def index(
     Captions, boxes and what `search --where` compares come from the folder's metadata.jsonl or metadata.csv.
     """
     memory, parts = _memory(with_memory), _regions(regions)
+    folder, names = folder_and_names(folder)
     with work(wait):
         from mmgem.training.search.building import build_index
 
@@ -114,6 +116,7 @@ def index(
             captions,
             parts,
             text_column if texts else None,
+            names,
         )
     report_skipped(report.skipped, report.passed_over)
     result = {"index": str(out), **report._asdict(), "skipped": [file._asdict() for file in report.skipped]}

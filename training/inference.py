@@ -291,6 +291,18 @@ def generate_answers(
     return _generate(model, inputs, processor, max_new_tokens)
 
 
+def classify(model, processor, images: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
+    """Computes how probable each of some texts is for each image of one batch, if one of them is right.
+
+    Returns:
+        (I, T), whose rows sum to 1, float32, on the CPU.
+    """
+    plain = [processor.plain_text(text) for text in texts]
+    inputs = processor(images=list(images), text=plain, padding=True, return_tensors="pt")
+    with inference(model):
+        return model(**to_model(model, inputs)).logits_per_image.float().softmax(dim=-1).cpu()
+
+
 def answer_from_memory(
     model,
     processor,

@@ -14,8 +14,9 @@ pixel boxes included, refers to the image returned here: the one a person sees.
 | transparent, also by a palette or by a grey that stands for it | laid on white |
 | CMYK, YCbCr, HSV | by Pillow's conversion, without colour profiles |
 
-Nothing but regular files is opened, and a picture has limits in bytes and in pixels. One that a model sees at a small
-size need not be decoded in full: see `shorter_side`.
+Formats are those that Pillow reads, and HEIC where pillow-heif is installed. Nothing but regular files is opened, and
+a picture has limits in bytes and in pixels. One that a model sees at a small size need not be decoded in full: see
+`shorter_side`.
 """
 
 import base64
@@ -38,6 +39,7 @@ BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 MAX_PIXELS = 1 << 28  # 268 megapixels; phones take pictures of 200
 MAX_BYTES = 1 << 29  # of a file, before it is decoded
 _ORIENTATION = 0x0112  # in EXIF
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # after "ftyp" in a file
 SHORTEST_BASE64 = 64  # characters; no image file is smaller, and few paths are longer
 
 
@@ -190,7 +192,8 @@ def open_picture(data: bytes, label: str, max_pixels: int = MAX_PIXELS, shorter_
     try:
         image = _open(data)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{label} holds {len(data)} bytes that are no image; expected an image file.") from error
+        what = str(error) or f"holds {len(data)} bytes that are no image"
+        raise ValueError(f"{label} {what}; expected an image file.") from error
     except Exception as error:
         raise _damaged(label, error) from error
     size = image.size
@@ -207,14 +210,29 @@ def open_picture(data: bytes, label: str, max_pixels: int = MAX_PIXELS, shorter_
 
 def _open(data: bytes) -> Image.Image:
     """`Image.open` without its limit of pixels, which is one setting for all of a process."""
-    for register in (Image.preinit, Image.init):
+    missing = ""
+    for register in (Image.preinit, Image.init, _register_heif):
         register()
         for factory, accept in [*Image.OPEN.values()]:
             with suppress(SyntaxError, IndexError, TypeError, struct.error):  # they say that it is of another format
                 accepted = accept is None or accept(data[:16])
-                if accepted and not isinstance(accepted, str):  # a text says what is missing to read it
+                if isinstance(accepted, str):
+                    missing = f"cannot be read here ({accepted})"
+                elif accepted:
                     return factory(BytesIO(data), "")
-    raise Image.UnidentifiedImageError("cannot identify image file")
+    if not missing and data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+        missing = "is in the format HEIC, which is read where pillow-heif is installed"
+    raise Image.UnidentifiedImageError(missing)
+
+
+def _register_heif() -> None:
+    """Lets Pillow read HEIC, which phones write, if the package is there."""
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:
+        pass
 
 
 def _scale(size: tuple[int, int], shorter_side: int | None) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmgem.processing import image_loading
 from mmgem.processing.image_loading import load_image, open_picture
 
 
@@ -345,3 +346,32 @@ def test_nothing_but_regular_files_of_a_limited_size_is_opened(tmp_path, monkeyp
     monkeypatch.setattr("mmgem.processing.image_loading.MAX_BYTES", 10)
     with pytest.raises(ValueError, match="has more than 10 bytes"):
         load_image("/proc/self/maps")  # of 0 bytes, as the system says
+
+
+def test_a_photograph_of_a_phone_is_read_upright_where_pillow_heif_is(picture):
+    pytest.importorskip("pillow_heif")
+    large = picture.resize((70, 50))
+    image_loading._register_heif()  # for `encode`
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees, which is written into the file as it is for HEIC
+    loaded = load_image(encode(large, "HEIF", quality=100, exif=exif.tobytes()))
+    assert loaded.mode == "RGB" and loaded.size == (50, 70)
+    upright = np.asarray(large.transpose(Image.Transpose.ROTATE_270), dtype=int)
+    assert np.abs(np.asarray(loaded, dtype=int) - upright).mean() < 4
+    transparent = large.convert("RGBA")
+    transparent.putalpha(0)
+    assert np.asarray(load_image(encode(transparent, "HEIF", quality=100))).min() > 250
+    with pytest.raises(ValueError, match="too large: 70 x 50"):
+        load_image(encode(large, "HEIF"), max_pixels=1000)
+
+
+def test_what_is_missing_to_read_a_file_is_said(monkeypatch):
+    monkeypatch.setattr(image_loading, "_register_heif", lambda: None)
+    monkeypatch.setattr(Image, "OPEN", {})
+    monkeypatch.setattr(Image, "init", lambda: None)
+    monkeypatch.setattr(Image, "preinit", lambda: None)
+    with pytest.raises(ValueError, match="in the format HEIC, which is read where pillow-heif is installed"):
+        load_image(b"\0\0\0\x18ftypheic" + bytes(60))
+    monkeypatch.setattr(Image, "OPEN", {"AVIF": (None, lambda start: "AVIF support not installed")})
+    with pytest.raises(ValueError, match=r"cannot be read here \(AVIF support not installed\)"):
+        load_image(b"\0\0\0\x18ftypavif" + bytes(60))

@@ -212,6 +212,34 @@ def test_caption_writes_json_lines(checkpoint, gallery, tmp_path):
     assert "0 of them new" in run(*arguments).stdout
 
 
+@pytest.mark.parametrize("end", ["\n", "\0"])
+def test_files_are_named_by_standard_input(checkpoint, gallery, tmp_path, monkeypatch, end):
+    monkeypatch.chdir(gallery.parent)
+    names = sorted(path for path in gallery.rglob("*") if path.suffix == ".png")[:3]
+    given = end.join([str(names[0]), f"./{names[1].relative_to(gallery.parent)}", str(names[0]), "", "gone.png", ""])
+    index = tmp_path / "of-names"
+    result = run("index", "-", "--model", checkpoint, "--out", index, "--json", input=given)
+    assert json.loads(result.stdout)["rows"] == {"image": 2} and "not read: 1 names of no file" in result.stderr
+    run("caption", "-", "--model", checkpoint, "--out", tmp_path / "c.jsonl", input=given)
+    lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert [line["file_name"] for line in lines] == [str(name.relative_to(gallery.parent)) for name in names[:2]]
+    hits = json.loads(run("search", index, "a red star", "--json").stdout)
+    assert {hit["path"] for hit in hits} == set(map(str, names[:2]))
+    arguments = ("index", "-", "--model", checkpoint, "--out", tmp_path / "none")
+    result = run(*arguments, input="../outside.png", exit_code=1)
+    assert "standard input names '../outside.png'; expected files below the current folder" in result.stderr
+    assert "without images" in run(*arguments, input="", exit_code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("mmgem se", ["search", "serve"]), ("mmgem search --expl", ["--explain"])]
+)
+def test_a_shell_completes_commands_and_options(words, expected):
+    environment = {"_MMGEM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = CliRunner().invoke(app, [], env=environment, prog_name="mmgem")
+    assert sorted(result.stdout.split()) == expected
+
+
 def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
     figures = json.loads(run("evaluate", checkpoint, gallery, "--json").stdout)
     assert 0 <= figures["text_to_image_recall@1"] <= figures["text_to_image_recall@10"] == 1

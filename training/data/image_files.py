@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from threading import Condition
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -22,43 +23,17 @@ PIXELS_IN_MEMORY, PIXELS_TO_A_BATCH = 1 << 27, 1 << 26
 PIXELS_OF_A_LARGE_IMAGE = 1 << 24
 
 # Extensions of pictures, out of the many that PIL opens (".pdf", ".h5", ".mpg" ...).
+HEIF_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
+READS_HEIF = find_spec("pillow_heif") is not None
 SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jp2",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+    *(HEIF_SUFFIXES if READS_HEIF else ()),
 )
 # Pictures too, which are counted where they are passed over.
-OTHER_SUFFIXES = (
-    ".apng",
-    ".arw",
-    ".cr2",
-    ".cr3",
-    ".dng",
-    ".exr",
-    ".heic",
-    ".heif",
-    ".ico",
-    ".j2k",
-    ".jpe",
-    ".jpx",
-    ".jxl",
-    ".nef",
-    ".pbm",
-    ".pnm",
-    ".psd",
-    ".raw",
-    ".svg",
-    ".tga",
+OTHER_SUFFIXES = tuple(
+    ".apng .arw .avifs .bw .cr2 .cr3 .cur .dcx .dds .dib .dng .emf .eps .exr .fit .fits .icb .icns .ico .j2c .j2k "
+    ".jfi .jif .jpc .jpe .jpf .jpx .jxl .jxr .mpo .nef .orf .palm .pbm .pcd .pcx .pef .pfm .pnm .psd .qoi .raf .ras "
+    ".raw .rgb .rgba .rw2 .sgi .srw .svg .tga .vda .vst .wdp .wmf .xbm .xpm".split()
 )
 
 
@@ -110,12 +85,15 @@ class FoundImages(NamedTuple):
         return next((place for place in places if place in self.unseen or place in self.empty), None)
 
 
-def find_images(folder: str | Path, text_suffixes: tuple[str, ...] = ()) -> FoundImages:
+def find_images(
+    folder: str | Path, text_suffixes: tuple[str, ...] = (), names: Sequence[str] | None = None
+) -> FoundImages:
     """Find the image files below a folder, by extension; hidden files and folders are passed over.
 
     Args:
         folder: The folder. Links to folders are not followed.
         text_suffixes: Extensions of other files to find, such as `.txt`.
+        names: The only files to look at, relative to the folder, with forward slashes; by default all.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -131,7 +109,9 @@ def find_images(folder: str | Path, text_suffixes: tuple[str, ...] = ()) -> Foun
     if not folder.is_dir():
         raise ValueError(f"`folder` is {str(folder)!r}, a file; expected a folder of images.")
     found = FoundImages({}, {}, set(), Counter())
-    remaining = [""]
+    for name in names or ():
+        _look_at_named(folder / name, name, suffixes, found)
+    remaining = [""] if names is None else []
     while remaining:
         parent = remaining.pop()
         try:
@@ -161,7 +141,20 @@ def find_images(folder: str | Path, text_suffixes: tuple[str, ...] = ()) -> Foun
     )
 
 
-def _look_at(entry: os.DirEntry, name: str, suffixes: tuple[str, ...], found: FoundImages) -> None:
+def _look_at_named(path: Path, name: str, suffixes: tuple[str, ...], found: FoundImages) -> None:
+    """Adds a file that was asked for, or counts it whatever it is."""
+    suffix = os.path.splitext(name)[1].lower()
+    if not os.path.lexists(path):
+        found.passed_over["names of no file"] += 1
+    elif path.is_dir():
+        found.passed_over["folders"] += 1
+    elif suffix not in (*suffixes, *HEIF_SUFFIXES, *OTHER_SUFFIXES):
+        found.passed_over[f"{suffix} files" if suffix else "files without a suffix"] += 1
+    else:
+        _look_at(path, name, suffixes, found)
+
+
+def _look_at(entry: os.DirEntry | Path, name: str, suffixes: tuple[str, ...], found: FoundImages) -> None:
     """Adds a file or a link to what was found."""
     suffix = os.path.splitext(name)[1].lower()
     try:
@@ -172,6 +165,8 @@ def _look_at(entry: os.DirEntry, name: str, suffixes: tuple[str, ...], found: Fo
         return
     if stat.S_ISDIR(status.st_mode):
         found.passed_over["links to folders"] += 1
+    elif suffix in HEIF_SUFFIXES and not READS_HEIF:
+        found.passed_over[f"{suffix} files, which need pillow-heif"] += 1
     elif suffix in OTHER_SUFFIXES:
         found.passed_over[f"{suffix} files"] += 1
     elif suffix in suffixes and not stat.S_ISREG(status.st_mode):

@@ -18,7 +18,7 @@ from mmgem.training.data.sources import Source
 from mmgem.training.json_text import from_json
 
 _TEXT_SUFFIXES = ("txt", "text", "caption", "cls")
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
+_IMAGE_SUFFIXES = tuple("jpg jpeg png webp bmp gif tif tiff ppm pgm jp2 avif heic heif".split())
 _SAMPLES_CHECKED = 10  # at most, to see the columns
 _MAX_SAMPLE_BYTES = 2**30  # a sparse file of a few bytes in the shard may say that it has any number of them
 

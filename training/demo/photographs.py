@@ -13,7 +13,7 @@ import torch
 from mmgem.training.data.image_files import ImageFile, ImageReader, Skipped, apply_to_batch, shorter_side_for
 from mmgem.training.demo.gallery import HITS
 from mmgem.training.evaluation.caption_words import caption_words
-from mmgem.training.inference import ANSWER_TOKENS, generate_answers, generate_captions, inference, to_model
+from mmgem.training.inference import ANSWER_TOKENS, classify, generate_answers, generate_captions
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import Hit, SearchIndex
 
@@ -175,10 +175,7 @@ def _classify(model, processor, files: Sequence[ImageFile], labels: Sequence[str
     """The most probable of the labels for each photograph."""
     prompts = [f"a picture of {label}" for label in labels]
     images = [file.image for file in files]
-    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-    with inference(model):
-        probabilities = model(**to_model(model, inputs)).logits_per_image.float().softmax(dim=-1).cpu()  # (I, labels)
-    best = probabilities.topk(min(3, len(labels)))
+    best = classify(model, processor, images, prompts).topk(min(3, len(labels)))
     return [
         {
             "file_name": file.file_name,

@@ -25,7 +25,7 @@ from mmgem.training.demo.page import render_page
 from mmgem.training.demo.photographs import copy_free_photographs, show_photographs
 from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
-from mmgem.training.inference import embed_regions, embed_texts, inference
+from mmgem.training.inference import classify, embed_regions, embed_texts
 from mmgem.training.json_text import to_json
 from mmgem.training.output_lock import one_writer
 from mmgem.training.scenes.caption_parser import parse_caption, parse_region_caption
@@ -185,10 +185,7 @@ def _classify(gallery: Gallery, model, processor, count: int = 6) -> list[dict[s
     """The three most probable of all classes for the first images."""
     rows = [gallery.dataset[number] for number in range(count)]
     prompts = [label_prompt(label) for label in LABELS]
-    inputs = processor(images=[row["image"] for row in rows], text=prompts, return_tensors="pt").to(model.device)
-    with inference(model):
-        probabilities = model(**inputs).logits_per_image.float().softmax(dim=-1).cpu()  # (images, classes)
-    best = probabilities.topk(3)
+    best = classify(model, processor, [row["image"] for row in rows], prompts).topk(3)
     return [
         {
             "file_name": row["file_name"],

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +102,7 @@ def build_index(
     captions: CaptionMode | None = None,
     regions: Literal["boxes"] | int | None = None,
     texts: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> IndexReport:
     """Embeds every image below a folder into an index, or brings an index up to date.
 
@@ -133,6 +134,7 @@ def build_index(
         regions: `"boxes"` gives each box of the metadata a row of its own; a number n each cell of a grid of n x n.
         texts: Gives each text a row of its own: `.txt` and `.md` files, and this column of `.jsonl`, `.csv` and
             `.parquet` files, whose other columns are metadata.
+        names: The only files that are indexed, relative to `folder`, with forward slashes; by default all below it.
 
     Returns:
         How many images there are, and were embedded, and what was left out.
@@ -145,7 +147,7 @@ def build_index(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; expected 1 or more.")
-    found = find_images(folder, TEXT_SUFFIXES if texts is not None else ())
+    found = find_images(folder, TEXT_SUFFIXES if texts is not None else (), names)
     for metadata in METADATA_NAMES:  # which say something of the others
         found.versions.pop(metadata, None)
     folder, out = Path(folder).resolve(), Path(out).resolve()

@@ -162,20 +162,48 @@ class SearchIndex:
                 kinds or names that no row has, or numbers that are out of range; or if the model embeds otherwise
                 than it did.
         """
-        if top < 1:
-            raise ValueError(f"`top` is {top}; expected 1 or more.")
-        if lexical_weight is not None and (text is None or not 0 <= lexical_weight <= 1):
-            if text is None:
-                raise ValueError(f"`lexical_weight` is {lexical_weight}, but there is no `text`; expected one.")
-            raise ValueError(f"`lexical_weight` is {lexical_weight}; expected 0 to 1, or None.")
-        selected = self._select(tuple(kinds or ()), tuple(where or ()))
-        query = self.query(text, image, boxes, prompt, vectors, query_vectors)
-        depth = top if lexical_weight is None else max(top, RANKED)
-        scores, rows = self.vectors.search(query[0].numpy(), depth, vectors, selected)
-        if lexical_weight is not None:
-            rankings = (rows, self._lexical_search.rank(text or "", depth, selected))
-            scores, rows = fuse_ranks(rankings, (1 - lexical_weight, lexical_weight), top)
-        return [self._hit(float(score), int(row)) for score, row in zip(scores, rows, strict=True)]
+        limits = self._limits(text, top, kinds, where, vectors, lexical_weight)
+        return self._answer(self.query(text, image, boxes, prompt, vectors, query_vectors)[0], text, *limits)
+
+    def search_texts(
+        self,
+        texts: Sequence[str],
+        top: int = 10,
+        prompt: str | None = None,
+        vectors: int | None = None,
+        query_vectors: int | None = None,
+        kinds: Iterable[str] | None = None,
+        where: Sequence[Condition] | None = None,
+        lexical_weight: float | None = None,
+    ) -> list[list[Hit]]:
+        """Searches for each of several texts, which are embedded together.
+
+        Arguments, answers and errors are those of [`search`], which finds the same.
+        """
+        if not texts:
+            raise ValueError("`texts` is empty; expected at least one text.")
+        limits = self._limits(texts[0], top, kinds, where, vectors, lexical_weight)
+        for text in texts:
+            _check_says_something(text)
+        query_vectors = self._query_vectors(vectors, query_vectors)
+        prompted = texts if prompt is None else [self._prompt(prompt, text) for text in texts]
+        queries = self._finish(embed_texts(self.model, self.processor, prompted), query_vectors)
+        return [self._answer(query, text, *limits) for query, text in zip(queries, texts, strict=True)]
+
+    def nearest(
+        self,
+        query: torch.Tensor,
+        top: int = 10,
+        kinds: Iterable[str] | None = None,
+        where: Sequence[Condition] | None = None,
+    ) -> list[Hit]:
+        """Searches the rows nearest to an embedding, such as the sum of two that [`query`] gives.
+
+        Args:
+            query: (1, D) or (1, k, D), of unit length, as wide as the vectors of the index.
+            top, kinds, where: As for [`search`].
+        """
+        return self._answer(query[0], None, *self._limits(None, top, kinds, where, None, None))
 
     def query(
         self,
@@ -193,18 +221,12 @@ class SearchIndex:
         """
         if text is None and image is None:
             raise ValueError("`text` and `image` are both None; expected at least one of them.")
-        if image is None and text is not None and not text.strip():
-            raise ValueError(f"`text` is {text!r}; expected something to look for.")
-        vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0)
-        if query_vectors is None:
-            query_vectors = vectors
-        query_vectors = self._count("query_vectors", query_vectors, self.model.config.num_embedding_tokens)
+        if image is None and text is not None:
+            _check_says_something(text)
+        query_vectors = self._query_vectors(vectors, query_vectors)
         if prompt is not None:
             text = self._prompt(prompt, text)
-        query = self.facts.settings.shorten(self._embed_query(text, image, boxes), query_vectors)
-        if not query.isfinite().all():
-            raise ValueError("the query is embedded as NaN or infinite values; expected finite ones.")
-        return query
+        return self._finish(self._embed_query(text, image, boxes), query_vectors)
 
     def explain(self, row: int, query: torch.Tensor, vectors: int | None = None) -> tuple[Image.Image, SimilarityMap]:
         """Say why a whole image is found, from its file.
@@ -263,6 +285,41 @@ class SearchIndex:
         columns = zip(self.rows["text"], self.rows["file_name"], strict=True)
         return LexicalSearch([f"{text} {file_name}" for text, file_name in columns])
 
+    def _limits(
+        self,
+        text: str | None,
+        top: int,
+        kinds: Iterable[str] | None,
+        where: Sequence[Condition] | None,
+        vectors: int | None,
+        lexical_weight: float | None,
+    ) -> tuple[int, np.ndarray | None, int | None, float | None]:
+        """What `_answer` takes besides a query, checked."""
+        if top < 1:
+            raise ValueError(f"`top` is {top}; expected 1 or more.")
+        if lexical_weight is not None and (text is None or not 0 <= lexical_weight <= 1):
+            if text is None:
+                raise ValueError(f"`lexical_weight` is {lexical_weight}, but there is no `text`; expected one.")
+            raise ValueError(f"`lexical_weight` is {lexical_weight}; expected 0 to 1, or None.")
+        return top, self._select(tuple(kinds or ()), tuple(where or ())), vectors, lexical_weight
+
+    def _answer(
+        self,
+        query: torch.Tensor,
+        text: str | None,
+        top: int,
+        selected: np.ndarray | None,
+        vectors: int | None,
+        lexical_weight: float | None,
+    ) -> list[Hit]:
+        """The answers to one query, (D,) or (k, D), best first."""
+        depth = top if lexical_weight is None else max(top, RANKED)
+        scores, rows = self.vectors.search(query.numpy(), depth, vectors, selected)
+        if lexical_weight is not None:
+            rankings = (rows, self._lexical_search.rank(text or "", depth, selected))
+            scores, rows = fuse_ranks(rankings, (1 - lexical_weight, lexical_weight), top)
+        return [self._hit(float(score), int(row)) for score, row in zip(scores, rows, strict=True)]
+
     def _hit(self, score: float, row: int) -> Hit:
         kind, part, text, box = (self.rows.table[name][row].as_py() for name in ("kind", "part", "text", "box"))
         return Hit(score, self.path(row), row, kind, part, text, box)
@@ -287,6 +344,19 @@ class SearchIndex:
         if not 1 <= count <= limit:
             raise ValueError(f"`{name}` is {count}; expected 1 to {limit}.")
         return count
+
+    def _query_vectors(self, vectors: int | None, query_vectors: int | None) -> int | None:
+        """How many vectors a query has."""
+        vectors = self._count("vectors", vectors, self.facts.settings.vectors or 0)
+        count = vectors if query_vectors is None else query_vectors
+        return self._count("query_vectors", count, self.model.config.num_embedding_tokens)
+
+    def _finish(self, embeds: torch.Tensor, query_vectors: int | None) -> torch.Tensor:
+        """Embeddings of queries as they are compared."""
+        queries = self.facts.settings.shorten(embeds, query_vectors)
+        if not queries.isfinite().all():
+            raise ValueError("the query is embedded as NaN or infinite values; expected finite ones.")
+        return queries
 
     def _prompt(self, name: str, text: str | None) -> str:
         """The text with the prompt before it."""
@@ -331,6 +401,11 @@ class SearchIndex:
         if len(images) > 1 or (boxes is not None and len(boxes) > 1):
             parts = f"`image` holds {len(images)} images" if boxes is None else f"`boxes` holds {len(boxes)} boxes"
             raise ValueError(f"{parts}, without a `text` that speaks about them; expected one.")
+
+
+def _check_says_something(text: str) -> None:
+    if not text.strip():
+        raise ValueError(f"`text` is {text!r}; expected something to look for.")
 
 
 def _load_all(images: Iterable[Any], shorter_side: int | None, allow_urls: bool | list[str]) -> list[Image.Image]:

@@ -27,7 +27,7 @@ from mmgem.training.serving.schemas import (
     ChatCompletions,
     CohereEmbed,
     OpenAIEmbeddings,
-    Search,
+    Searches,
     refusal,
 )
 from mmgem.training.serving.server import Server
@@ -142,21 +142,26 @@ def create_app(name: str, model, processor, index: SearchIndex | None = None, li
         return JSONResponse(head | {"choices": [choice], "usage": _usage(read, answer)})
 
     @app.post("/search")
-    async def search(request: Search) -> JSONResponse:
+    async def search(request: Searches) -> JSONResponse:
         if index is None:
             raise HTTPException(404, "there is no index here; expected a server with `--index`.")
-        hits = await server.search(request)
+        answers = await server.search([request] if request.queries is None else request.queries)
         root = Path(index.facts.folder)
         found = [
             {
-                "score": round(hit.score, 6),
-                "path": hit.path.relative_to(root).as_posix(),
-                "row": hit.row,
-                **hit.details,
+                "hits": [
+                    {
+                        "score": round(hit.score, 6),
+                        "path": hit.path.relative_to(root).as_posix(),
+                        "row": hit.row,
+                        **hit.details,
+                    }
+                    for hit in hits
+                ]
             }
-            for hit in hits
+            for hits in answers
         ]
-        return JSONResponse({"hits": found})
+        return JSONResponse(found[0] if request.queries is None else {"results": found})
 
     return app
 

@@ -235,6 +235,23 @@ class Search(Request):
     top: int = Field(10, ge=1, le=1000)
 
 
+class Searches(Search):
+    """`POST /search`: one search, or several.
+
+    Args:
+        queries: The searches, in place of all other fields.
+    """
+
+    queries: list[Search] | None = None
+
+    @model_validator(mode="after")
+    def _check_alone(self) -> "Searches":
+        if self.queries is not None and len(self.model_fields_set) > 1:
+            others = sorted(self.model_fields_set - {"queries"})
+            raise ValueError(f"`{others[0]}` is given beside `queries`; expected it in each of them.")
+        return self
+
+
 def _read_string(text: str) -> dict[str, str]:
     """A plain string is a text, also where it is the URL of something, and an image only as a data URI."""
     return {"image": text} if text.startswith("data:image/") else {"text": text}

@@ -79,11 +79,7 @@ class Server:
             HTTPException: With status 413 if there are too many, and as `ModelWorker.places`.
             ValueError: If one of them cannot be embedded.
         """
-        limit = self.limits.max_inputs
-        if not inputs:
-            raise ValueError(f"`{name}` is empty; expected 1 to {limit} inputs.")
-        if len(inputs) > limit:
-            raise HTTPException(413, f"`{name}` holds {len(inputs):,} inputs; expected at most {limit:,}.")
+        self._check_count(inputs, name)
         with self.worker.places(len(inputs)):
             read = await self._read_all(
                 [
@@ -99,21 +95,32 @@ class Server:
         self.tokens.labels("read").inc(count)
         return vectors, count
 
-    async def search(self, request: Search) -> list[Hit]:
-        """Searches the index; raises what `SearchIndex.search` does."""
+    async def search(self, requests: Sequence[Search]) -> list[list[Hit]]:
+        """Searches the index for each of some queries; those of texts that are alike in all else go together.
+
+        Raises:
+            HTTPException: With status 413 if there are too many, and as `ModelWorker.places`.
+            ValueError: As `SearchIndex.search`.
+        """
+        self._check_count(requests, "queries")
+        with self.worker.places(len(requests)):
+            jobs = [await self._read_search(request) for request in requests]
+            return await self.worker.answer(jobs)
+
+    async def _read_search(self, request: Search) -> tuple[Hashable, dict[str, Any]]:
+        """Key and payload of a search."""
         side = None if request.boxes is not None else self.pictures_side
         sources = [request.image] if isinstance(request.image, str) else request.image or []
         reads: list[Callable[[], Any]] = [partial(self.reader.picture, source, "image", side) for source in sources]
         if request.text is not None:  # which is refused if it is too long
             reads.append(partial(self.reader.embedding_input, EmbeddingInput(text=request.text), "text"))
-        with self.worker.places(1):
-            pictures = (await self._read_all(reads))[: len(sources)]
-            fields = ("text", "boxes", "vectors", "query_vectors", "kinds", "lexical_weight", "top")
-            query = {name: getattr(request, name) for name in fields}
-            query["where"] = [Condition.parse(text) for text in request.where or []]
-            query |= {"image": pictures or None, "prompt": request.prompt_name}
-            [hits] = await self.worker.answer([(("search",), query)])
-        return hits
+        pictures = (await self._read_all(reads))[: len(sources)]
+        limits = {name: getattr(request, name) for name in ("vectors", "query_vectors", "lexical_weight", "top")}
+        limits |= {"prompt": request.prompt_name, "kinds": tuple(request.kinds or ())}
+        limits["where"] = tuple(Condition.parse(text) for text in request.where or [])
+        if request.text is not None and not pictures and request.boxes is None:
+            return ("search", tuple(limits.values())), limits | {"text": request.text}
+        return ("search", object()), limits | {"text": request.text, "image": pictures or None, "boxes": request.boxes}
 
     async def read_chat(self, request: ChatCompletions) -> tuple[ModelInput, ChatSettings]:
         """Reads a conversation, and how it is to be answered.
@@ -155,6 +162,13 @@ class Server:
         self.tokens.labels("written").inc(answer.num_tokens)
         return answer
 
+    def _check_count(self, inputs: Sequence[Any], name: str) -> None:
+        limit = self.limits.max_inputs
+        if not inputs:
+            raise ValueError(f"`{name}` is empty; expected 1 to {limit} inputs.")
+        if len(inputs) > limit:
+            raise HTTPException(413, f"`{name}` holds {len(inputs):,} inputs; expected at most {limit:,}.")
+
     async def _read_all(self, reads: Sequence[Callable[[], Any]]) -> list[Any]:
         """Calls all in the threads that read; what is left is not read when one fails."""
         loop = asyncio.get_running_loop()
@@ -172,7 +186,10 @@ class Server:
         self.batches.labels(key[0]).observe(len(jobs))
         if key[0] == "search":
             assert self.index is not None
-            return [self.index.search(**job.payload) for job in jobs]
+            if "image" in jobs[0].payload:
+                return [self.index.search(**job.payload) for job in jobs]
+            limits = {name: value for name, value in jobs[0].payload.items() if name != "text"}
+            return self.index.search_texts([job.payload["text"] for job in jobs], **limits)
         if key[0] == "chat":
             return write(self.model, self.processor, jobs, key[1])
         return embed(self.model, self.processor, [job.payload for job in jobs])

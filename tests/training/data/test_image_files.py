@@ -38,7 +38,7 @@ def test_what_is_not_read_is_counted_and_what_cannot_be_seen_is_named(tmp_path, 
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
     (folder / "zero.png").symlink_to("/dev/zero")
     os.mkfifo(folder / "pipe.jpeg")
-    for name in ("e.heic", "f.HEIC", "g.svg", "h.txt", ".i.heic"):
+    for name in ("e.cr2", "f.CR2", "g.svg", "h.txt", ".i.cr2"):
         (folder / name).touch()
     scandir = os.scandir
 
@@ -52,7 +52,7 @@ def test_what_is_not_read_is_counted_and_what_cannot_be_seen_is_named(tmp_path, 
     assert list(found.versions) == ["a.png", "folder.jpg/d.png", "shut.not/c.png"]
     assert found.unseen.keys() == {"shut", "loop.png", "gone.jpg"} and found.empty == {"empty"}
     assert found.unseen["shut"] == "it cannot be listed: Host is down"
-    assert found.passed_over == {".heic files": 2, ".svg files": 1, "links to folders": 2, "pipes and devices": 2}
+    assert found.passed_over == {".cr2 files": 2, ".svg files": 1, "links to folders": 2, "pipes and devices": 2}
     for name in ("shut/b.png", "shut/er/b.png", "empty/x.png", "gone.jpg"):
         assert found.hiding_place(name) == name.split("/")[0]
     for name in ("shut.not/x.png", "shut.png", "x.png", "folder.jpg/x.png"):
@@ -213,3 +213,39 @@ def test_an_image_that_fails_takes_no_other_with_it(tmp_path):
     ]
     assert skipped == [("1.png", "two is too many")]
     assert apply_to_batch(width, [], skipped) == []
+
+
+def test_heic_is_read_where_pillow_heif_is_and_counted_where_it_is_not(tmp_path, monkeypatch):
+    for name in ("a.png", "b.heic", "c.HEIF"):
+        (tmp_path / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(image_files, "READS_HEIF", True)
+        patch.setattr(image_files, "SUFFIXES", (".png", *image_files.HEIF_SUFFIXES))
+        assert list(find_images(tmp_path).versions) == ["a.png", "b.heic", "c.HEIF"]
+    monkeypatch.setattr(image_files, "READS_HEIF", False)
+    monkeypatch.setattr(image_files, "SUFFIXES", (".png",))
+    found = find_images(tmp_path)
+    assert list(found.versions) == ["a.png"]
+    needing = "files, which need pillow-heif"
+    assert found.passed_over == {f".heic {needing}": 1, f".heif {needing}": 1}
+
+
+def test_every_suffix_of_a_picture_that_pillow_knows_is_read_or_counted():
+    Image.init()
+    known = {suffix for suffix, name in Image.EXTENSION.items() if Image.MIME.get(name, "").startswith("image/")}
+    assert len(known) > 30
+    heif = set(image_files.HEIF_SUFFIXES)
+    assert known <= {*image_files.SUFFIXES, *image_files.OTHER_SUFFIXES, *heif}
+    assert not heif & set(image_files.OTHER_SUFFIXES)
+
+
+def test_of_files_that_are_named_each_is_found_or_counted(tmp_path):
+    for name in ("a.png", "b.png", "deep/c.JPG", ".hidden.png", "d.txt", "e.cr2", "plain"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = ["deep/c.JPG", "a.png", ".hidden.png", "d.txt", "e.cr2", "plain", "deep", "gone.png"]
+    found = find_images(tmp_path, names=names)
+    assert list(found.versions) == [".hidden.png", "a.png", "deep/c.JPG"]
+    counted = {".txt files": 1, ".cr2 files": 1, "files without a suffix": 1, "folders": 1, "names of no file": 1}
+    assert found.passed_over == counted and found.unseen == {}
+    assert list(find_images(tmp_path, (".txt",), ["d.txt"]).versions) == ["d.txt"]

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from mmgem.late_interaction import maxsim
 from mmgem.training.inference import embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.search.building import build_index
+from mmgem.training.search.conditions import Condition
 from mmgem.training.search.index import SearchIndex
 from mmgem.training.search.storage import MANIFEST
 
@@ -57,6 +58,34 @@ def test_answers_are_the_nearest_by_cosine_best_first(folder, out, tiny_model, t
         check(index.search(**arguments, top=4), folder, images @ query[0])
     assert index.search(image=paths[4], top=1)[0].score == pytest.approx(1, abs=1e-5)
     assert not torch.allclose(both, two) and not torch.allclose(both, boxes)
+
+
+def test_several_texts_and_embeddings_are_searched_for_as_one_is(folder, out, tiny_processor):
+    model = build_model(prompts={"query": "Find the image of "})
+    index = build(folder, out, model, tiny_processor, regions=2)
+    texts = ["a red star", "a moon on the right", "it"]
+    for limits in (
+        {"top": 3},
+        {"top": 2, "kinds": ["region"], "prompt": "query", "where": [Condition.parse("file_name!=0.png")]},
+        {"top": 4, "lexical_weight": 0.3},
+    ):
+        for hits, text in zip(index.search_texts(texts, **limits), texts, strict=True):
+            one = index.search(text, **limits)
+            assert [hit._replace(score=0) for hit in hits] == [hit._replace(score=0) for hit in one]
+            np.testing.assert_allclose([hit.score for hit in hits], [hit.score for hit in one], atol=1e-5)
+    one = index.search("it", top=3, kinds=["region"])
+    assert index.nearest(index.query("it"), top=3, kinds=["region"]) == one
+    for arguments, message in [
+        (([],), "`texts` is empty"),
+        ((["a", " "],), "`text` is ' '"),
+        ((["a"], 0), "`top` is 0"),
+        ((["a"], 1, "ask"), "`prompt` is 'ask'"),
+        ((["a"], 1, None, 1), "`vectors` is 1, but"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            index.search_texts(*arguments)
+    with pytest.raises(ValueError, match="`top` is 0"):
+        index.nearest(index.query("it"), top=0)
 
 
 def test_a_prompt_stands_before_the_text(folder, out, tiny_processor):

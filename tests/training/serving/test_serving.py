@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 from mmgem.training.cli import app
 from mmgem.training.inference import embed_fused, embed_images, embed_regions, embed_texts, generate_answers
+from mmgem.training.search import index as index_module
 from mmgem.training.search.building import build_index
 from mmgem.training.search.conditions import Condition
 from mmgem.training.search.index import SearchIndex
@@ -300,11 +301,37 @@ def test_search_finds_what_the_index_finds(index, model, tiny_processor):
             assert [hit["row"] for hit in found] == [hit.row for hit in hits]
             assert [hit["path"] for hit in found] == [hit.path.relative_to(index.folder).as_posix() for hit in hits]
             np.testing.assert_allclose([hit["score"] for hit in found], [hit.score for hit in hits], atol=1e-5)
+        several = client.post("/search", json={"queries": [request | {"top": 3} for request, _ in queries]}).json()
+        assert several["results"] == [
+            client.post("/search", json=request | {"top": 3}).json() for request, _ in queries
+        ]
         assert "`text` has 1,9" in sentence(client.post("/search", json={"text": "star " * 999}), 422)
         assert "`where` is 'x'" in sentence(client.post("/search", json={"text": "a", "where": ["x"]}), 422)
         assert "`kinds` holds 'x'" in sentence(client.post("/search", json={"text": "a", "kinds": ["x"]}), 422)
         assert "`prompt` is 'x'" in sentence(client.post("/search", json={"text": "a", "prompt_name": "x"}), 422)
         sentence(client.post("/search", json={}), 422)
+        query = {"text": "a"}
+        beside = client.post("/search", json={"queries": [query], "top": 3})
+        assert "`top` is given beside `queries`" in sentence(beside, 422)
+        assert "`queries` is empty" in sentence(client.post("/search", json={"queries": []}), 422)
+        assert "`queries` holds 513 inputs" in sentence(client.post("/search", json={"queries": [query] * 513}), 413)
+        assert "`queries[0].txt` is not known" in sentence(
+            client.post("/search", json={"queries": [{"txt": "a"}]}), 422
+        )
+
+
+def test_queries_of_texts_are_embedded_together(index, model, tiny_processor, monkeypatch):
+    batches = []
+    embed = index_module.embed_texts
+    monkeypatch.setattr(
+        index_module, "embed_texts", lambda *arguments: batches.append(len(arguments[2])) or embed(*arguments)
+    )
+    queries = [{"text": text, "top": 2} for text in "abcde"] + [{"text": "f", "top": 3}, {"text": " ", "top": 2}]
+    with TestClient(create_app("tiny", model, tiny_processor, index)) as client:
+        results = client.post("/search", json={"queries": queries[:6]}).json()["results"]
+        assert [len(result["hits"]) for result in results] == [2, 2, 2, 2, 2, 3]
+        assert sorted(batches) == [1, 5]
+        assert "`text` is ' '" in sentence(client.post("/search", json={"queries": queries}), 422)
 
 
 def large_png() -> str:
