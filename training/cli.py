@@ -266,6 +266,13 @@ def evaluate(
         typer.Option(metavar="FROM TO", help="Only images that hash to these numbers, such as 0.9 1 for a tenth."),
     ] = None,
     batch_size: BatchSize = 64,
+    dataset_id: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Dataset on the Hub that DATA is: keep the figures in MODEL's .eval_results, too.",
+        ),
+    ] = None,
     table_file: Table = None,
     as_json: AsJson = False,
 ):
@@ -275,9 +282,12 @@ def evaluate(
         from mmgem.training.data.image_folder import read_image_folder
         from mmgem.training.data.skipped import SkippedLog
         from mmgem.training.data.text_coverage import warn_uncovered
+        from mmgem.training.evaluation.eval_results import check_results_place, write_eval_results
         from mmgem.training.evaluation.evaluate import evaluate_model
         from mmgem.training.evaluation.scene_metrics import SCENE_JUDGE
 
+        if dataset_id is not None:
+            check_results_place(model, dataset_id)
         dataset, skipped = read_image_folder(data, subset=subset), SkippedLog(rows_name=str(data))
         intervals: dict[str, tuple[float, float]] = {}
         loaded, processor = load_model(model)
@@ -291,7 +301,8 @@ def evaluate(
             intervals=intervals,
             skipped=skipped,
         )
-    lines = [*table(figures, intervals), *_left_out(skipped)]
+        written = [] if dataset_id is None else [f"kept in {write_eval_results(model, dataset_id, figures)}"]
+    lines = [*table(figures, intervals), *_left_out(skipped), *written]
     answer(figures | ({"intervals": intervals} if intervals else {}), as_json, lines)
     rows = {name: dict(zip(("low", "high"), intervals.get(name, (None, None)))) for name in figures}
     write_table([{"measure": name, "value": value, **rows[name]} for name, value in figures.items()], table_file)

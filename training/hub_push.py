@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import HfHubHTTPError
 
 from mmgem.processing.hub_code import code_files
@@ -17,7 +18,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 def push_folder(folder: str | Path, repository: str, private: bool = False) -> str:
     """Push a whole Hub folder as one commit; its card then names the repository where it named the folder.
 
-    Files that begin with a dot and folders of checkpoints (`stages`, `checkpoint-...`) stay where they are.
+    Files that begin with a dot, but for the results of `write_eval_results`, and folders of checkpoints (`stages`,
+    `checkpoint-...`) stay where they are.
 
     Args:
         folder: What `mmgem train`, `save_pretrained` of model and processor, and others leave.
@@ -78,5 +80,6 @@ def _files(folder: Path) -> list[Path]:
     return [
         file
         for file, parts in inner
-        if not any(part.startswith((".", "checkpoint-")) or part in ("stages", "__pycache__") for part in parts)
+        if (parts[0] == EVAL_RESULTS_FOLDER and file.suffix == ".yaml")
+        or not any(part.startswith((".", "checkpoint-")) or part in ("stages", "__pycache__") for part in parts)
     ]

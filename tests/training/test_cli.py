@@ -255,6 +255,11 @@ def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
         return {"images": len(dataset), "batch_size": batch_size}
 
     monkeypatch.setattr("mmgem.training.evaluation.evaluate.evaluate_model", evaluate_model)
+    results = checkpoint / ".eval_results" / "me--scenes.yaml"
+    assert str(results) in run("evaluate", checkpoint, gallery, "--dataset-id", "me/scenes").stdout
+    assert "task_id: images" in results.read_text()
+    result = run("evaluate", checkpoint, gallery, "--dataset-id", "scenes", exit_code=1)
+    assert "expected OWNER/NAME of a dataset on the Hub" in result.stderr
     table = run("evaluate", checkpoint, gallery, "--batch-size", 2).stdout.splitlines()
     assert [line.split() for line in table] == [
         ["images", *"6.0000 5.5000 to 6.5000".split()],
