@@ -14,6 +14,8 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Thousands of files are written; no test cuts the power, before which they would have to be on the disk.
+os.fsync = lambda descriptor: None
 # The libraries are imported by the tests, and not here: the process that only gives work to others needs none of them.
 gc.disable()  # while they are imported, of which nothing is garbage
 
