@@ -127,7 +127,8 @@ def index(
     )
     lines = [summary]
     if report.recall:
-        reached = ", ".join(f"{recall:.3f} of {queries}" for queries, recall in report.recall.items())
+        asked = {"rows": "by images and texts of it", "between": "halfway between two", "captions": "by captions"}
+        reached = ", ".join(f"{recall:.3f} {asked[kind]}" for kind, recall in report.recall.items())
         lines += [f"searched by lists; recall@10 against a comparison with all vectors: {reached}"]
     answer(result, as_json, lines)
 

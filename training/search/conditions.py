@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmgem.training.search.items import KINDS
 
@@ -88,14 +89,15 @@ def select_rows(table: pa.Table, kinds: Iterable[str], conditions: Sequence[Cond
     """
     is_selected = np.ones(len(table), bool)
     if kinds := list(kinds):
-        own = np.array(table["kind"].to_pylist())
+        own = {*pc.unique(table["kind"]).to_pylist()}
         for kind in kinds:
             if kind not in own:
                 there = ", ".join(kind for kind in KINDS if kind in own)
                 raise ValueError(f"`kinds` holds {kind!r}, of which the index has none; expected some of {there}.")
-        is_selected = np.isin(own, kinds)
+        is_selected = np.array(pc.is_in(table["kind"], pa.array(kinds)))
     if metadata := [condition for condition in conditions if condition.column not in COLUMNS]:
-        objects = [json.loads(text) if text else {} for text in table["metadata"].to_pylist()]
+        texts, their_text = _distinct(table["metadata"])
+        objects = [json.loads(text) if text else {} for text in texts]
         names = {name for one in objects for name in one}
         for condition in metadata:
             if condition.column not in names:
@@ -103,11 +105,17 @@ def select_rows(table: pa.Table, kinds: Iterable[str], conditions: Sequence[Cond
                 raise ValueError(f"`where` names {condition.column!r}, which no row has; expected one of {known}.")
     for condition in conditions:
         if condition.column in COLUMNS:
-            values = table[condition.column].to_pylist()
+            values, their_value = _distinct(table[condition.column])
         else:
-            values = [one.get(condition.column) for one in objects]
-        is_selected &= np.array([condition.holds(value) for value in values], bool)
+            values, their_value = [one.get(condition.column) for one in objects], their_text
+        is_selected &= np.array([condition.holds(value) for value in values], bool)[their_value]
     return np.flatnonzero(is_selected)
+
+
+def _distinct(column: pa.ChunkedArray) -> tuple[list, np.ndarray]:
+    """The distinct values of a column, and which of them each row has."""
+    encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
 
 def _number(value: Any) -> float | None:

@@ -1,6 +1,7 @@
 """An approximate index of the vectors of many rows: inverted lists of FAISS, which choose candidates for a search."""
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any, cast
 
 import faiss
@@ -8,6 +9,7 @@ import numpy as np
 
 # From this many vectors on an index has lists; below it a search compares all.
 EXACT_BELOW = 100_000
+COMPARED_ALL = 1000  # rows, at most, of a search among some of them, that are compared one and all
 CANDIDATES_PER_ANSWER, CANDIDATES = 10, 100  # vectors, for each answer, and at least
 _TRAINED_ON, _ITERATIONS = 64, 10  # vectors for each list
 _VALUES_AT_A_TIME = 1 << 24
@@ -118,7 +120,9 @@ class InvertedLists:
             is_selected = np.zeros((self.index.ntotal // self.vectors, self.vectors), bool)
             is_selected[slice(None) if rows is None else rows, :vectors] = True
             selector = library.IDSelectorBitmap(np.packbits(is_selected.reshape(-1), bitorder="little"))
-        effort = self.effort
+        # Among fewer rows as many vectors are compared: those of more lists.
+        share = 1.0 if rows is None else len(rows) * self.vectors / self.index.ntotal
+        effort = min(self.index.nlist, ceil(self.effort / share))
         while True:
             parameters = library.SearchParametersIVF(nprobe=effort, sel=selector)
             numbers = self.index.search(np.atleast_2d(query), count, params=parameters)[1]

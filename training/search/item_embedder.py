@@ -81,13 +81,19 @@ class ItemEmbedder:
 
     def embed(self, items: Sequence[ReadItem]) -> None:
         """Embeds a batch of items."""
+        self._rows += self.embed_rows(items)
+        if len(self._rows) >= ROWS_PER_PART:
+            self.write()
+
+    def embed_rows(self, items: Sequence[ReadItem]) -> list[dict[str, Any]]:
+        """Embeds a batch of items; returns a row for each that can be embedded."""
+        rows: list[dict[str, Any]] = []
         groups = [list(group) for _, group in groupby(sorted(items, key=_kind), key=_kind)]
         with tower_runs_once(self.model) if self._repeats_images(groups) else nullcontext():
             for group in groups:
                 embedded = apply_to_batch(self._embedders[_kind(group[0])], group, self._skipped)
-                self._rows += [self._facts(read) | arrays for read, arrays in embedded]
-        if len(self._rows) >= ROWS_PER_PART:
-            self.write()
+                rows += [self._facts(read) | arrays for read, arrays in embedded]
+        return rows
 
     def write(self) -> None:
         """Writes what was embedded and is in no part yet."""

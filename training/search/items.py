@@ -198,7 +198,7 @@ def read_texts(folder: Path, file_name: str, column: str, skipped: list[Skipped]
                 raise ValueError(fields)
             if column not in fields:
                 raise ValueError(f"has no column {column!r}; it has {', '.join(sorted(fields))}.")
-            item = _text_item(file_name, number, fields[column], _metadata_of(fields, without=(column,)))
+            item = _text_item(file_name, number, fields[column], metadata_of(fields, without=(column,)))
         except ValueError as error:
             left_out.add(number, str(error))
             continue
@@ -297,7 +297,7 @@ def _describe(fields: Mapping[str, Any] | str) -> tuple[str, Description]:
         _check_text(caption)
     without = ("file_name", "image", "boxes", "region_captions", *CAPTION_COLUMNS)
     boxes = [[float(edge) for edge in box] for box in boxes]
-    description = Description(captions, boxes, region_captions or [""] * len(boxes), _metadata_of(fields, without))
+    description = Description(captions, boxes, region_captions or [""] * len(boxes), metadata_of(fields, without))
     return PurePosixPath(name).as_posix(), description
 
 
@@ -306,7 +306,7 @@ def _is_box(box: Any) -> bool:
     return is_list and all(isinstance(edge, int | float) and math.isfinite(edge) for edge in box)
 
 
-def _metadata_of(fields: Mapping[str, Any], without: Sequence[str]) -> str:
+def metadata_of(fields: Mapping[str, Any], without: Sequence[str]) -> str:
     """The fields that are text, a number, a date or a truth value, or a list of such."""
     kept: dict[str, Any] = {}
     for name, value in fields.items():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mmgem.late_interaction import maxsim
-from mmgem.training.search.inverted_lists import InvertedLists, is_large
+from mmgem.training.search.inverted_lists import COMPARED_ALL, InvertedLists
 from mmgem.training.search.storage import ArrayFile
 from mmgem.training.search.vector_codec import VectorCodec
 
@@ -48,14 +48,14 @@ class VectorSearch:
             top: The number of answers; fewer if there are fewer images.
             vectors: How many of the R vectors of each image are compared; by default all.
             rows: (n,) The numbers of the images that are searched, by default all. They are compared one and all,
-                unless there are lists and the images have `EXACT_BELOW` vectors or more.
+                unless there are lists and more than `COMPARED_ALL` images.
 
         Returns:
             Scores and numbers of the images, best first, both (top,). A score is the cosine, or the mean of the
             largest cosine of each vector of the query, with the vectors as they are decoded.
         """
         top = min(top, len(self) if rows is None else len(rows))
-        if self.lists is not None and (rows is None or is_large(len(rows), self.lists.vectors)):
+        if self.lists is not None and (rows is None or len(rows) > COMPARED_ALL):
             rows = self.lists.candidates(query, top, vectors, rows)
         if self._is_several or rows is not None:
             scores, numbers = self.compare(np.atleast_2d(query)[None], top, vectors, rows)
