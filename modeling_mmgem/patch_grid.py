@@ -166,14 +166,16 @@ def find_grid(vision_tower: PreTrainedModel) -> VisionGrid:
     if "pixel_values" not in {p.name for p in parameters} or required - IMAGE_INPUTS:
         takes = sorted(required) or list(inspect.signature(vision_tower.forward).parameters)[:1]
         raise ValueError(f"`vision` is a `{name}`, which takes {takes}; expected an encoder of images.")
-    kind = type(vision_tower), vision_tower.config.to_json_string(use_diff=False)
-    if vision_tower.device.type == "meta" and kind in _grids_on_meta:
-        return _grids_on_meta[kind]
+    kind = None
+    if vision_tower.device.type == "meta":
+        kind = type(vision_tower), vision_tower.config.to_json_string(use_diff=False)
+        if kind in _grids_on_meta:
+            return _grids_on_meta[kind]
     was_training = vision_tower.training
     vision_tower.eval()  # nothing is drawn at random
     try:
         grid = _find_grid(vision_tower, name)
-        if vision_tower.device.type == "meta":
+        if kind is not None:
             _grids_on_meta[kind] = grid
         return grid
     finally:
