@@ -124,7 +124,7 @@ def prepare_batches(setting: Setting, tokenizer: PreTrainedTokenizerBase, seed: 
 
 def to_pixels(batch: Batch) -> Batch:
     """The batch with pixels in [-1, 1] instead of bytes; pixels that are no bytes stay."""
-    if batch["pixel_values"].dtype != torch.uint8:
+    if "pixel_values" not in batch or batch["pixel_values"].dtype != torch.uint8:
         return batch
     return batch | {"pixel_values": batch["pixel_values"].float() / 127.5 - 1}
 
