@@ -161,10 +161,10 @@ def draw_plot(measured: dict[str, Any], path: Path) -> None:
     ends = [statistics.quantiles(ratios, n=4) for _, ratios in bars]
     spread = [[m - low for m, (low, _, _) in zip(middle, ends, strict=True)]]
     spread.append([high - m for m, (_, _, high) in zip(middle, ends, strict=True)])
-    figure, axis = pyplot.subplots(figsize=(8, 0.45 * len(bars) + 1), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(10, 0.4 * len(bars) + 1), layout="constrained")
     axis.barh([label for label, _ in bars], middle, xerr=spread, color="#4c72b0", ecolor="#333333", capsize=3)
     axis.axvline(1, color="#999999", linewidth=1)
-    axis.set_xlabel("time of MM-GEM over that of the peer, median and quartiles")
+    axis.set_xlabel("time of MM-GEM over the peer's")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -15,7 +15,7 @@ from mmgem.processing.token_batches import batches_of_tokens, restore, tokens_at
 OURS, OURS_16 = "MM-GEM", "MM-GEM, 16 vectors of each"
 CLIP, LLAVA = "CLIPModel", "LlavaForConditionalGeneration"
 EMBEDDER = "embedder on the language model"  # that of LLaVA, without its vocabulary, read at the last token
-TEXTS = 32
+TEXTS = 128
 NEW_TOKENS = 20
 PER_IMAGE = 4  # regions, and questions
 QUESTION_TOKENS = 10
