@@ -41,9 +41,9 @@ def make_lists(
 ) -> InvertedLists | None:
     """Puts the vectors of an index into lists, if there are enough.
 
-    Three kinds of queries are then asked, to find how many lists a search has to look into: rows of the index, each of
-    which has to find the others that are nearest to it; what lies halfway between two rows, which is as far from all
-    as a text is, or farther; and captions of its images, if it has captions.
+    Two kinds of queries are then asked, to find how many lists a search has to look into: rows of the index, each of
+    which has to find the others that are nearest to it; and captions of its images, or if it has none, what lies
+    halfway between two rows, which is as far from all as a text is, or farther.
 
     Args:
         rows: The rows.
@@ -62,11 +62,13 @@ def make_lists(
     generator = np.random.default_rng(0)
     chosen = np.sort(generator.choice(len(vectors), min(QUERIES, len(vectors)), replace=False))
     own = vectors[chosen]  # (B, R, D)
-    between = own + own[generator.permutation(len(own))]
-    queries = {"rows": own, "between": between / np.linalg.norm(between, axis=-1, keepdims=True).clip(1e-6)}
+    queries = {"rows": own}
     if captions := _captions(rows, generator) if "text" in model.config.embedded_kinds else []:
         embeds = facts.settings.shorten(embed_texts(model, processor, captions)).numpy()
         queries["captions"] = embeds if embeds.ndim == 3 else embeds[:, None]
+    else:
+        between = own + own[generator.permutation(len(own))]
+        queries["between"] = between / np.linalg.norm(between, axis=-1, keepdims=True).clip(1e-6)
     settle_effort(lists, VectorSearch(rows.arrays["embedding"], facts.codec, lists), queries, {"rows": chosen})
     return lists
 

@@ -42,7 +42,7 @@ def test_answers_are_those_of_an_index_without_lists(folder, out, tmp_path, tiny
     lines = [{"file_name": name, "caption": f"a star {number}", "x": number} for number, name in enumerate(NAMES)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = build_index(folder, model, tiny_processor, out)
-    assert report.recall.keys() == {"rows", "between", "captions"} and min(report.recall.values()) >= 0.98
+    assert report.recall.keys() == {"rows", "captions"} and min(report.recall.values()) >= 0.98
     index = SearchIndex.load(out, model, tiny_processor)
     assert index.vectors.lists.vectors == (vectors or 1) and len(index.vectors.lists.cells()) == 7
     index.vectors.lists.effort = index.vectors.lists.index.nlist

@@ -81,7 +81,7 @@ def test_captions_and_metadata_come_along_and_many_vectors_get_lists(
 ):
     monkeypatch.setattr(inverted_lists, "EXACT_BELOW", 5)
     make(tiny_model, files(folder, caption=[f"a star {number}" for number in range(7)], year=list(range(7))))
-    assert index_shards(shards, tiny_model, tiny_processor, out).recall.keys() == {"rows", "between", "captions"}
+    assert index_shards(shards, tiny_model, tiny_processor, out).recall.keys() == {"rows", "captions"}
     index = SearchIndex.load(out, tiny_model, tiny_processor)
     assert [hit.text for hit in index.search("a star", where=[Condition("year", "=", 4)])] == ["a star 4"]
     assert index.search("a star 4", lexical_weight=1)[0].text == "a star 4"
