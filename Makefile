@@ -24,7 +24,8 @@ PICTURE := model_cards/mmgem-photo/demo.png
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-package test-pages test-space test-benchmarks test-families compatibility \
-	test-oldest test-newest clients fast lint types format audit retrain picture hub-code hub-photo space old-folders clean
+	test-oldest test-newest clients fast lint types format audit mutants retrain picture hub-code hub-photo space \
+	old-folders clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -93,6 +94,9 @@ format: $(STAMP) ## let ruff rewrite what it can
 audit: $(STAMP) ## compare the tested versions with the advisories on PyPI (needs its JSON API)
 	test -x build/audit/bin/pip-audit || ($(BIN)/python -m venv build/audit && build/audit/bin/pip install -q pip-audit)
 	build/audit/bin/pip-audit --strict --vulnerability-service pypi --requirement constraints.txt --no-deps --disable-pip
+
+mutants: $(STAMP) ## change the code of losses, packing, recall and the index, and name what no test notices
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants
 
 retrain: $(STAMP) ## train mmgem-tiny again, from nothing, into runs/mmgem-tiny
 	$(BIN)/mmgem train model_cards/mmgem-tiny/recipe.yaml --out runs/mmgem-tiny

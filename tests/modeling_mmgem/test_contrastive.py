@@ -7,7 +7,7 @@ from contrastive_batches import image_batch, mixed_batch, part_of, unit_rows
 
 from mmgem import contrastive
 from mmgem.contrastive import ContrastiveObjective
-from mmgem.contrastive_batch import IMAGE, REGION, ids_of_regions, token_row_ids
+from mmgem.contrastive_batch import IMAGE, REGION, REGION_BITS, ids_of_regions, token_row_ids
 
 
 def loss_of(*args, **kwargs):
@@ -198,6 +198,7 @@ def test_ids_of_regions_differ_between_and_within_images():
     ids = ids_of_regions(torch.tensor([1, 2**40 - 1]), 3)
     assert len(set(ids.flatten().tolist())) == 6
     assert ids.shape == (2, 3) and (ids >= 0).all()
+    assert (ids >> REGION_BITS == torch.tensor([[1], [2**40 - 1]])).all()  # they still tell the image
 
 
 def test_token_row_ids_ignore_padding_and_see_order():
@@ -206,3 +207,9 @@ def test_token_row_ids_ignore_padding_and_see_order():
     ids = token_row_ids(rows, mask).tolist()
     assert ids[0] == ids[1]
     assert len(set(ids)) == 4
+
+
+@pytest.mark.parametrize("token", [0, 1])
+def test_no_token_counts_for_nothing(token):
+    whole, cut = token_row_ids(torch.tensor([[5, token]] * 2), torch.tensor([[1, 1], [1, 0]])).tolist()
+    assert whole != cut

@@ -15,6 +15,7 @@ from mmgem.training.evaluation.metrics import (
     bleu4,
     caption_variety,
     cider,
+    meteor,
     pointing_hits,
     prior_accuracy,
     recall_at,
@@ -105,14 +106,32 @@ def test_cider_is_ten_for_the_reference_and_zero_for_other_words():
     assert float(cider(exact, references)) == pytest.approx(10)
     assert float(cider(["x y z w"] * 3, references)) == 0
     assert 0 < float(cider(["a red moon at the top", *exact[1:]], references)) < 10
+    assert float(cider(exact[:2], references[:2])) == pytest.approx(10)  # two are enough
 
 
-def test_bleu_is_one_for_the_reference_and_has_the_brevity_penalty():
+def test_bleu_is_one_for_the_reference_and_has_the_brevity_penalty(capsys):
     references = [["a red star at the top", "a star"], ["one blue moon on this left side"]]
     exact = ["A red star at the top.", "one blue moon on this left side"]
     assert bleu4(exact, references) == pytest.approx(1)
     short = ["a red star at", "one blue moon on"]  # all of their words, pairs, ... are right; 8 words for 13
     assert bleu4(short, [own[:1] for own in references]) == pytest.approx(math.exp(1 - 13 / 8))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("java", ["/usr/bin/java", None])
+def test_meteor_asks_java_or_says_that_it_is_not_there(java, monkeypatch):
+    class Meteor:
+        def compute_score(self, originals, candidates):
+            assert (originals, candidates) == ({0: ["a red star", "stars"]}, {0: ["a star"]})
+            return 0.25, [0.5]
+
+    monkeypatch.setattr("pycocoevalcap.meteor.meteor.Meteor", Meteor)
+    monkeypatch.setattr("shutil.which", lambda name: java if name == "java" else "something else")
+    if java is None:
+        with pytest.raises(FileNotFoundError, match="`java` is not installed"):
+            meteor(["A star."], [["a red star", "Stars"]])
+    else:
+        assert meteor(["A star."], [["a red star", "Stars"]]) == 0.25
 
 
 def test_a_prior_knows_the_most_frequent_answer_to_each_type_of_question():
@@ -152,6 +171,7 @@ def test_an_interval_is_the_same_in_parts(monkeypatch):
     whole = mean.interval()
     monkeypatch.setattr(metrics, "_MAX_SCORES", 7 * 50)
     assert mean.interval() == whole
+    assert len({*mean.interval(samples=1)}) == 1
 
 
 def test_cider_refuses_what_means_nothing():

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -351,6 +352,14 @@ def test_a_file_is_read_by_blocks(tmp_path, small_blocks):
     with pytest.raises(DamagedFileError, match=r"file' is damaged in bytes 64 to 128"):
         file.read(0, 65)
     assert BLOCK == 1 << 20  # what files on the disk have
+
+
+@pytest.mark.parametrize("size", [0, 63, 64, 65, 128])
+def test_a_block_has_a_checksum_and_what_is_not_there_has_none(tmp_path, small_blocks, size):
+    with write_checked(tmp_path / "file") as file:
+        file.write(bytes(size))
+    assert len(file.facts["checksums"]) == math.ceil(size / 64) and file.facts["bytes"] == size
+    assert CheckedFile(tmp_path, file.facts).read() == bytes(size)
 
 
 def test_json_is_the_old_or_the_new(tmp_path, monkeypatch):

@@ -55,3 +55,16 @@ def test_codes_written_with_a_wider_bound_stay_near_the_vectors():
     wide = VectorCodec("int8", 20, 1.5 * narrow.bound)
     again = wide.decode(wide.encode(narrow.decode(narrow.encode(vectors))))
     assert np.abs(again - vectors).max() <= (narrow.step + wide.step) / 2 + 1e-6
+
+
+@pytest.mark.parametrize("dimensions", [1, 7, 8, 9, 64, 65])
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+def test_the_width_is_that_of_the_codes_and_vectors_stay_float32(precision, dimensions):
+    codec = VectorCodec(precision, dimensions)
+    codes = codec.encode(unit_vectors(3, dimensions))
+    assert codes.shape == (3, codec.width) and codec.decode(codes).dtype == np.float32
+
+
+def test_the_sign_of_zero_is_minus():
+    """As in sentence-transformers' `quantize_embeddings`."""
+    assert VectorCodec("binary", 8).encode(np.zeros(8, np.float32)).tolist() == [0]

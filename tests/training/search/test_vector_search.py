@@ -8,6 +8,7 @@ from mmgem.training.search.vector_codec import VectorCodec
 from mmgem.training.search.vector_search import VectorSearch
 
 QUERIES = 20
+SHAPES = (5, 20), (5, 2, 20)
 
 
 def unit_vectors(*shape, seed=0):
@@ -112,3 +113,20 @@ def test_some_vectors_are_searched_as_if_there_were_no_others(precision):
         np.testing.assert_array_equal(numbers, rows[places])
         np.testing.assert_allclose(scores, expected, atol=1e-5)
         assert len(search.search(query, 3, rows=rows[:0])[0]) == 0
+
+
+def test_codes_are_taken_as_they_are_unless_torch_would_warn_of_them():
+    single, several = (np.frombuffer(unit_vectors(*shape).tobytes(), np.float32).reshape(shape) for shape in SHAPES)
+    assert VectorSearch(single, VectorCodec("float32", 20)).codes is single  # read-only; FAISS takes a copy
+    search = VectorSearch(several, VectorCodec("float32", 20))
+    np.testing.assert_array_equal(search.codes, several)
+    assert search.codes.flags.writeable
+
+
+@pytest.mark.parametrize(("at_a_time", "images"), [(160, 2), (1, 1), (1 << 24, 60)])
+def test_no_more_values_are_decoded_at_a_time_than_may_be(at_a_time, images, monkeypatch):
+    decoded, decode = [], VectorCodec.decode
+    monkeypatch.setattr(vector_search, "_VALUES_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(VectorCodec, "decode", lambda self, codes: decoded.append(len(codes)) or decode(self, codes))
+    build(unit_vectors(60, 4, 20), "int8").search(unit_vectors(2, 20, seed=1), 3)
+    assert max(decoded) == images and sum(decoded) == 60
