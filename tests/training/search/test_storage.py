@@ -354,6 +354,34 @@ def test_a_file_is_read_by_blocks(tmp_path, small_blocks):
     assert BLOCK == 1 << 20  # what files on the disk have
 
 
+def test_a_block_of_a_held_file_is_compared_once(tmp_path, small_blocks, monkeypatch):
+    content = np.random.default_rng(0).bytes(64 * 3 + 10)
+    with write_checked(tmp_path / "file") as writer:
+        writer.write(content)
+    compared = []
+
+    def digest(block, own=checked_files.xxh3_64_hexdigest):
+        compared.append(len(block))
+        return own(block)
+
+    monkeypatch.setattr(checked_files, "xxh3_64_hexdigest", digest)
+    sizes = {(0, 100): [64, 64], (100, 130): [64, 64], (64, 202): [64, 64, 10], (0, 202): [64, 64, 64, 10]}
+    held, other = CheckedFile(tmp_path, writer.facts), CheckedFile(tmp_path, writer.facts)
+    held.hold()
+    for once in (True, False):
+        for (start, stop), expected in sizes.items():
+            for file, own in ((held, expected if once and stop - start < 200 else []), (other, expected)):
+                compared.clear()
+                assert file.read(start, stop) == content[start:stop] and compared == own
+    compared.clear()
+    assert held.read(64, 64) == b"" and held.damaged_blocks() == [] and compared == [64, 64, 64, 10]
+    with open(tmp_path / "file", "r+b") as file:  # what was compared is gone
+        file.truncate(150)
+    assert held.read(70, 120) == content[70:120]
+    with pytest.raises(DamagedFileError, match=r"is damaged in bytes 128 to 150"):
+        held.read(70, 151)
+
+
 @pytest.mark.parametrize("size", [0, 63, 64, 65, 128])
 def test_a_block_has_a_checksum_and_what_is_not_there_has_none(tmp_path, small_blocks, size):
     with write_checked(tmp_path / "file") as file:
