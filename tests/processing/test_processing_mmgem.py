@@ -509,6 +509,7 @@ def test_round_trip(tmp_path):
         "processing_mmgem",
         "sentence_transformers_inputs",
         "sentence_transformers_mmgem",
+        "token_batches",
         "url_fetching",
     }
     assert {path.stem for path in tmp_path.glob("*.py")} == code
