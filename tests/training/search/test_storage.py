@@ -269,9 +269,10 @@ def test_updates_go_by_the_rules_of_windows(facts, tmp_path, windows, monkeypatc
     assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["embedding-3.npy", "memory-3.npy"]
     # Somebody reads the manifest at the moment, and is done soon; or is not.
     manifest = open(tmp_path / MANIFEST)
-    monkeypatch.setattr(checked_files.time, "sleep", lambda seconds: manifest.close())
+    pauses = []
+    monkeypatch.setattr(checked_files.time, "sleep", lambda seconds: (pauses.append(seconds), manifest.close()))
     write(tmp_path, facts, version=4)
-    assert read_index(tmp_path, "index").version == 4
+    assert read_index(tmp_path, "index").version == 4 and pauses == [checked_files.REPLACING_PAUSE]
     with open(tmp_path / MANIFEST), pytest.raises(PermissionError):
         write(tmp_path, facts, version=5)
     assert read_index(tmp_path, "index").version == 4
@@ -365,7 +366,13 @@ def test_a_block_of_a_held_file_is_compared_once(tmp_path, small_blocks, monkeyp
         return own(block)
 
     monkeypatch.setattr(checked_files, "xxh3_64_hexdigest", digest)
-    sizes = {(0, 100): [64, 64], (100, 130): [64, 64], (64, 202): [64, 64, 10], (0, 202): [64, 64, 64, 10]}
+    sizes = {
+        (70, 120): [64],
+        (0, 100): [64, 64],
+        (100, 130): [64, 64],
+        (64, 202): [64, 64, 10],
+        (0, 202): [64, 64, 64, 10],
+    }
     held, other = CheckedFile(tmp_path, writer.facts), CheckedFile(tmp_path, writer.facts)
     held.hold()
     for once in (True, False):
