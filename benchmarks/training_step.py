@@ -19,6 +19,7 @@ class TrainingStep:
 
     def __init__(self, model: nn.Module, loss: Callable[[], torch.Tensor], bf16: bool = False):
         self.model, self.loss, self.bf16 = model, loss, bf16
+        self.device = next(model.parameters()).device
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
@@ -28,13 +29,13 @@ class TrainingStep:
         self.optimizer.zero_grad()
 
     def forward_backward(self):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.loss()
         loss.backward()
 
     def peak_memory(self) -> int:
         """Bytes that forward and backward need at most, gradients included."""
-        highest = peak_memory(self.forward_backward)
+        highest = peak_memory(self.forward_backward, str(self.device))
         self.optimizer.zero_grad()
         return highest
 

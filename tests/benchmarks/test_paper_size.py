@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from benchmarks.paper_size import gemm_rate, joint_steps, measured, paper_setting, uses
-from benchmarks.setting import build_batch, build_model, micro_setting
+from benchmarks.paper_size import gemm_rate, joint_steps, measured, uses
+from benchmarks.setting import build_batch, build_model, micro_setting, paper_setting
 
 pytestmark = pytest.mark.slow
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 def test_every_kind_of_work_is_measured_at_every_batch_size():
     ceiling = gemm_rate(CPU, torch.float32, 64, 1)
 
     def measure(name, size, step):
-        return measured(name, size, step, 1, ceiling)
+        return measured(name, size, step, 1, ceiling, CPU)
 
     setting = micro_setting()
     model = build_model(setting)
@@ -35,7 +35,7 @@ def test_a_batch_that_does_not_fit_leaves_the_others():
     def step():
         raise torch.OutOfMemoryError
 
-    assert measured("joint step", 8, step, 1, 1.0)[:3] == ("joint step", 8, "out of memory")
+    assert measured("joint step", 8, step, 1, 1.0, CPU)[:3] == ("joint step", 8, "out of memory")
 
 
 def test_the_towers_are_those_of_the_paper():
