@@ -3,8 +3,8 @@
     python -m benchmarks.paper_size
 
 Prints how the joint step, the embedding of images and texts, and the writing of captions grow with the batch: time,
-FLOP/s, the share of what the machine reaches in one large matrix product (MFU), and the memory that a step takes beside
-weights and optimizer. Times are medians of steps that the accelerator has finished.
+FLOP/s, the share of what the machine reaches in one large matrix product (MFU), and memory beside that of weights and
+optimizer. Times are medians of steps that the accelerator has finished.
 """
 
 import statistics

@@ -126,14 +126,14 @@ def embed_texts(model, processor, texts: Sequence[str], batch_tokens: int | None
     parts = []
     with inference(model):
         for batch in batches if len(batches) == 1 else tqdm(batches, desc="texts", unit="batch", leave=False):
-            inputs = _padded([ids[row] for row in batch], processor.tokenizer.pad_token_id or 0)
+            inputs = padded([ids[row] for row in batch], processor.tokenizer.pad_token_id or 0)
             parts.append(unit(model.get_text_features(**to_model(model, inputs)).pooler_output))
     return restore(parts, batches)
 
 
-def _padded(ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Token ids as (B, L), with their mask."""
-    rows = [torch.tensor(own, dtype=torch.long) for own in ids]
+def padded(ids: Sequence[Any], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
+    """Returns the token ids of B texts as (B, L), padded on the right, with their mask."""
+    rows = [torch.as_tensor(own, dtype=torch.long) for own in ids]
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return {"input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id), "attention_mask": mask}
 

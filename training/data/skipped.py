@@ -15,6 +15,7 @@ from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.data.rows import images_of
 
 if TYPE_CHECKING:
+    from mmgem.training.data.sources import Source
     from mmgem.training.distributed import Share  # whose module takes seconds to import
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,22 @@ class SkippedLog:
                     continue  # the machine went down while it was written
                 skipped.add((entry["source"], entry["key"]))
         return dict(Counter(source for source, _ in sorted(skipped)))
+
+
+def readable_texts(source: "Source", places: Iterable[int] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields rows of a source, by their numbers, without images and without those that cannot be read.
+
+    Those are not noted: the mixture does, and takes other ones, once they are to be trained.
+
+    Args:
+        source: A source with a length.
+        places: The numbers of the rows; by default those of all.
+    """
+    for index in range(len(source)) if places is None else places:  # type: ignore[arg-type]
+        try:
+            yield source.texts(index)
+        except UNREADABLE:
+            continue
 
 
 def readable_rows(

@@ -5,15 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
+from mmgem.processing.token_batches import batches_of_tokens, tokens_at_a_time
 from mmgem.training.data.drawn_texts import DrawnText
 from mmgem.training.data.feature_cache import FeatureCache, weights_digest
-from mmgem.training.data.skipped import UNREADABLE
+from mmgem.training.data.skipped import readable_texts
 from mmgem.training.data.sources import Source
-from mmgem.training.inference import inference
+from mmgem.training.inference import inference, padded, to_model
 
-_TEXTS_AT_ONCE = 64
 _TEXTS_OF_A_FILE = 4096  # what a killed run loses
 # The parts that train with states of texts in place of the language model; all others have no part in the loss.
 _TRAINED = ("pool_aggregator", "image_projection", "text_projection", "image_vectors", "logit_scale", "logit_bias")
@@ -110,17 +109,14 @@ def fill_texts(
         rows = collator.tokenize([DrawnText(text, is_generated=False) for text in batch])
         ids = [own[mask.bool()] for own, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)]
         missing |= {key: own for key, own in zip(text_keys(rows), ids, strict=True) if key not in cache}
-    own_keys = sorted(sorted(missing)[part::parts], key=lambda key: len(missing[key]))
+    own_keys, batch_tokens = sorted(missing)[part::parts], tokens_at_a_time(model.device)
     for file in _batches(own_keys, _TEXTS_OF_A_FILE):
         states: dict[str, torch.Tensor] = {}
-        for keys in _batches(file, _TEXTS_AT_ONCE):
-            ids = [missing[key] for key in keys]
-            inputs = {
-                "input_ids": pad_sequence(ids, batch_first=True),
-                "attention_mask": pad_sequence([torch.ones_like(own) for own in ids], batch_first=True),
-            }
+        for batch in batches_of_tokens([len(missing[key]) for key in file], batch_tokens):
+            keys = [file[row] for row in batch]
+            inputs = to_model(model, padded([missing[key] for key in keys]))
             with inference(model):
-                features = model.get_text_features(**{name: value.to(model.device) for name, value in inputs.items()})
+                features = model.get_text_features(**inputs)
             states |= dict(zip(keys, features.last_hidden_state.float().cpu(), strict=True))  # (k, H) each
         cache.add(states)
     return CachedTexts(cache, tuple(model.embedding_tokens.shape))
@@ -129,11 +125,8 @@ def fill_texts(
 def _texts_of(source: Source, collator) -> Iterator[str]:
     if not isinstance(source, Sized):
         raise ValueError(f"`cache_features` is given, but {source.name} is a stream; expected none.")
-    for index in range(len(source)):
-        try:
-            yield from collator.embeddable_texts(source.texts(index))
-        except UNREADABLE:
-            continue  # the mixture notes it, and takes another one
+    for row in readable_texts(source):
+        yield from collator.embeddable_texts(row)
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mmgem.training.data.feature_cache import (
 )
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.open_source import open_source
-from mmgem.training.data.skipped import UNREADABLE, SkippedLog
+from mmgem.training.data.skipped import SkippedLog, readable_texts
 from mmgem.training.data.sources import Source
 from mmgem.training.data.text_cache import CachedTexts, check_frozen_texts, fill_texts, text_maker
 from mmgem.training.data.text_coverage import TEXTS_READ, warn_uncovered
@@ -82,15 +82,7 @@ def warn_of_languages(tokenizer, sources: Sequence[Source]) -> None:
     for source in sources:
         if isinstance(source, Sized):
             places = range(0, len(source), max(1, len(source) // TEXTS_READ))
-            warn_uncovered(tokenizer, _readable(source, places), source.name)
-
-
-def _readable(source: Source, places: Iterable[int]) -> Iterator[dict[str, Any]]:
-    for index in places:
-        try:
-            yield source.texts(index)
-        except UNREADABLE:
-            continue  # the mixture notes it, and takes another one
+            warn_uncovered(tokenizer, readable_texts(source, places), source.name)
 
 
 def stage_rows(

@@ -11,7 +11,7 @@ from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.rows import CAPTION_COLUMNS
-from mmgem.training.data.skipped import UNREADABLE
+from mmgem.training.data.skipped import readable_texts
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.recipes.recipe import Recipe, Stage
 from mmgem.training.recipes.tokenizer import train_tokenizer
@@ -175,15 +175,7 @@ def _all_texts(rows: Mixture) -> Iterator[str]:
     """The texts of all rows of the sources of a mixture, or, of a stream, those of its first rows."""
     if rows.has_streams:
         return _texts(rows.texts(row) for row in range(min(len(rows), TOKENIZER_TRAINING_ROWS)))
-    return _texts(row for source in rows.sources for row in _readable(source))
-
-
-def _readable(source) -> Iterator[Mapping]:
-    for index in range(len(source)):
-        try:
-            yield source.texts(index)
-        except UNREADABLE:
-            continue  # the mixture notes it, and takes another one
+    return _texts(row for source in rows.sources for row in readable_texts(source))
 
 
 def _fresh_model(recipe: Recipe, rows: Mixture | None) -> tuple[MMGEMModel, MMGEMProcessor]:
