@@ -130,7 +130,7 @@ def trim_tokenizer(tokenizer, texts: Iterable[str], vocab_size: int) -> tuple[An
             f"`trim_vocabulary` is {vocab_size}; expected at least {len(kept)}, for single characters and special "
             "tokens."
         )
-    for token, _ in _count_tokens(tokenizer, texts).most_common():
+    for token, _ in _count_tokens(backend, texts).most_common():
         closure = _closure(token, parts, kept)
         if len(kept) + len(closure) <= vocab_size:
             kept |= closure
@@ -186,12 +186,13 @@ def trim_vocabulary(language_model: PreTrainedModel, old_ids: list[int]) -> None
                 setattr(settings, name, new_ids.get(value))
 
 
-def _count_tokens(tokenizer, texts: Iterable[str]) -> Counter:
+def _count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter:
     counts: Counter = Counter()
     texts = iter(texts)
     while some := list(islice(texts, _TEXTS_AT_ONCE)):
-        for text in dict.fromkeys([*some, *(text.lower() for text in some)]):
-            counts.update(tokenizer.tokenize(text))
+        both = list(dict.fromkeys([*some, *(text.lower() for text in some)]))
+        for encoding in tokenizer.encode_batch(both, add_special_tokens=False):
+            counts.update(encoding.tokens)
     return counts
 
 
