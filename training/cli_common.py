@@ -53,6 +53,12 @@ def start(is_quiet: bool) -> None:
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
+def share_cores() -> None:
+    """Before torch is imported: lets the threads of a model sleep where they wait for each other, as others decode
+    pictures meanwhile. Waiting in a loop, as OpenMP does otherwise, took more of the processor than all else."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @contextmanager
 def work(wait: bool = False) -> Iterator[None]:
     """While a command works, stdout is kept for its answer, and libraries say only what a user needs.

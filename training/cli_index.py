@@ -24,6 +24,7 @@ from mmgem.training.cli_common import (
     load_model,
     path,
     report_skipped,
+    share_cores,
     work,
     write_table,
 )
@@ -98,6 +99,7 @@ def index(
     """
     memory, parts = _memory(with_memory), _regions(regions)
     folder, names = folder_and_names(folder)
+    share_cores()
     with work(wait):
         from mmgem.training.search.building import build_index
 

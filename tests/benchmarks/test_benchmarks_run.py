@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from starlette.testclient import TestClient
 
 from benchmarks import (
@@ -25,6 +26,7 @@ from benchmarks import (
     vector_engines,
 )
 from benchmarks.setting import build_batch, build_model, micro_setting
+from mmgem.processing import save_sentence_transformer
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.serving.app import create_app
 
@@ -111,10 +113,15 @@ def test_indexing(tmp_path, tiny_model, tiny_processor):
     indexing.write_photographs(folder, 6, (0.01, 0.02))
     contents = {path.read_bytes() for path in folder.iterdir()}
     assert len(contents) == 6
-    rows = rows_of(indexing.compare(tiny_model, tiny_processor, folder, rounds=2))
-    names = [indexing.DECODING, indexing.MODEL, indexing.INDEX, indexing.AFTER, indexing.BOTH]
-    assert [row[0] for row in rows] == names
-    assert max(float(row[2]) for row in rows[:2]) >= 1 > float(rows[-1][2])
+    save_sentence_transformer(tiny_model, tiny_processor, tmp_path / "checkpoint")
+    encoder = SentenceTransformer(str(tmp_path / "checkpoint"), trust_remote_code=True, device="cpu")
+    rows = {
+        name: list(map(float, (*row[:3], *row[4:]))) for name, *row in rows_of(indexing.compare(encoder, folder, 2))
+    }
+    assert list(rows)[:4] == [indexing.DECODING, indexing.MODEL, indexing.BOTH, indexing.INDEX] and len(rows) == 7
+    assert max(rows[indexing.DECODING][1], rows[indexing.MODEL][1]) >= 1 > rows[indexing.BOTH][1]
+    assert rows[indexing.BOTH][2] == rows[indexing.BOTH][4] == rows[indexing.MODEL][5] == 1
+    assert rows[indexing.INDEX][3] > rows[indexing.AFTER][3]
 
 
 def test_a_fused_embedding_costs_its_emb_vectors_more_than_the_prefill():

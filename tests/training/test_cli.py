@@ -107,6 +107,15 @@ def test_what_was_indexed_is_found(checkpoint, gallery, tmp_path):
     assert len(run(*both, "--top", 3).stdout.splitlines()) == 3
 
 
+def test_threads_sleep_where_an_index_is_made_unless_told_otherwise(tmp_path, monkeypatch):
+    """Before torch is imported, which reads it once; see also that `--help` does not import it."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    for policy in ("ACTIVE", "PASSIVE"):
+        run("index", tmp_path / "nowhere", "--model", "m", "--out", tmp_path / "index", exit_code=1)
+        assert os.environ["OMP_WAIT_POLICY"] == policy
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+
+
 @pytest.fixture
 def multi_vector_checkpoint(tiny_processor, tmp_path):
     build_multi_vector_model(4, prompts={"query": "Find "}).save_pretrained(tmp_path / "model")
