@@ -108,7 +108,7 @@ def trim_tokenizer(tokenizer, texts: Iterable[str], vocab_size: int) -> tuple[An
     Raises:
         ValueError: If the tokenizer is no BPE, or `vocab_size` leaves no room for the characters and special tokens.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     content = {} if backend is None else json.loads(backend.to_str())
     if content.get("model", {}).get("type") != "BPE":
         kind = content.get("model", {}).get("type", type(tokenizer).__name__)
