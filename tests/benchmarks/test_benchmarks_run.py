@@ -5,6 +5,7 @@ import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -28,6 +29,7 @@ from benchmarks import (
 from benchmarks.setting import build_batch, build_model, micro_setting
 from mmgem.processing import save_sentence_transformer
 from mmgem.training.loading import load_checkpoint
+from mmgem.training.search import inverted_lists
 from mmgem.training.serving.app import create_app
 
 
@@ -150,13 +152,36 @@ def test_the_prefill_is_what_the_fused_embedding_contains():
     torch.testing.assert_close(model.get_output_embeddings()(prefill[:, -1:]), logits)
 
 
-@pytest.mark.parametrize("engine", ["faiss-exact", "faiss-ivf-sq8", "usearch-i8"])
+@pytest.mark.parametrize("engine", ["mmgem", "faiss-exact", "faiss-ivf-sq8", "usearch-i8"])
 def test_vector_engines(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(vector_engines, "open_anew", lambda name, folder, query, effort: 0.5)  # in a new process
+    def build_here(name, folder, limit):
+        vector_engines.ENGINES[name].build(np.load(tmp_path / "vectors.npy"), folder)
+        return 2.0, 1.0
+
+    monkeypatch.setattr(inverted_lists, "EXACT_BELOW", 1000)  # so that ours has lists, too
+    monkeypatch.setattr(vector_engines, "build_anew", build_here)  # and not in new processes
+    monkeypatch.setattr(vector_engines, "open_anew", lambda name, folder, query, effort: 0.5)
     table = vector_engines.compare([engine], images=2000, dimensions=48, queries=20, aim=0.9, folder=tmp_path)
-    [[name, _, size, opened, _, like_images, like_texts, *milliseconds]] = rows_of(table)
+    [[name, _, _, size, opened, _, like_images, like_texts, *milliseconds]] = rows_of(table)
     assert name == engine and opened == "0.50" and not list(tmp_path.glob(engine))
     assert min(float(like_images), float(like_texts)) >= 0.9 and all(float(one) >= 0 for one in milliseconds)
+
+
+def test_an_engine_that_takes_too_long_to_build_has_a_row_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(vector_engines, "build_anew", lambda name, folder, limit: None)
+    arguments = {"images": 1000, "dimensions": 48, "queries": 2, "aim": 0.9, "folder": tmp_path}
+    [row] = rows_of(vector_engines.compare(["faiss-exact"], **arguments, limit=7))
+    assert row[:3] == ["faiss-exact", "not built in", "7"] and len(row) == len(vector_engines.HEADER)
+
+
+@pytest.mark.slow
+def test_a_process_that_builds_ends_at_its_limit(tmp_path):
+    place = tmp_path / "faiss-hnsw-sq8"
+    place.mkdir()
+    vectors = np.random.default_rng(0).standard_normal((40_000, 96), dtype=np.float32)
+    np.save(tmp_path / "vectors.npy", vectors)
+    assert vector_engines.build_anew("faiss-hnsw-sq8", place, limit=1) is None
+    assert len(vector_engines.build_anew("faiss-exact", place, limit=60)) == 2
 
 
 def test_search():
