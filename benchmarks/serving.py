@@ -1,10 +1,11 @@
 """The load that `mmgem serve` holds.
 
-    python -m benchmarks.serving [--clients 16] [--seconds 10]
+    python -m benchmarks.serving [--clients 1 --clients 4 --clients 16 --clients 64] [--seconds 8]
 
-Prints requests a second and their latency for one text and for one image a request, from one client and from several
-at a time, beside the same inputs embedded one after the other in a bare loop without a server. The server is a process
-of its own, the clients are threads of this one, on the same machine.
+Prints requests a second and their latency for one text and for one image a request, from so many clients at a time, by
+a server that puts inputs that wait into batches and by one that does not (`--batch-size 1`), beside the same inputs
+embedded one after the other in a bare loop without a server. The server is a process of its own, the clients are
+threads of this one, on the same machine.
 """
 
 import base64
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -29,13 +30,16 @@ from mmgem.training.loading import load_checkpoint
 from mmgem.training.scenes.dataset import SceneDataset
 
 TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
-HEADER = ("one request", "how", "requests/s", "of the bare loop", "median ms", "95% ms")
+CLIENTS = (1, 4, 16, 64)
+LIMITS = httpx2.Limits(max_connections=None)  # or clients would wait for each other
+SERVERS = {"batched": (), "one by one": ("--batch-size", "1")}
+HEADER = ("one request", "server", "clients", "requests/s", "of the bare loop", "median ms", "99% ms")
 
 
 @contextmanager
-def serve(model: Path, port: int) -> Iterator[str]:
+def serve(model: Path, port: int, options: Sequence[str]) -> Iterator[str]:
     """The address of a server in a process of its own."""
-    command = [sys.executable, "-m", "mmgem.training.cli", "serve", str(model), "--port", str(port)]
+    command = [sys.executable, "-m", "mmgem.training.cli", "serve", str(model), "--port", str(port), *options]
     address = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
@@ -74,7 +78,7 @@ def latencies(ask: Callable[[int], object], clients: int, seconds: float) -> tup
     return len(times) / (time.perf_counter() - start), times
 
 
-def compare(model: Path, clients: int, seconds: float, port: int) -> str:
+def compare(model: Path, clients: Sequence[int], seconds: float, port: int) -> str:
     """The table of the benchmark, as markdown."""
     scenes = SceneDataset(0, 32)
     rows = [scenes[number] for number in range(32)]
@@ -85,22 +89,29 @@ def compare(model: Path, clients: int, seconds: float, port: int) -> str:
         "an image": lambda number: embed_images(loaded, processor, [images[number % 32]]),
     }
     inputs = {"a text": texts, "an image": [_data_uri(image) for image in images]}
+    rates = {}
+    for kind, call in bare.items():
+        call(0)
+        rates[kind, "none", 1] = latencies(call, 1, seconds)
+    for server, options in SERVERS.items():
+        with (
+            serve(model, port, options) as address,
+            httpx2.Client(base_url=address, timeout=60, limits=LIMITS) as http,
+        ):
+
+            def ask(own: list[str], number: int) -> None:
+                body = {"input": own[number % 32], "encoding_format": "base64"}
+                http.post("/v1/embeddings", json=body).raise_for_status()
+
+            for kind, own in inputs.items():
+                ask(own, 0)
+                for count in clients:
+                    rates[kind, server, count] = latencies(partial(ask, own), count, seconds)
     table = []
-    with serve(model, port) as address, httpx2.Client(base_url=address, timeout=60) as http:
-
-        def ask(own: list[str], number: int) -> None:
-            body = {"input": own[number % 32], "encoding_format": "base64"}
-            http.post("/v1/embeddings", json=body).raise_for_status()
-
-        for kind, call in bare.items():
-            asked = partial(ask, inputs[kind])
-            call(0), asked(0)
-            rates = {"bare loop": latencies(call, 1, seconds), "one client": latencies(asked, 1, seconds)}
-            rates[f"{clients} clients"] = latencies(asked, clients, seconds)
-            for how, (rate, times) in rates.items():
-                ratio, slow = rate / rates["bare loop"][0], sorted(times)[int(0.95 * len(times))]
-                milliseconds = [f"{1000 * value:.0f}" for value in (statistics.median(times), slow)]
-                table.append((kind, how, f"{rate:.1f}", f"{ratio:.2f}", *milliseconds))
+    for (kind, server, count), (rate, times) in sorted(rates.items(), key=lambda item: item[0][0] != "a text"):
+        ratio, slow = rate / rates[kind, "none", 1][0], sorted(times)[int(0.99 * len(times))]
+        milliseconds = [f"{1000 * value:.0f}" for value in (statistics.median(times), slow)]
+        table.append((kind, server, str(count), f"{rate:.1f}", f"{ratio:.2f}", *milliseconds))
     return markdown_table(HEADER, table)
 
 
@@ -111,8 +122,8 @@ def _data_uri(image) -> str:
 
 
 def main(
-    clients: Annotated[int, typer.Option(min=1, help="At a time.")] = 16,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each figure.")] = 10,
+    clients: Annotated[list[int], typer.Option(min=1, help="At a time.")] = list(CLIENTS),
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each figure.")] = 8,
     model: Annotated[Path, typer.Option(help="Folder of a checkpoint.")] = TINY,
     port: Annotated[int, typer.Option(help="That is free.")] = 8765,
 ):

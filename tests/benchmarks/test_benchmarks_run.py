@@ -208,13 +208,13 @@ def test_serving(monkeypatch):
     """A server in this process, where the benchmark starts one of its own."""
 
     @contextmanager
-    def serve(model, port):
+    def serve(model, port, options):
         with TestClient(create_app("tiny", *load_checkpoint(model))) as client:
             monkeypatch.setattr(serving.httpx2, "Client", lambda **options: nullcontext(client))
             yield ""
 
     monkeypatch.setattr(serving, "serve", serve)
-    rows = rows_of(serving.compare(serving.TINY, clients=2, seconds=0.05, port=0))
-    ways = ("bare loop", "one client", "2 clients")
-    assert [tuple(row[:2]) for row in rows] == [(kind, how) for kind in ("a text", "an image") for how in ways]
-    assert all(float(row[2]) > 0 for row in rows) and rows[0][3] == rows[3][3] == "1.00"
+    rows = rows_of(serving.compare(serving.TINY, clients=(1, 2), seconds=0.05, port=0))
+    ways = [("none", "1"), *((server, count) for server in serving.SERVERS for count in ("1", "2"))]
+    assert [tuple(row[:3]) for row in rows] == [(kind, *way) for kind in ("a text", "an image") for way in ways]
+    assert all(float(row[3]) > 0 for row in rows) and rows[0][4] == rows[5][4] == "1.00"
