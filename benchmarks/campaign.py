@@ -1,11 +1,13 @@
-"""Kills, full disks, power cuts, folders that are away, doubled jobs and corruptions, over `index` and `caption`.
+"""Kills, full disks, power cuts, folders that are away, doubled jobs and corruptions, over `index`, `caption`, `demo`,
+`push` and `serve`.
 
     python -m benchmarks.campaign --write docs/reliability.md
 
 A run is forked for each trial, so that whatever becomes of it, the next one begins as it did. The moments of a run are
 its operations on files: each that opens one to write, brings one to the disk, renames, deletes or makes one. There the
 run is killed, or killed with the power cut (what was not brought to the disk becomes zeros from some byte on), or the
-disk is full. Then the same command is run again, and has to leave what an undisturbed run leaves.
+disk is full. Then the same command is run again, and has to leave what an undisturbed run leaves. The index has lists,
+as one of many vectors has. What meets a network is in `campaign_network`.
 
 Embeddings and captions are of `mmgem-tiny`, which computes them once; trials look them up.
 """
@@ -21,204 +23,41 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from mmgem.training import captioning
-from mmgem.training.captioning import caption_folder
-from mmgem.training.inference import embed_and_remember, generate_captions
-from mmgem.training.loading import load_checkpoint
-from mmgem.training.scenes.dataset import SceneDataset
-from mmgem.training.search import building, item_embedder
+from benchmarks import campaign_jobs
+from benchmarks.campaign_jobs import (
+    CAPTIONS,
+    DEMO,
+    INDEX,
+    INDEX_FILES,
+    OLDER,
+    REFERENCE,
+    WRONG,
+    Jobs,
+    Moments,
+    attempt,
+    cut_power,
+    fill_disk,
+    fork,
+    kill,
+)
+from benchmarks.campaign_network import DISTURBANCES, disturb_push, end_server
+from mmgem.training.search import building
 from mmgem.training.search.building import build_index
 from mmgem.training.search.checked_files import DamagedFileError
-from mmgem.training.search.fingerprint import Fingerprint
-from mmgem.training.search.index import SearchIndex
 from mmgem.training.search.storage import MANIFEST, UNFINISHED, read_index, verify_index
 
-TINY = Path(__file__).parent.parent / "model_cards" / "mmgem-tiny"
-IMAGES, BATCH_SIZE, ROWS_PER_PART = 24, 4, 8
-DOUBLED = 20  # pairs of jobs, and updates while a folder is away
-TIMEOUT = 120  # seconds that a trial may take
-_OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
-WRONG = "wrong"
-
-
-class Moments:
-    """Counts the operations on files of this process, and acts at one of them, before it happens.
-
-    Args:
-        at: The number of the operation; None for none.
-        act: What is done there.
-    """
-
-    def __init__(self, at: int | None = None, act: Callable[["Moments"], None] = lambda moments: None):
-        self.at, self.act, self.count = at, act, 0
-        self.unsynced: set[str] = set()
-        self._fsync = os.fsync
-        os.fsync = self._sync  # type: ignore[assignment]
-        sys.addaudithook(self._hear)
-
-    def _hear(self, event: str, arguments: tuple) -> None:
-        is_opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and "/dev/" not in str(arguments[0])
-        if is_opened or event in _OPERATIONS:
-            self._meet()
-            if is_opened:
-                self.unsynced.add(str(arguments[0]))
-
-    def _sync(self, number: int) -> None:
-        self._meet()
-        self._fsync(number)
-        self.unsynced.discard(os.readlink(f"/proc/self/fd/{number}"))
-
-    def _meet(self) -> None:
-        self.count += 1
-        if self.count - 1 == self.at:
-            self.act(self)
-
-
-def kill(moments: Moments) -> None:
-    """Ends the process, as `kill -9` does."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def cut_power(moments: Moments) -> None:
-    """Ends the process, and leaves zeros from some byte on where nothing was brought to the disk."""
-    chance = random.Random(moments.count)
-    for path in filter(os.path.exists, moments.unsynced):
-        size = os.path.getsize(path)
-        os.truncate(path, chance.randrange(size + 1))
-        os.truncate(path, size)
-    kill(moments)
-
-
-def fill_disk(moments: Moments) -> None:
-    """Lets the operation fail."""
-    raise OSError(28, "No space left on device")
-
-
-def attempt(task: Callable[[], Any]) -> Any:
-    """The result of a task, or its error as `{"error": type, "message": text}`."""
-    try:
-        return task()
-    except BaseException as error:
-        return {"error": type(error).__name__, "message": str(error)}
-
-
-def fork(task: Callable[[], Any]) -> Callable[[], tuple[int, Any]]:
-    """Starts a task in a process of its own.
-
-    Returns:
-        A function that waits for it, and returns the signal that ended it, or 0, and what `attempt` returned.
-    """
-    descriptor, path = tempfile.mkstemp()
-    os.close(descriptor)
-    child = os.fork()
-    if child == 0:
-        gc.disable()
-        signal.alarm(TIMEOUT)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        Path(path).write_text(json.dumps(attempt(task)))
-        os._exit(0)
-
-    def wait() -> tuple[int, Any]:
-        status = os.waitpid(child, 0)[1]
-        text = Path(path).read_text()
-        os.unlink(path)
-        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, json.loads(text) if text else None
-
-    return wait
-
-
-class Jobs:
-    """The commands that are disturbed, over one gallery.
-
-    Args:
-        root: A folder for everything.
-    """
-
-    def __init__(self, root: Path):
-        self.root, self.images = root, root / "images"
-        self.model, self.processor = load_checkpoint(str(TINY), device="cpu")
-        for number, row in enumerate(SceneDataset(8_000_000, IMAGES, columns=["image"])):
-            path = self.images / ("" if number % 3 else "disk/deep") / f"{number:02}.{'jpg' if number % 2 else 'png'}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            row["image"].save(path)
-        self._remember()
-        self.index(root / "reference")
-        self.captions(root / "reference.jsonl")
-        self.caption_lines = (root / "reference.jsonl").read_bytes()
-        self.hits = self.search(root / "reference")
-
-    def index(self, out: Path) -> int:
-        """How many images an index job embeds."""
-        return build_index(self.images, self.model, self.processor, out, BATCH_SIZE, memory=1).embedded
-
-    def captions(self, out: Path) -> int:
-        """How many images a caption job captions."""
-        return caption_folder(self.images, self.model, self.processor, out, batch_size=BATCH_SIZE).captioned
-
-    def search(self, out: Path) -> list:
-        """What is found, and the memory of it."""
-        index = SearchIndex.load(out, self.model, self.processor)
-        hits = index.search("a red star", top=5)
-        names = [hit.path.name for hit in hits]
-        return [names, [round(hit.score, 4) for hit in hits], np.asarray(index.memory([hits[0].row])).tolist()]
-
-    def is_as_undisturbed(self, out: Path) -> bool:
-        """Whether an index or a file of captions is what a run leaves that was not disturbed."""
-        if out.suffix == ".jsonl":
-            return out.read_bytes() == self.caption_lines
-        rows, reference = (read_index(place, "out").rows for place in (out, self.root / "reference"))
-        assert rows is not None and reference is not None
-        names = {path.name.partition("-")[0] for path in out.iterdir()}
-        return (
-            names == {"embedding", "memory", "probes", "rows", MANIFEST}
-            and not verify_index(out).damaged
-            and not out.with_name(f"{out.name}.lock").exists()
-            and rows.table.equals(reference.table)
-            and all(np.allclose(rows.arrays[name][:], reference.arrays[name][:], atol=1e-5) for name in rows.arrays)
-        )
-
-    def _remember(self) -> None:
-        """Lets the model compute everything once, and the jobs take it from there."""
-        known: dict[bytes, tuple[torch.Tensor, torch.Tensor, str]] = {}
-
-        def look_up(images: Sequence[Image.Image]) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
-            for image in images:
-                if image.tobytes() not in known:
-                    states = embed_and_remember(self.model, self.processor, [image])
-                    caption = generate_captions(self.model, self.processor, [image])[0]
-                    known[image.tobytes()] = (states.image_embeds, states.memory, caption)
-            return [known[image.tobytes()] for image in images]
-
-        def embed(model, processor, images):
-            embeds, memories, _ = zip(*look_up(images), strict=True)
-            return torch.cat(embeds), None, torch.cat(memories)
-
-        item_embedder.embed_and_remember = embed  # type: ignore[assignment]
-        captioning.generate_captions = lambda model, processor, images: [caption for *_, caption in look_up(images)]
-        item_embedder.ROWS_PER_PART = ROWS_PER_PART
-        take, fingerprints = Fingerprint.take, {}
-
-        def take_once(model, processor, kinds):
-            kinds = tuple(kinds)
-            if kinds not in fingerprints:
-                fingerprints[kinds] = take(model, processor, kinds)
-            return fingerprints[kinds]
-
-        Fingerprint.take = staticmethod(take_once)  # type: ignore[method-assign, assignment]
+DOUBLED = 20  # pairs of jobs, updates while a folder is away, and servers that are ended
 
 
 def disturb(jobs: Jobs, name: str, prepare: Callable[[Path], None], act, most: int) -> Counter:
     """Disturbs a job at every moment, or as many as `most`, evenly spaced; runs it again each time."""
-    job = jobs.captions if name == "captions.jsonl" else jobs.index
     outcomes: Counter = Counter()
 
     def start(at: int | None) -> tuple[Path, tuple[int, Any]]:
@@ -229,7 +68,7 @@ def disturb(jobs: Jobs, name: str, prepare: Callable[[Path], None], act, most: i
 
         def run() -> int:
             moments = Moments(at, act)
-            job(out)
+            jobs.run(out)
             return moments.count
 
         return out, fork(run)()
@@ -238,7 +77,7 @@ def disturb(jobs: Jobs, name: str, prepare: Callable[[Path], None], act, most: i
     for at in sorted({round(step) for step in np.linspace(0, count - 1, min(count, most))}):
         out, (_, result) = start(at)
         was_stopped = result is None or (isinstance(result, dict) and "No space left" in result["message"])
-        status, again = fork(lambda out=out: [job(out), jobs.is_as_undisturbed(out)])()
+        status, again = fork(lambda out=out: [jobs.run(out), jobs.is_as_undisturbed(out)])()
         is_right = status == 0 and isinstance(again, list) and again[1]
         if not is_right:
             print(f"wrong at moment {at} of {count}: {result}, then {again}", file=sys.stderr)
@@ -268,7 +107,7 @@ _REFUSALS = (ValueError.__name__, DamagedFileError.__name__, FileNotFoundError._
 def corrupt_index(jobs: Jobs, kind: str, count: int, chance: random.Random) -> Counter:
     """An index with one file damaged: it is searched, verified, and brought up to date."""
     outcomes: Counter = Counter()
-    out = jobs.root / "index"
+    out = jobs.root / INDEX
 
     def search() -> list:
         return jobs.search(out)
@@ -277,12 +116,12 @@ def corrupt_index(jobs: Jobs, kind: str, count: int, chance: random.Random) -> C
         return list(verify_index(out).damaged)
 
     def update() -> list:
-        return [jobs.index(out), jobs.is_as_undisturbed(out)]
+        return [jobs.run(out), jobs.is_as_undisturbed(out)]
 
     for number in range(count):
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(jobs.root / "reference", out)
-        path = sorted(out.iterdir())[number % 5]
+        shutil.copytree(jobs.root / REFERENCE, out)
+        path = sorted(out.iterdir())[number % len(INDEX_FILES)]
         whole = path.read_bytes()
         path.write_bytes(corrupt(whole, kind, chance))
         is_changed = path.read_bytes() != whole
@@ -307,12 +146,12 @@ def corrupt_index(jobs: Jobs, kind: str, count: int, chance: random.Random) -> C
 def corrupt_parts(jobs: Jobs, kind: str, count: int, chance: random.Random) -> Counter:
     """What a killed run leaves, with one file damaged: the next run takes the rest from there."""
     outcomes: Counter = Counter()
-    out, kept = jobs.root / "index", jobs.root / "killed"
+    out, kept = jobs.root / INDEX, jobs.root / "killed"
     if not kept.exists():
 
         def run() -> None:
             building.merge = None  # type: ignore[assignment]
-            jobs.index(kept)
+            jobs.run(kept)
 
         fork(run)()
     for _ in range(count):
@@ -320,7 +159,7 @@ def corrupt_parts(jobs: Jobs, kind: str, count: int, chance: random.Random) -> C
         shutil.copytree(kept, out)
         path = chance.choice(sorted((out / UNFINISHED).iterdir()))
         path.write_bytes(corrupt(path.read_bytes(), kind, chance))
-        status, again = fork(lambda: [jobs.index(out), jobs.is_as_undisturbed(out)])()
+        status, again = fork(lambda: [jobs.run(out), jobs.is_as_undisturbed(out)])()
         is_mended = isinstance(again, list) and again[1]
         is_refused = isinstance(again, dict) and again["error"] in _REFUSALS and str(out) in again["message"]
         outcomes["as undisturbed" if is_mended else "refused by name" if is_refused else WRONG] += 1
@@ -331,16 +170,16 @@ def corrupt_parts(jobs: Jobs, kind: str, count: int, chance: random.Random) -> C
 def corrupt_captions(jobs: Jobs, kind: str, count: int, chance: random.Random) -> Counter:
     """Half of the captions, with something wrong in the file: they are gone on with, or refused."""
     outcomes: Counter = Counter()
-    out = jobs.root / "captions.jsonl"
-    lines = jobs.caption_lines.splitlines(keepends=True)
+    out = jobs.root / CAPTIONS
+    lines = (jobs.root / "reference" / CAPTIONS).read_bytes().splitlines(keepends=True)
     for _ in range(count):
-        out.write_bytes(corrupt(b"".join(lines[: IMAGES // 2]), kind, chance))
+        out.write_bytes(corrupt(b"".join(lines[: campaign_jobs.IMAGES // 2]), kind, chance))
         damaged = out.read_bytes()
-        status, again = fork(lambda: jobs.captions(out))()
+        status, again = fork(lambda: jobs.run(out))()
         is_refused = isinstance(again, dict) and again["error"] in _REFUSALS and str(out) in again["message"]
         names = [] if is_refused else [json.loads(line).get("file_name") for line in out.read_bytes().splitlines()]
         # A bit of the text of a caption, or of the name of an image, cannot be told from what was meant.
-        is_whole = is_refused or (len(names) == len(set(names)) and len(set(names)) >= IMAGES)
+        is_whole = is_refused or (len(names) == len(set(names)) and len(set(names)) >= campaign_jobs.IMAGES)
         outcomes["refused by name" if is_refused else "gone on with"] += 1
         outcomes[WRONG] += status != 0 or not is_whole or (is_refused and out.read_bytes() != damaged)
     return outcomes
@@ -349,10 +188,10 @@ def corrupt_captions(jobs: Jobs, kind: str, count: int, chance: random.Random) -
 def take_folders_away(jobs: Jobs, count: int, chance: random.Random) -> Counter:
     """Updates while folders cannot be listed, or are empty; then they are back."""
     outcomes: Counter = Counter()
-    out = jobs.root / "index"
+    out = jobs.root / INDEX
     for number in range(count):
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(jobs.root / "reference", out)
+        shutil.copytree(jobs.root / REFERENCE, out)
         name, is_emptied = chance.choice(["disk", "disk/deep"]), number % 2
         place, away = jobs.images / name, jobs.root / "away"
 
@@ -365,7 +204,7 @@ def take_folders_away(jobs: Jobs, count: int, chance: random.Random) -> Counter:
                 return scandir(path)
 
             os.scandir = listing  # type: ignore[assignment]
-            report = build_index(jobs.images, jobs.model, jobs.processor, out, BATCH_SIZE, memory=1)
+            report = build_index(jobs.images, jobs.model, jobs.processor, out, campaign_jobs.BATCH_SIZE, memory=1)
             return [report.images, report.embedded, [file.file_name for file in report.skipped]]
 
         if is_emptied:
@@ -375,8 +214,8 @@ def take_folders_away(jobs: Jobs, count: int, chance: random.Random) -> Counter:
         if is_emptied:
             place.rmdir()
             away.rename(place)
-        _, after = fork(lambda: [jobs.index(out), jobs.is_as_undisturbed(out)])()
-        is_right = during == [IMAGES, 0, [name]] and after == [0, True]
+        _, after = fork(lambda: [jobs.run(out), jobs.is_as_undisturbed(out)])()
+        is_right = during == [campaign_jobs.IMAGES, 0, [name]] and after == [0, True]
         outcomes["rows kept, folder named" if is_right else WRONG] += 1
     return outcomes
 
@@ -384,16 +223,18 @@ def take_folders_away(jobs: Jobs, count: int, chance: random.Random) -> Counter:
 def double(jobs: Jobs, name: str, count: int, chance: random.Random) -> Counter:
     """Two jobs at one output, one a moment after the other; a third goes on."""
     outcomes: Counter = Counter()
-    job, out = jobs.captions if name == "captions.jsonl" else jobs.index, jobs.root / name
+    out = jobs.root / name
     for _ in range(count):
         shutil.rmtree(out, ignore_errors=True)
         out.unlink(missing_ok=True)
-        waits = [fork(lambda: job(out))]
+        waits = [fork(lambda: jobs.run(out))]
         time.sleep(chance.uniform(0, 0.05))
-        waits.append(fork(lambda: job(out)))
+        waits.append(fork(lambda: jobs.run(out)))
         results = [wait()[1] for wait in waits]
         refused = [one for one in results if isinstance(one, dict) and one["error"] == "BlockingIOError"]
-        _, is_whole = fork(lambda: job(out) == 0 and jobs.is_as_undisturbed(out))()
+        _, is_whole = fork(
+            lambda: jobs.run(out) == (campaign_jobs.PHOTOGRAPHS if name == DEMO else 0) and jobs.is_as_undisturbed(out)
+        )()
         outcomes["one refused by name" if refused else "one after the other"] += 1
         outcomes[WRONG] += not is_whole or sum(isinstance(one, int) for one in results) + len(refused) != 2
     return outcomes
@@ -402,24 +243,24 @@ def double(jobs: Jobs, name: str, count: int, chance: random.Random) -> Counter:
 def read_while_updated(jobs: Jobs, seconds: float) -> Counter:
     """Loads an index over and over while it is updated over and over: it is always one that was finished."""
     outcomes: Counter = Counter()
-    out = jobs.root / "index"
+    out = jobs.root / INDEX
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(jobs.root / "reference", out)
+    shutil.copytree(jobs.root / REFERENCE, out)
 
     def update() -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             (jobs.images / "00b.png").symlink_to(jobs.images / "01.jpg")
-            jobs.index(out)
+            jobs.run(out)
             (jobs.images / "00b.png").unlink()
-            jobs.index(out)
+            jobs.run(out)
 
     wait, end = fork(update), time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             rows = read_index(out, "out").rows
             assert rows is not None
-            is_right = len(rows) in (IMAGES, IMAGES + 1) and not rows.damaged().any()
+            is_right = len(rows) in (campaign_jobs.IMAGES, campaign_jobs.IMAGES + 1) and not rows.damaged().any()
         except (OSError, ValueError):
             is_right = False
         outcomes["opened whole" if is_right else WRONG] += 1
@@ -455,18 +296,13 @@ def run(most: int, corruptions: int, seconds: float) -> list[tuple[str, int, Cou
 
         def older(out: Path) -> None:
             """An index without some images, and with one that is gone."""
-            shutil.copytree(jobs.root / "older", out)
+            shutil.copytree(jobs.root / OLDER, out)
 
-        hidden, extra = jobs.images / "disk", jobs.images / "gone.png"
-        hidden.rename(jobs.root / "hidden")
-        shutil.copy(jobs.images / "01.jpg", extra)
-        fork(lambda: jobs.index(jobs.root / "older"))()
-        extra.unlink()
-        (jobs.root / "hidden").rename(hidden)
         for what, name, prepare in [
-            ("index", "index", nothing),
-            ("index, an update", "index", older),
-            ("caption", "captions.jsonl", nothing),
+            ("index", INDEX, nothing),
+            ("index, an update", INDEX, older),
+            ("caption", CAPTIONS, nothing),
+            ("demo", DEMO, nothing),
         ]:
             for how, act in [("killed", kill), ("killed with the power cut", cut_power), ("disk full", fill_disk)]:
                 outcomes = disturb(jobs, name, prepare, act, most)
@@ -477,11 +313,14 @@ def run(most: int, corruptions: int, seconds: float) -> list[tuple[str, int, Cou
             add(f"index, not finished: {kind}", corrupt_parts(jobs, kind, share // 6, chance), share // 6)
             add(f"captions: {kind}", corrupt_captions(jobs, kind, share // 6, chance), share // 6)
         add("index: folders away", take_folders_away(jobs, DOUBLED, chance))
-        outcomes = double(jobs, "index", DOUBLED, chance)
-        add("index: two jobs", outcomes, DOUBLED)
-        outcomes = double(jobs, "captions.jsonl", DOUBLED, chance)
-        add("caption: two jobs", outcomes, DOUBLED)
+        for name in (INDEX, CAPTIONS, DEMO):
+            add(f"{name.removesuffix('s.jsonl')}: two jobs", double(jobs, name, DOUBLED, chance), DOUBLED)
         add("index: opened while it is updated", read_while_updated(jobs, seconds))
+        for how in DISTURBANCES:
+            outcomes = disturb_push(how)
+            add(f"push: {how}", outcomes, outcomes["whole in the end"] + outcomes[WRONG])
+        for ending in (signal.SIGKILL, signal.SIGTERM):
+            add(f"serve: {ending.name}", end_server(jobs, ending, DOUBLED, chance), DOUBLED)
     return results
 
 

@@ -38,14 +38,22 @@ EXPLAINED = Path(__file__).with_suffix(".yaml")
 # The files whose code is changed, and the tests that should notice.
 LOSS = "tests/modeling_mmgem/test_contrastive.py", "tests/training/trainer/test_contrastive_losses.py"
 JOINT = "tests/modeling_mmgem/test_caption_loss.py", "tests/modeling_mmgem/test_joint_step.py"
+TEXTS = "tests/modeling_mmgem/test_text_rows.py", "tests/modeling_mmgem/test_vision_language_model.py"
 INDEX = "tests/training/search/test_storage.py", "tests/training/search/test_index.py"
+SEARCH = "tests/training/search/test_vector_search.py", "tests/training/search/test_inverted_lists.py"
 TARGETS: dict[str, tuple[str, ...]] = {
     "modeling_mmgem/contrastive.py": LOSS,
+    "modeling_mmgem/contrastive_batch.py": (*LOSS, *JOINT),
+    "modeling_mmgem/joint_step.py": (*JOINT, *TEXTS),
     "modeling_mmgem/late_interaction.py": ("tests/modeling_mmgem/test_late_interaction.py",),
     "modeling_mmgem/packing.py": ("tests/modeling_mmgem/test_packing.py", *JOINT),
+    "modeling_mmgem/text_sequences.py": (*JOINT, *TEXTS),
     "training/evaluation/metrics.py": ("tests/training/evaluation/test_metrics.py",),
     "training/search/checked_files.py": INDEX,
+    "training/search/storage.py": INDEX,
     "training/search/vector_codec.py": ("tests/training/search/test_vector_codec.py",),
+    "training/search/vector_search.py": SEARCH,
+    "training/trainer/contrastive_losses.py": LOSS[1:],
 }
 SECONDS = 20  # that a mutant may take beyond ten times what the tests take without it
 _UNCHANGED = (cst.Annotation, cst.Param, cst.Decorator, cst.Raise, cst.Assert)

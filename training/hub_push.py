@@ -66,12 +66,18 @@ def push_folder(folder: str | Path, repository: str, private: bool = False) -> s
             raise PermissionError(
                 f"The Hub refuses the token for {repository!r} ({status}); expected one that may write there."
             ) from error
-        raise ValueError(f"The Hub refuses {repository!r}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"The Hub refuses {repository!r}: {_sentence(error)}") from error
     except Exception as error:
         if isinstance(error, OSError) or type(error).__module__.startswith("http"):
-            raise ConnectionError(f"The Hub cannot be reached: {str(error) or type(error).__name__}.") from error
+            raise ConnectionError(f"The Hub cannot be reached: {_sentence(error)}") from error
         raise
     return str(url)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error of a library says first."""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{said[0].rstrip(' .:')}."
 
 
 def _files(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks import campaign
+from benchmarks import campaign, campaign_jobs
 
 
 def test_each_corruption_changes_what_it_says():
@@ -23,7 +23,7 @@ def test_each_corruption_changes_what_it_says():
 
 def test_moments_are_the_operations_on_files(tmp_path):
     def work():
-        moments = campaign.Moments(3, campaign.fill_disk)
+        moments = campaign_jobs.Moments(3, campaign_jobs.fill_disk)
         (tmp_path / "a").write_text("1")
         (tmp_path / "a").read_text()
         (tmp_path / "a").rename(tmp_path / "b")
@@ -32,22 +32,29 @@ def test_moments_are_the_operations_on_files(tmp_path):
         (tmp_path / "b").unlink()
         return counts
 
-    assert campaign.fork(work)() == (0, {"error": "OSError", "message": "[Errno 28] No space left on device"})
+    assert campaign_jobs.fork(work)() == (0, {"error": "OSError", "message": "[Errno 28] No space left on device"})
     assert (tmp_path / "b").exists() and (tmp_path / "c").exists()
-    assert campaign.fork(lambda: campaign.kill(None))() == (9, None)
+    assert campaign_jobs.fork(lambda: campaign_jobs.kill(None))() == (9, None)
 
 
 @pytest.mark.slow
 def test_nothing_goes_wrong(monkeypatch):
-    for name, value in {"IMAGES": 9, "BATCH_SIZE": 2, "ROWS_PER_PART": 4, "DOUBLED": 2, "TIMEOUT": 900}.items():
+    for name, value in {
+        "IMAGES": 9,
+        "BATCH_SIZE": 2,
+        "ROWS_PER_PART": 4,
+        "DOUBLED": 2,
+        "TIMEOUT": 900,
+        "PHOTOGRAPHS": 1,
+    }.items():
         monkeypatch.setattr(campaign, name, value)
 
     def run() -> list:
         results = campaign.run(most=3, corruptions=30, seconds=0.2)
         return [results, campaign.report(results)]
 
-    _, (results, table) = campaign.fork(run)()  # it replaces parts of mmgem
-    assert len(results) == 9 + 3 * len(campaign.KINDS) + 4
+    _, (results, table) = campaign_jobs.fork(run)()  # it replaces parts of mmgem
+    assert len(results) == 12 + 3 * len(campaign.KINDS) + 5 + 7
     assert [what for what, _, outcomes in results if outcomes.get(campaign.WRONG)] == []
     lines = table.splitlines()
     assert len(lines) == len(results) + 2

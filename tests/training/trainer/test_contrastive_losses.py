@@ -2,14 +2,12 @@
 
 import math
 
-import gathered_objective
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from contrastive_batches import image_batch, mixed_batch, part_of, unit_rows
-from gathered_objective import LEAVES, loss_and_gradients
-from torchrun import torchrun
+from forked_ranks import forked_ranks
 
 from mmgem.contrastive import SCORES_AT_ONCE, ContrastiveObjective
 from mmgem.contrastive_batch import DOCUMENT, IMAGE, ContrastiveBatch
@@ -337,20 +335,28 @@ DEALS = {
 }
 
 
-@pytest.mark.slow
+LEAVES = ("query_embeds", "target_embeds", "logit_scale", "logit_bias")
+
+
+def loss_and_gradients(options: dict, fields: dict, teacher: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Of an objective with `options`, for the fields of two [`ContrastiveBatch`]es."""
+    leaves = {name: fields[name].detach().requires_grad_() for name in LEAVES}
+    batch = ContrastiveBatch(**{**fields, **leaves})
+    loss = build_objective(**options)(batch, teacher=ContrastiveBatch(**teacher))
+    return loss.detach(), list(torch.autograd.grad(loss, list(leaves.values())))
+
+
 def test_two_processes_compute_what_one_does(tmp_path):
     data, teacher = mixed_batch(), a_teacher()
     cases = [(options, deal) for options in OPTIONS for deal in DEALS.values()]
-    fields = {
-        name: [[{k: v.detach() for k, v in part_of(batch, *part).items()} for part in deal] for _, deal in cases]
-        for name, batch in (("batches", data), ("teachers", teacher))
-    }
-    torch.save(
-        [(options, b, t) for (options, _), b, t in zip(cases, fields["batches"], fields["teachers"], strict=True)],
-        tmp_path / "cases.pt",
-    )
-    torchrun(gathered_objective, tmp_path)
-    results = [torch.load(tmp_path / f"results_{rank}.pt") for rank in (0, 1)]
+
+    def on_rank(rank: int) -> list:
+        return [
+            loss_and_gradients(options, *(dict(part_of(batch, *deal[rank])) for batch in (data, teacher)))
+            for options, deal in cases
+        ]
+
+    results = forked_ranks(on_rank, tmp_path)
     for case, (options, deal) in enumerate(cases):
         whole = [first + second for first, second in zip(*deal, strict=True)]
         alone = [dict(part_of(batch, *whole)) for batch in (data, teacher)]
