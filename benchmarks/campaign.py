@@ -50,7 +50,6 @@ from benchmarks.campaign_jobs import (
 from benchmarks.campaign_network import DISTURBANCES, disturb_push, end_server
 from mmgem.training.search import building
 from mmgem.training.search.building import build_index
-from mmgem.training.search.checked_files import DamagedFileError
 from mmgem.training.search.storage import MANIFEST, UNFINISHED, read_index, verify_index
 
 DOUBLED = 20  # pairs of jobs, updates while a folder is away, and servers that are ended
@@ -101,7 +100,6 @@ def corrupt(content: bytes, kind: str, chance: random.Random) -> bytes:
 
 
 KINDS = ("bit flip", "cut", "zeros to the end", "noise", "longer")
-_REFUSALS = (ValueError.__name__, DamagedFileError.__name__, FileNotFoundError.__name__)
 
 
 def corrupt_index(jobs: Jobs, kind: str, count: int, chance: random.Random) -> Counter:
@@ -127,16 +125,18 @@ def corrupt_index(jobs: Jobs, kind: str, count: int, chance: random.Random) -> C
         is_changed = path.read_bytes() != whole
         status, answers = fork(lambda: [attempt(task) for task in (search, verify, update)])()
         found, check, again = answers or (None, None, None)
-        is_refused = isinstance(found, dict) and found["error"] in _REFUSALS and str(out) in found["message"]
+        is_refused = isinstance(found, dict) and found["is_refusal"] and str(out) in found["message"]
         is_named = check == [path.name] or (path.name == MANIFEST and isinstance(check, dict))
         is_mended = isinstance(again, list) and again[1]
-        is_update_refused = isinstance(again, dict) and again["error"] in _REFUSALS and str(out) in again["message"]
+        is_update_refused = isinstance(again, dict) and again["is_refusal"] and str(out) in again["message"]
         is_right = (
             status == 0
             and (is_refused or found == jobs.hits)
             and (is_named or not is_changed)
             and (is_mended or is_update_refused)
         )
+        if not is_right:
+            print(f"wrong: {path.name}, {kind}: {status}, {found}, {check}, {again}", file=sys.stderr)
         outcomes["refused by name" if is_refused else "searched as before"] += 1
         outcomes["mended by the update" if is_mended else "update refused"] += 1
         outcomes[WRONG] += not is_right
@@ -161,7 +161,10 @@ def corrupt_parts(jobs: Jobs, kind: str, count: int, chance: random.Random) -> C
         path.write_bytes(corrupt(path.read_bytes(), kind, chance))
         status, again = fork(lambda: [jobs.run(out), jobs.is_as_undisturbed(out)])()
         is_mended = isinstance(again, list) and again[1]
-        is_refused = isinstance(again, dict) and again["error"] in _REFUSALS and str(out) in again["message"]
+        is_refused = isinstance(again, dict) and again["is_refusal"] and str(out) in again["message"]
+        is_right = status == 0 and (is_mended or is_refused)
+        if not is_right:
+            print(f"wrong: {path.name}, {kind}: {status}, {again}", file=sys.stderr)
         outcomes["as undisturbed" if is_mended else "refused by name" if is_refused else WRONG] += 1
         outcomes[WRONG] += status != 0
     return outcomes
@@ -176,7 +179,7 @@ def corrupt_captions(jobs: Jobs, kind: str, count: int, chance: random.Random) -
         out.write_bytes(corrupt(b"".join(lines[: campaign_jobs.IMAGES // 2]), kind, chance))
         damaged = out.read_bytes()
         status, again = fork(lambda: jobs.run(out))()
-        is_refused = isinstance(again, dict) and again["error"] in _REFUSALS and str(out) in again["message"]
+        is_refused = isinstance(again, dict) and again["is_refusal"] and str(out) in again["message"]
         names = [] if is_refused else [json.loads(line).get("file_name") for line in out.read_bytes().splitlines()]
         # A bit of the text of a caption, or of the name of an image, cannot be told from what was meant.
         is_whole = is_refused or (len(names) == len(set(names)) and len(set(names)) >= campaign_jobs.IMAGES)

@@ -27,6 +27,7 @@ from mmgem.training.scenes.dataset import SceneDataset
 from mmgem.training.search import index as index_module
 from mmgem.training.search import inverted_lists, item_embedder
 from mmgem.training.search.building import build_index
+from mmgem.training.search.checked_files import DamagedFileError
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.index import SearchIndex
 from mmgem.training.search.storage import MANIFEST, read_index, verify_index
@@ -41,6 +42,7 @@ INDEX_FILES = {"embedding", "lists", "memory", "probes", "rows", MANIFEST}
 TIMEOUT = 120  # seconds that a trial may take
 _OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
 WRONG = "wrong"
+REFUSALS = ValueError, FileNotFoundError, PermissionError, ConnectionError, DamagedFileError
 
 
 class Moments:
@@ -97,11 +99,12 @@ def fill_disk(moments: Moments) -> None:
 
 
 def attempt(task: Callable[[], Any]) -> Any:
-    """The result of a task, or its error as `{"error": type, "message": text}`."""
+    """The result of a task, or its error as `{"error": type, "message": text, "is_refusal": bool}`."""
     try:
         return task()
     except BaseException as error:
-        return {"error": type(error).__name__, "message": str(error)}
+        is_refusal = isinstance(error, REFUSALS) and not isinstance(error, UnicodeError)
+        return {"error": type(error).__name__, "message": str(error), "is_refusal": is_refusal}
 
 
 def fork(task: Callable[[], Any]) -> Callable[[], tuple[int, Any]]:

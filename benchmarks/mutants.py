@@ -37,13 +37,15 @@ ROOT = Path(__file__).parent.parent
 EXPLAINED = Path(__file__).with_suffix(".yaml")
 # The files whose code is changed, and the tests that should notice.
 LOSS = "tests/modeling_mmgem/test_contrastive.py", "tests/training/trainer/test_contrastive_losses.py"
+BATCH = "tests/modeling_mmgem/test_contrastive_batch.py"
+PARTS = "tests/training/trainer/test_embedding_views.py", "tests/training/trainer/test_latent_alignment.py"
 JOINT = "tests/modeling_mmgem/test_caption_loss.py", "tests/modeling_mmgem/test_joint_step.py"
 TEXTS = "tests/modeling_mmgem/test_text_rows.py", "tests/modeling_mmgem/test_vision_language_model.py"
 INDEX = "tests/training/search/test_storage.py", "tests/training/search/test_index.py"
 SEARCH = "tests/training/search/test_vector_search.py", "tests/training/search/test_inverted_lists.py"
 TARGETS: dict[str, tuple[str, ...]] = {
     "modeling_mmgem/contrastive.py": LOSS,
-    "modeling_mmgem/contrastive_batch.py": (*LOSS, *JOINT),
+    "modeling_mmgem/contrastive_batch.py": (BATCH, *LOSS),
     "modeling_mmgem/joint_step.py": (*JOINT, *TEXTS),
     "modeling_mmgem/late_interaction.py": ("tests/modeling_mmgem/test_late_interaction.py",),
     "modeling_mmgem/packing.py": ("tests/modeling_mmgem/test_packing.py", *JOINT),
@@ -53,7 +55,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "training/search/storage.py": INDEX,
     "training/search/vector_codec.py": ("tests/training/search/test_vector_codec.py",),
     "training/search/vector_search.py": SEARCH,
-    "training/trainer/contrastive_losses.py": LOSS[1:],
+    "training/trainer/contrastive_losses.py": (LOSS[1], *PARTS),
 }
 SECONDS = 20  # that a mutant may take beyond ten times what the tests take without it
 _UNCHANGED = (cst.Annotation, cst.Param, cst.Decorator, cst.Raise, cst.Assert)
@@ -214,6 +216,7 @@ class MutationRun:
         self.failed: list[str] = []
         self.functions = {file: raw_functions(import_target(file)) for file in {mutant.file for mutant in mutants}}
         self.reached: dict[CodeType, list[int]] = {}
+        self.forking: list[int] = []  # tests that may reach anything, in processes of their own
         self.seconds: list[float] = []
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -226,6 +229,11 @@ class MutationRun:
                 if not of_code or of_code[-1] != len(self.seconds):
                     of_code.append(len(self.seconds))
 
+        def notice_fork() -> None:
+            if self.forking[-1:] != [len(self.seconds)]:
+                self.forking.append(len(self.seconds))
+
+        os.register_at_fork(before=notice_fork)
         for item in session.items:
             begin = time.monotonic()
             sys.setprofile(notice)
@@ -243,7 +251,8 @@ class MutationRun:
     def _try(self, mutant: Mutant, items: Sequence[pytest.Item]) -> None:
         function = self.functions[mutant.file][mutant.function]
         files = TARGETS[mutant.file]
-        numbers = [n for n in self.reached.get(function.__code__, []) if _file_of(items[n]) in files]
+        reaching = {*self.reached.get(function.__code__, []), *self.forking}
+        numbers = [n for n in reaching if n < len(items) and _file_of(items[n]) in files]
         numbers.sort(key=lambda n: self.seconds[n])
         seconds = SECONDS + 10 * sum(self.seconds[n] for n in numbers)
         reader, writer = os.pipe()

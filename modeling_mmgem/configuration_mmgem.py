@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +37,19 @@ CUSTOM_PIPELINES = {
         ("feature-extraction", "FeatureExtraction", "AutoModel", "text"),
     )
 }
-DEPTHS, MAX_DEPTH = re.compile("layers|depth|blocks|experts"), 10_000  # parts of a model that are made one by one
+TOKENS = "bos_token_id", "eos_token_id", "pad_token_id"
+MAX_DEPTH = 10_000
+# Numbers in the configurations of towers, by name, and what is expected of them.
+NUMBERS: list[tuple[re.Pattern, Callable[[float], bool], str]] = [
+    (re.compile("layers|depth|blocks|experts"), lambda n: n <= MAX_DEPTH, f"at most {MAX_DEPTH}"),  # made one by one
+    (
+        re.compile("^((hidden|image|patch|intermediate|vocab)_size|num_(channels|.*heads))$"),
+        lambda n: n >= 0,
+        "0 or more",
+    ),
+    (re.compile("(^|_)eps(ilon)?$"), lambda n: n >= 0, "0 or more"),
+    (re.compile("theta$"), lambda n: n > 0, "a number above 0"),
+]
 GridLayout = Literal["tokens", "channels_first", "channels_last"]
 
 
@@ -172,7 +185,7 @@ class MMGEMConfig(PreTrainedConfig):
         )
         self._check_ranges()
         for part in (self.vision_config, self.text_config):
-            _check_depth(part.to_dict(), type(part).__name__)
+            _check_numbers(part.to_dict(), type(part).__name__)
 
     @property
     def is_multi_vector(self) -> bool:
@@ -269,13 +282,15 @@ class MMGEMConfig(PreTrainedConfig):
                 f"`image_token_id` is {self.image_token_id}; expected one of the {vocabulary_size} tokens of the "
                 "language model."
             )
+        for name in TOKENS:
+            self._check_token(name, vocabulary_size)
         limit = getattr(self.text_config, "max_position_embeddings", None)
         if isinstance(limit, int) and self.num_visual_tokens + self.num_embedding_tokens >= limit:
             raise ValueError(
                 f"`num_visual_tokens` is {self.num_visual_tokens} beside {self.num_embedding_tokens} "
                 f"`num_embedding_tokens`; expected room for a text in the {limit} tokens of the language model."
             )
-        if not self.logit_scale_init_value <= math.log(100):
+        if not -math.inf < self.logit_scale_init_value <= math.log(100):
             raise ValueError(
                 f"`logit_scale_init_value` is {self.logit_scale_init_value}; expected at most ln 100 = 4.6052."
             )
@@ -292,6 +307,17 @@ class MMGEMConfig(PreTrainedConfig):
             return VisionGrid(**lists_as_tuples)
         except (TypeError, StrictDataclassError) as error:
             raise ValueError(f"`vision_grid` is {self.vision_grid}; {error}.") from error
+
+    def _check_token(self, name: str, vocabulary_size: int | None):
+        """A token of the language model, or a list of them; some families say with -1 that there is none."""
+        value = getattr(self.text_config, name, None)
+        ids = value if isinstance(value, list | tuple) else [value]
+        size = vocabulary_size if isinstance(vocabulary_size, int) else math.inf
+        if not ids or any(one is not None and not (isinstance(one, int) and -1 <= one < size) for one in ids):
+            raise ValueError(
+                f"`{name}` of the language model is {value!r:.80}; expected one of its {vocabulary_size} tokens, or "
+                "None."
+            )
 
     def _check_embedding_prompt(self):
         if self.embedding_prompt_ids is None:
@@ -312,14 +338,20 @@ class MMGEMConfig(PreTrainedConfig):
             )
 
 
-def _check_depth(config: dict, where: str):
-    """No model is built of parts without end."""
+def _check_numbers(config: dict, where: str):
+    """No model is built of parts without end, or by numbers that make its states NaN."""
     for name, value in config.items():
         if isinstance(value, dict):
-            _check_depth(value, f"{where}.{name}")
-        counts = value if isinstance(value, list | tuple) else [value]
-        if DEPTHS.search(str(name)) and any(isinstance(count, int) and count > MAX_DEPTH for count in counts):
-            raise ValueError(f"`{name}` of {where} is {value!r:.80}; expected at most {MAX_DEPTH}.")
+            _check_numbers(value, f"{where}.{name}")
+        numbers = value if isinstance(value, list | tuple) else [value]
+        numbers = [one for one in numbers if isinstance(one, int | float)]
+        expected = next(
+            (what for names, fits, what in NUMBERS if names.search(str(name)) and not all(map(fits, numbers))), ""
+        )
+        if any(one != one for one in numbers):
+            expected = "a number"
+        if expected:
+            raise ValueError(f"`{name}` of {where} is {value!r:.80}; expected {expected}.")
 
 
 MMGEMConfig.register_for_auto_class()

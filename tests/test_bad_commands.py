@@ -40,6 +40,8 @@ def place(tmp_path_factory, tiny_processor):
     (folder / "broken.yaml").write_text("a: [")
     (folder / "list.yaml").write_text("[]")
     (folder / "captions.jsonl").write_text("not json\n")
+    (folder / "flipped.jsonl").write_bytes(b'{"file_name": "0.png", "caption": "a \xf7"}\n')
+    (folder / "deep.jsonl").write_text('{"file_name": "0.png", "caption": ' + "[" * 100_000 + "\n")
     (folder / "queries.jsonl").write_text('{"text": "star", "relevant": ["7.png"]}')
     (folder / "gallery" / "broken.png").write_bytes(b"no picture")
     (folder / "table.csv").mkdir()
@@ -194,6 +196,8 @@ COMMANDS = [
     (("caption", "gallery", *TO_INDEX), "where no image can be read, such as 'broken.png': the file holds 10 bytes"),
     (("caption", "images", "--model", "model", "--out", "empty"), "`out` is 'empty', a folder; expected a file"),
     (("caption", "images", "--model", "model", "--out", "captions.jsonl"), "whose line 1 is 'not json'; expected"),
+    (("caption", "images", "--model", "model", "--out", "flipped.jsonl"), "whose line 1 is .*; expected captions of"),
+    (("caption", "images", "--model", "model", "--out", "deep.jsonl"), "whose line 1 is .*; expected captions of"),
     (("caption", "images", "--model", "model", "--out", "file/new"), "`out` is '.*file/new', below a file"),
     (("caption", "images", "--model", "nothing", "--out", "new"), NO_MODEL.format("nothing")),
     (("caption", "images", *TO_INDEX, "--boxes"), "`boxes` is in no line of 'images/metadata.jsonl'"),
@@ -257,7 +261,7 @@ RECIPES = [
     (("model", "hidden_layers"), 3, "`model` has the unknown key `hidden_layers`"),
     (("model", "vision_config"), {}, "`vision_config` in `model` is {}; expected a mapping with a `model_type`"),
     (("model", "vision_config"), {"model_type": "nothing"}, "unknown key `nothing`"),
-    (("model", "vision_config"), SIGLIP | {"image_size": -1}, "`model` cannot be built: .*negative dimension"),
+    (("model", "vision_config"), SIGLIP | {"image_size": -1}, "`image_size` of SiglipVisionConfig is -1; expected 0"),
     (("model", "vision_config"), SIGLIP | {"patch_size": 0}, "`model` cannot be built: .*zero"),
     (("model", "vision_config"), SIGLIP | {"image_size": "x"}, "'image_size'"),
     (("model", "vision_config"), LLAMA, "`vision` is a `llama`, which takes .*; expected an encoder of images"),

@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tiny_models import build_model
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from mmgem.late_interaction import similarity
@@ -272,6 +273,10 @@ NO_GENERATION = [
     ({"eos_token_id": 300}, "`eos_token_id` is 300; expected token ids from 0 to 299"),
     ({"eos_token_id": [2, -5]}, r"`eos_token_id` is \[2, -5\]; expected token ids"),
     ({"pad_token_id": "a"}, "`pad_token_id` is 'a'; expected token ids"),
+    ({"forced_bos_token_id": 300}, "`forced_bos_token_id` is 300; expected token ids from 0 to 299"),
+    ({"generation_config": GenerationConfig(eos_token_id=300)}, "`eos_token_id` is 300; expected token ids"),
+    ({"generation_config": GenerationConfig(pad_token_id=-1)}, "`pad_token_id` is -1; expected token ids"),
+    ({"generation_config": GenerationConfig(num_beams=2, eos_token_id=3, pad_token_id=0)}, None),
     ({"num_beams": 2, "num_return_sequences": 2, "eos_token_id": [2, 3], "top_k": None}, None),
     ({"do_sample": True, "top_p": 0.5, "temperature": 2.0}, None),
 ]

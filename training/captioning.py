@@ -156,15 +156,15 @@ def _read_done(out: Path, with_boxes: bool) -> set[str]:
     content = out.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
     done = set()
-    for number, line in enumerate(complete.decode(errors="replace").split("\n")[:-1], start=1):
+    for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             done.add(row["file_name"])
             has_boxes = "region_captions" in row
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"`out` is {str(out)!r}, whose line {number} is {line[:80]!r}; expected captions of an earlier run, "
-                "to go on from, or no file."
+                f"`out` is {str(out)!r}, whose line {number} is {line[:80].decode(errors='replace')!r}; expected "
+                "captions of an earlier run, to go on from, or no file."
             ) from error
         if has_boxes != with_boxes:
             raise ValueError(

@@ -22,7 +22,7 @@ COUNTS = {
 SHARES = ("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 FINITE = ("length_penalty", "guidance_scale", "max_time")
 SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores")
-TOKENS = ("eos_token_id", "pad_token_id")
+TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_bos_token_id", "forced_eos_token_id")
 
 
 def is_box(boxes: torch.Tensor) -> torch.Tensor:

@@ -270,9 +270,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             return model, report
         check_whole(name, model, report, ignore_mismatched_sizes)
         generation = model.generation_config.to_diff_dict()  # of a file that may have been written by hand
-        kept = {
-            key: value for key, value in generation.items() if key not in TOKENS
-        }  # of which some families use none
+        kept = {  # some families say with -1 that they have no such token
+            name: value for name, value in generation.items() if name not in TOKENS or value != -1
+        }
         check_generation(kept, model.get_input_embeddings().num_embeddings)
         return model
 
@@ -1029,11 +1029,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 images come with a prompt that has no place for them; for a number out of its range, such as
                 `num_beams=0`; if the prompt is so long that nothing can be written.
         """
-        check_generation(kwargs, self.get_input_embeddings().num_embeddings)
+        settings = args[0] if args else kwargs.get("generation_config")
+        given = {} if settings is None else settings.to_diff_dict()
+        check_generation(given | kwargs, self.get_input_embeddings().num_embeddings)
         images = {name: kwargs.get(name) for name in ("visual_tokens", "pixel_values", "boxes")}
         if images["visual_tokens"] is not None:
             self._check_visual_tokens(*images.values())
-        settings = args[0] if args else kwargs.get("generation_config")
         default = (self.generation_config if settings is None else settings).max_new_tokens
 
         def fitted(prompt: torch.Tensor, mask: torch.Tensor | None) -> dict:

@@ -32,7 +32,8 @@ def test_moments_are_the_operations_on_files(tmp_path):
         (tmp_path / "b").unlink()
         return counts
 
-    assert campaign_jobs.fork(work)() == (0, {"error": "OSError", "message": "[Errno 28] No space left on device"})
+    error = {"error": "OSError", "message": "[Errno 28] No space left on device", "is_refusal": False}
+    assert campaign_jobs.fork(work)() == (0, error)
     assert (tmp_path / "b").exists() and (tmp_path / "c").exists()
     assert campaign_jobs.fork(lambda: campaign_jobs.kill(None))() == (9, None)
 

@@ -1,6 +1,7 @@
 """A checkpoint whose weights or configuration are damaged is refused, by whatever loads it, and never filled up."""
 
 import json
+import math
 import re
 import shutil
 import struct
@@ -156,7 +157,7 @@ def test_the_index_of_shards(tmp_path):
         ("text_config", None, "asks for .* numbers that the checkpoint does not have"),
         ("text_config.vocab_size", 2**33, "asks for 274,877,906,944 numbers"),
         ("text_config.hidden_act", "none", "cannot be read"),
-        ("text_config.pad_token_id", 10**9, "cannot be read"),
+        ("text_config.pad_token_id", 10**9, "`pad_token_id` of the language model is 1000000000; expected one of its"),
         ("projection_dim", 10**9, "asks for 64,000,000,000 numbers .* image_projection.1.weight, text_projection"),
     ],
 )
@@ -183,6 +184,25 @@ def test_a_config_that_is_no_mapping(folder, content):
         ("text_config.num_attention_heads", 0, "`config` cannot be read"),
         ("text_config.model_type", "gpt9", "gpt9"),
         ("text_config.rms_norm_eps", "x", "'rms_norm_eps' expected float, got str"),
+        ("text_config.rms_norm_eps", -1e-6, "`rms_norm_eps` of LlamaConfig is -1e-06; expected 0 or more"),
+        ("vision_config.layer_norm_eps", math.nan, "`layer_norm_eps` of SiglipVisionConfig is nan; expected a number"),
+        ("vision_config.patch_size", -8, "`patch_size` of SiglipVisionConfig is -8; expected 0 or more"),
+        ("vision_config.num_attention_heads", -2, "`num_attention_heads` of SiglipVisionConfig is -2; expected 0"),
+        ("text_config.rope_parameters", {"rope_type": "default", "rope_theta": 0.0}, "`rope_theta` of .* is 0.0; exp"),
+        (
+            "text_config.eos_token_id",
+            300,
+            "`eos_token_id` of the language model is 300; expected one of its 300 token",
+        ),
+        ("text_config.eos_token_id", [0, 999], r"`eos_token_id` of the language model is \[0, 999\]; expected one"),
+        ("text_config.eos_token_id", [], r"`eos_token_id` of the language model is \[\]; expected one"),
+        (
+            "text_config.bos_token_id",
+            300,
+            "`bos_token_id` of the language model is 300; expected one of its 300 token",
+        ),
+        ("text_config.bos_token_id", -2, "`bos_token_id` of the language model is -2; expected one of its 300 tokens"),
+        ("logit_scale_init_value", -math.inf, "`logit_scale_init_value` is -inf; expected at most"),
         ("projection_dim", "16", "'projection_dim' expected int, got str"),
         ("projection_dim", True, "'projection_dim' expected int, got bool"),
         ("projection_dim", 0, "`projection_dim` is 0; expected a whole number of at least 1"),
@@ -246,6 +266,10 @@ def test_a_run_of_checkpoints_reads_the_processor_once(tiny_processor, tmp_path,
         ("generation_config.json", '{"max_new_tokens": -1}', "which cannot be read .`max_new_tokens` must be"),
         ("generation_config.json", '{"num_beams": "x"}', "`num_beams` is 'x'; expected a whole number"),
         ("generation_config.json", '{"do_sample": 3}', "`do_sample` is 3; expected True or False"),
+        ("generation_config.json", '{"eos_token_id": 300}', "`eos_token_id` is 300; expected token ids from 0 to 299"),
+        ("generation_config.json", '{"pad_token_id": -5}', "`pad_token_id` is -5; expected token ids from 0 to 299"),
+        ("generation_config.json", '{"bos_token_id": [1, 400]}', r"`bos_token_id` is \[1, 400\]; expected token ids"),
+        ("generation_config.json", '{"forced_eos_token_id": 400}', "`forced_eos_token_id` is 400; expected token ids"),
         (
             "processor_config.json",
             {"num_visual_tokens": 9},
