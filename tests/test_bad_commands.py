@@ -137,6 +137,8 @@ COMMANDS = [
     (("search", "empty", "star"), "`path` is 'empty', which is no index"),
     (("search", "model", "star"), "`path` is 'model', which is no index"),
     ((*SEARCH,), "give TEXT, --image, or both"),
+    ((*SEARCH, "--where", "width>0", "--hybrid"), "--lexical-weight says something of a query; give TEXT or --image"),
+    ((*SEARCH, "--kind", "image", "--prompt", "query"), "--prompt says something of a query; give TEXT or --image"),
     ((*SEARCH, ""), "`text` is ''; expected something to look for"),
     ((*SEARCH, "   "), "`text` is ' '; expected something to look for"),
     ((*SEARCH, "star", "--top", "0"), "--top.*greater than or equal to 1"),

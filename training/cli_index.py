@@ -139,7 +139,10 @@ def search(
     index: IndexArgument,
     text: Annotated[
         str | None,
-        typer.Argument(help="What to look for; - for each line of standard input. Without it, a terminal is asked."),
+        typer.Argument(
+            help="What to look for; - for each line of standard input. Without it a terminal is asked; with --where "
+            "or --kind what they leave is listed."
+        ),
     ] = None,
     image: Annotated[
         list[str] | None,
@@ -195,49 +198,59 @@ def search(
 ):
     """Find images and texts by text, by image, or by both.
 
-    Without TEXT a terminal is asked for one after the other, and the model stays loaded.
+    Without TEXT a terminal is asked for one after the other, and the model stays loaded. By words alone
+    (--lexical-weight 1), or by --where and --kind without TEXT, no model is loaded.
     """
     weight = 0.5 if hybrid and lexical_weight is None else lexical_weight
+    is_limited = bool(where or kind)
     if fit_on is not None:
         if text is not None or image or weight is not None:
             raise typer.BadParameter("--fit-on takes its queries from FILE; give no other, and no weight")
         _fit(index, fit_on, prompt, vectors, query_vectors, kind, where, model, as_json)
         return
-    if text is None and not image and sys.stdin.isatty():
+    if text is None and not image and not is_limited and sys.stdin.isatty():
         text = "-"
-    if text is None and not image:
-        raise typer.BadParameter("give TEXT, --image, or both")
+    is_listing = text is None and not image
+    if is_listing and not is_limited:
+        raise typer.BadParameter("give TEXT, --image, or both; or --where or --kind alone")
+    for_model = {"--prompt": prompt, "--vectors": vectors, "--query-vectors": query_vectors, "--explain": explain}
+    for_query = for_model | {"--boxes": boxes or None, "--lexical-weight": weight}
+    if is_listing and (option := next((name for name, value in for_query.items() if value is not None), None)):
+        raise typer.BadParameter(f"{option} says something of a query; give TEXT or --image")
     if text == "-" and "-" in (image or []):
         raise typer.BadParameter("- stands for TEXT or for --image; give it once")
     check_table(table_file)
     if explain is not None and explain.exists() and (not explain.is_dir() or any(explain.iterdir())):
         raise FileExistsError(f"`--explain` is {str(explain)!r}, which is there; expected a new or an empty folder.")
     parts, is_stream = [_box(box) for box in boxes or []], text == "-" or "-" in (image or [])
+    is_by_rows = not image and not boxes and (is_listing or weight == 1) and not any(for_model.values())
+    loaded: Any
     with work():
         from mmgem.training.search.conditions import Condition
-        from mmgem.training.search.index import SearchIndex
 
         conditions = [Condition.parse(condition) for condition in where or []] or None
         kinds = kind or (None if explain is None else ["image"])  # which maps are of
-        loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
+        if is_by_rows:
+            from mmgem.training.search.row_search import RowSearch
+
+            loaded = RowSearch.load(index)
+        else:
+            from mmgem.training.search.index import SearchIndex
+
+            loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
     found = []
     for number, line in enumerate(_lines() if is_stream else [None], 1):
-        of_line, query = line if text == "-" else text, line or text or ", ".join(image or [])
+        of_line, query = line if text == "-" else text, line or text or ", ".join(image or where or kind or [])
         images = [line if name == "-" else name for name in image or []] or None
         try:
             with work():
-                hits = loaded.search(
-                    of_line,
-                    images,
-                    top,
-                    parts or None,
-                    prompt,
-                    vectors,
-                    query_vectors,
-                    kinds,
-                    conditions,
-                    weight,
-                )
+                if is_by_rows and of_line is None:
+                    hits = loaded.list_rows(top, kinds, conditions)
+                elif is_by_rows:
+                    hits = loaded.search_words(of_line, top, kinds, conditions)
+                else:
+                    of_query = prompt, vectors, query_vectors
+                    hits = loaded.search(of_line, images, top, parts or None, *of_query, kinds, conditions, weight)
         except (OSError, ValueError) as error:
             if not (is_stream and sys.stdin.isatty()):
                 raise

@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 from mmgem.processing.image_loading import load_image
 from mmgem.training.inference import classify, generate_answers, generate_captions, generate_region_captions
 from mmgem.training.search.building import build_index
-from mmgem.training.search.index import Hit, SearchIndex
+from mmgem.training.search.index import SearchIndex
+from mmgem.training.search.row_search import Hit
 from mmgem.training.similarity_maps import similarity_map
 
 MAX_PIXELS = 1 << 26  # of a picture that is uploaded

@@ -19,7 +19,7 @@ from box_picker import box_picker, shown
 from PIL import Image
 
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.search.index import Hit
+from mmgem.training.search.row_search import Hit
 
 HERE = Path(__file__).parent
 MODELS = [

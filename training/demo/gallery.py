@@ -9,7 +9,7 @@ from mmgem.training.data.image_folder import ImageFolderDataset, read_image_fold
 from mmgem.training.scenes.captions import write_edit
 from mmgem.training.scenes.dataset import SceneDataset
 from mmgem.training.scenes.drawing import Scene
-from mmgem.training.search.index import Hit
+from mmgem.training.search.row_search import Hit
 
 SEED = 7_000_000
 HITS = 5  # answers of a search that are shown

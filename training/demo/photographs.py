@@ -15,7 +15,8 @@ from mmgem.training.demo.gallery import HITS
 from mmgem.training.evaluation.caption_words import caption_words
 from mmgem.training.inference import ANSWER_TOKENS, classify, generate_answers, generate_captions
 from mmgem.training.search.building import build_index
-from mmgem.training.search.index import Hit, SearchIndex
+from mmgem.training.search.index import SearchIndex
+from mmgem.training.search.row_search import Hit
 
 SAMPLE = 48  # photographs that are captioned, evenly over the folder
 BATCH_SIZE = 16

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from mmgem.training.search.items import KINDS
+from mmgem.training.search.settings import KINDS
 
 COLUMNS = ("file_name", "kind", "part", "text", "width", "height")  # of every index; others are metadata
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -89,12 +88,12 @@ def select_rows(table: pa.Table, kinds: Iterable[str], conditions: Sequence[Cond
     """
     is_selected = np.ones(len(table), bool)
     if kinds := list(kinds):
-        own = {*pc.unique(table["kind"]).to_pylist()}
+        own, their_kind = _distinct(table["kind"])
         for kind in kinds:
             if kind not in own:
                 there = ", ".join(kind for kind in KINDS if kind in own)
                 raise ValueError(f"`kinds` holds {kind!r}, of which the index has none; expected some of {there}.")
-        is_selected = np.array(pc.is_in(table["kind"], pa.array(kinds)))
+        is_selected = np.array([kind in kinds for kind in own])[their_kind]
     if metadata := [condition for condition in conditions if condition.column not in COLUMNS]:
         texts, their_text = _distinct(table["metadata"])
         objects = [json.loads(text) if text else {} for text in texts]
@@ -115,7 +114,7 @@ def select_rows(table: pa.Table, kinds: Iterable[str], conditions: Sequence[Cond
 def _distinct(column: pa.ChunkedArray) -> tuple[list, np.ndarray]:
     """The distinct values of a column, and which of them each row has."""
     encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    return encoded.dictionary.to_pylist(), np.from_dlpack(encoded.indices)  # `to_numpy` imports pandas
 
 
 def _number(value: Any) -> float | None:

@@ -1,18 +1,20 @@
-"""The fingerprint of a model, by which an index knows the model that made it: settings, weights, embedded probes."""
+"""The fingerprint of a model, by which an index knows the model that made it: settings, weights, embedded probes.
+
+torch is imported where a fingerprint is taken: to read one needs none.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from PIL import Image
-from torch.nn.functional import pad
-
-from mmgem.training.inference import EMBEDDING_MODES, remember
+import numpy as np
 
 # For each kind of probe the clause that says that it is another one. "text" and "weights" need no vision tower: they
-# tell whether an index may be asked with texts, and from memory.
-KINDS = {kind: f"embeds {mode.inputs} otherwise" for kind, mode in EMBEDDING_MODES.items()} | {
+# tell whether an index may be asked with texts, and from memory. The first are those of `EMBEDDING_MODES`.
+KINDS = {
+    "text": "embeds texts otherwise",
+    "image": "embeds images otherwise",
+    "fused": "embeds images with texts otherwise",
     "memory": "remembers images otherwise",
     "weights": "has other weights",
 }
@@ -45,7 +47,7 @@ class Fingerprint:
     """
 
     settings: dict[str, Any]
-    probes: dict[str, torch.Tensor]
+    probes: dict[str, np.ndarray]
 
     @classmethod
     def take(cls, model, processor, kinds: Iterable[str]) -> "Fingerprint":
@@ -62,7 +64,7 @@ class Fingerprint:
         settings = {name: getattr(model.config, name) for name in _CONFIG_FIELDS}
         settings |= {"prompts": settings["prompts"] or None, "model_max_length": processor.tokenizer.model_max_length}
         probes = {kind: _probe(model, processor, kind) for kind in kinds}
-        if broken := [kind for kind, probe in probes.items() if not probe.isfinite().all()]:
+        if broken := [kind for kind, probe in probes.items() if not np.isfinite(probe).all()]:
             raise ValueError(
                 f"`model` is {model.name_or_path!r}, whose {' and '.join(broken)} of a fixed input are NaN or "
                 "infinite; expected finite values."
@@ -85,14 +87,18 @@ class Fingerprint:
         return None
 
 
-def _is_same(probe: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+def _is_same(probe: np.ndarray, other: np.ndarray, tolerance: float) -> bool:
     if probe.shape != other.shape:
         return False
-    distances = (probe - other).norm(dim=-1) / probe.norm(dim=-1).clamp(min=1e-12)  # (rows,)
-    return bool((distances <= tolerance).all())
+    lengths = np.linalg.norm(probe, axis=-1).clip(min=1e-12)  # (rows,)
+    return bool((np.linalg.norm(probe - other, axis=-1) <= tolerance * lengths).all())
 
 
-def _probe(model, processor, kind: str) -> torch.Tensor:
+def _probe(model, processor, kind: str) -> np.ndarray:
+    from PIL import Image
+
+    from mmgem.training.inference import EMBEDDING_MODES, remember
+
     if kind == "weights":
         return _sample_weights(model)
     text = "Find the image that shows 3 small blue stars, and a RED circle (on the left)!"
@@ -104,14 +110,14 @@ def _probe(model, processor, kind: str) -> torch.Tensor:
     else:
         inputs, mode = {"images": [picture], "texts": [text]}, EMBEDDING_MODES[kind]
         probe = mode.embed(model, processor, *(inputs[name] for name in mode.takes))
-    return probe.reshape(-1, probe.shape[-1])  # one row, or k
+    return np.ascontiguousarray(probe.reshape(-1, probe.shape[-1]).numpy())  # one row, or k
 
 
-def _sample_weights(model) -> torch.Tensor:
+def _sample_weights(model) -> np.ndarray:
     """(weights, 64) Evenly spaced values of each, with zeros after those of a smaller one."""
-    rows = []
-    for weight in model.state_dict().values():
-        if weight.is_floating_point():
-            values = weight.flatten()[:: max(1, weight.numel() // _VALUES_PER_WEIGHT)][:_VALUES_PER_WEIGHT]
-            rows.append(pad(values.float().cpu(), (0, _VALUES_PER_WEIGHT - len(values))))
-    return torch.stack(rows)
+    weights = [weight for weight in model.state_dict().values() if weight.is_floating_point()]
+    rows = np.zeros((len(weights), _VALUES_PER_WEIGHT), np.float32)
+    for row, weight in zip(rows, weights, strict=True):
+        values = weight.flatten()[:: max(1, weight.numel() // _VALUES_PER_WEIGHT)][:_VALUES_PER_WEIGHT]
+        row[: len(values)] = values.float().cpu().numpy()
+    return rows

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,46 +13,17 @@ from mmgem.processing.image_loading import load_image
 from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.inference import Box, embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.search.conditions import Condition, select_rows
+from mmgem.training.search.conditions import Condition
 from mmgem.training.search.fingerprint import Fingerprint
-from mmgem.training.search.hybrid import RANKED, LexicalSearch, fuse_ranks
+from mmgem.training.search.hybrid import RANKED, fuse_ranks
 from mmgem.training.search.inverted_lists import InvertedLists
-from mmgem.training.search.storage import UNFINISHED, IndexFacts, IndexRows, is_index, read_index
+from mmgem.training.search.row_search import Hit, RowSearch, check_says_something, check_top, read_finished
+from mmgem.training.search.storage import IndexFacts, IndexRows
 from mmgem.training.search.vector_search import VectorSearch
 from mmgem.training.similarity_maps import SimilarityMap, similarity_map
 
 
-class Hit(NamedTuple):
-    """One answer of a search.
-
-    Args:
-        score: The cosine to the query, -1 to 1, or MaxSim of several vectors.
-        path: The file.
-        row: The number of the row in the index.
-        kind: What it is of the file, see `Item`.
-        part: The number of the caption, region or record.
-        text: The text, or the captions.
-        box: Of a region `[x0, y0, x1, y1]` in pixels.
-    """
-
-    score: float
-    path: Path
-    row: int
-    kind: str
-    part: int
-    text: str
-    box: list[float] | None
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """What is known of the row besides score and file; of a whole image nothing, as its path says all."""
-        if self.kind == "image":
-            return {}
-        details = {"kind": self.kind, "part": self.part, "text": self.text}
-        return details if self.box is None else details | {"box": self.box}
-
-
-class SearchIndex:
+class SearchIndex(RowSearch):
     """An index in memory, with the model that answers queries from it.
 
     Args:
@@ -64,11 +35,11 @@ class SearchIndex:
     """
 
     def __init__(self, rows: IndexRows, facts: IndexFacts, model, processor, lists: InvertedLists | None = None):
-        self.rows, self.facts, self.model, self.processor = rows, facts, model, processor
+        super().__init__(rows, facts)
+        self.model, self.processor = model, processor
         codes = rows.arrays["embedding"]
         self.vectors = VectorSearch(codes[:] if lists is None else codes, facts.codec, lists)
         self._checked: set[str] = set()
-        self._selected: tuple[tuple, np.ndarray] = ((), np.empty(0, int))  # the last limits, and their rows
 
     @classmethod
     def load(cls, path: str | Path, model=None, processor=None) -> "SearchIndex":
@@ -86,22 +57,13 @@ class SearchIndex:
             ValueError: If the folder is not an index, or a damaged one, another model is given than the one that built
                 it, or a model without its processor.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"`path` is {str(path)!r}, which is not there; expected an index.")
-        if not is_index(path) and is_index(path / UNFINISHED):
-            raise FileNotFoundError(
-                f"`path` is {str(path)!r}, an index whose making was interrupted, and goes on when it is started "
-                "again; expected a finished one."
-            )
-        stored = read_index(path, "path")
+        stored = read_finished(path)
         if (model is None) != (processor is None):
             given, missing = ("model", "processor") if processor is None else ("processor", "model")
             raise ValueError(f"`{missing}` is None, but `{given}` is not; expected both, or neither.")
         if model is None:
             model, processor = load_checkpoint(stored.facts.model)
-        if stored.rows is None:
-            raise ValueError(f"`path` is {str(path)!r}, which holds parts of an index; expected the folder it is in.")
+        assert stored.rows is not None
         index = cls(stored.rows, stored.facts, model, processor, None if stored.lists is None else stored.lists.read())
         index._check("weights", *(kind for kind in model.config.embedded_kinds if kind == "text"))
         return index
@@ -109,18 +71,6 @@ class SearchIndex:
     @cached_property
     def _shorter_side(self) -> int:
         return shorter_side_for(self.processor)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def folder(self) -> Path:
-        """The folder where the files are, or were."""
-        return Path(self.facts.folder)
-
-    def path(self, row: int) -> Path:
-        """Returns the file of a row."""
-        return self.folder / self.rows.table["file_name"][row].as_py()
 
     def search(
         self,
@@ -184,7 +134,7 @@ class SearchIndex:
             raise ValueError("`texts` is empty; expected at least one text.")
         limits = self._limits(texts[0], top, kinds, where, vectors, lexical_weight)
         for text in texts:
-            _check_says_something(text)
+            check_says_something(text)
         query_vectors = self._query_vectors(vectors, query_vectors)
         prompted = texts if prompt is None else [self._prompt(prompt, text) for text in texts]
         queries = self._finish(embed_texts(self.model, self.processor, prompted), query_vectors)
@@ -222,7 +172,7 @@ class SearchIndex:
         if text is None and image is None:
             raise ValueError("`text` and `image` are both None; expected at least one of them.")
         if image is None and text is not None:
-            _check_says_something(text)
+            check_says_something(text)
         query_vectors = self._query_vectors(vectors, query_vectors)
         if prompt is not None:
             text = self._prompt(prompt, text)
@@ -271,20 +221,6 @@ class SearchIndex:
             raise ValueError(f"`rows` holds {bad[0]}, which is no whole image; expected rows that have a memory.")
         return torch.tensor(self.rows.arrays["memory"][rows])
 
-    def _select(self, kinds: tuple[str, ...], where: tuple[Condition, ...]) -> np.ndarray | None:
-        """The numbers of the rows that are searched; None for all."""
-        if not kinds and not where:
-            return None
-        if self._selected[0] != (kinds, where):
-            self._selected = (kinds, where), select_rows(self.rows.table, kinds, where)
-        selected = self._selected[1]
-        return None if len(selected) == len(self) else selected
-
-    @cached_property
-    def _lexical_search(self) -> LexicalSearch:
-        columns = zip(self.rows["text"], self.rows["file_name"], strict=True)
-        return LexicalSearch([f"{text} {file_name}" for text, file_name in columns])
-
     def _limits(
         self,
         text: str | None,
@@ -295,13 +231,12 @@ class SearchIndex:
         lexical_weight: float | None,
     ) -> tuple[int, np.ndarray | None, int | None, float | None]:
         """What `_answer` takes besides a query, checked."""
-        if top < 1:
-            raise ValueError(f"`top` is {top}; expected 1 or more.")
+        check_top(top)
         if lexical_weight is not None and (text is None or not 0 <= lexical_weight <= 1):
             if text is None:
                 raise ValueError(f"`lexical_weight` is {lexical_weight}, but there is no `text`; expected one.")
             raise ValueError(f"`lexical_weight` is {lexical_weight}; expected 0 to 1, or None.")
-        return top, self._select(tuple(kinds or ()), tuple(where or ())), vectors, lexical_weight
+        return top, self._select(kinds, where), vectors, lexical_weight
 
     def _answer(
         self,
@@ -319,10 +254,6 @@ class SearchIndex:
             rankings = (rows, self._lexical_search.rank(text or "", depth, selected))
             scores, rows = fuse_ranks(rankings, (1 - lexical_weight, lexical_weight), top)
         return [self._hit(float(score), int(row)) for score, row in zip(scores, rows, strict=True)]
-
-    def _hit(self, score: float, row: int) -> Hit:
-        kind, part, text, box = (self.rows.table[name][row].as_py() for name in ("kind", "part", "text", "box"))
-        return Hit(score, self.path(row), row, kind, part, text, box)
 
     def _check(self, *kinds: str) -> None:
         """Compares what the model makes of probes with what it made of them, once."""
@@ -401,11 +332,6 @@ class SearchIndex:
         if len(images) > 1 or (boxes is not None and len(boxes) > 1):
             parts = f"`image` holds {len(images)} images" if boxes is None else f"`boxes` holds {len(boxes)} boxes"
             raise ValueError(f"{parts}, without a `text` that speaks about them; expected one.")
-
-
-def _check_says_something(text: str) -> None:
-    if not text.strip():
-        raise ValueError(f"`text` is {text!r}; expected something to look for.")
 
 
 def _load_all(images: Iterable[Any], shorter_side: int | None, allow_urls: bool | list[str]) -> list[Image.Image]:

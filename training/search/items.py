@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from mmgem.processing.image_loading import read_file
 from mmgem.training.data.image_files import SUFFIXES, FoundImages, Skipped, content_hash
@@ -13,10 +13,8 @@ from mmgem.training.data.image_folder import METADATA_NAMES, find_metadata
 from mmgem.training.data.records import RECORD_SUFFIXES, read_records
 from mmgem.training.data.rows import CAPTION_COLUMNS, captions_of
 from mmgem.training.json_text import to_json
-from mmgem.training.search.settings import IndexSettings
+from mmgem.training.search.settings import IndexSettings, Kind
 
-Kind = Literal["image", "fused", "region", "caption", "text"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 WHOLE_IMAGES: tuple[Kind, ...] = ("image", "fused")  # of which there may be a memory
 # The kind of `EMBEDDING_METHODS` that a calibrator takes each for.
 EMBEDDED_AS = {"image": "image", "fused": "fused", "region": "image", "caption": "text", "text": "text"}

@@ -1,11 +1,13 @@
 """The settings of a search index: what it holds, how many vectors of each, how wide and exact, and how much memory."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from torch.nn.functional import normalize
+if TYPE_CHECKING:
+    import torch
 
+Kind = Literal["image", "fused", "region", "caption", "text"]  # of a row, see `Item`
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Precision = Literal["float32", "int8", "binary"]
 ImageMode = Literal["image", "fused"]
 CaptionMode = Literal["beside", "fused"]
@@ -78,7 +80,7 @@ class IndexSettings:
         """Whether there are rows that are embedded as texts."""
         return self.texts is not None or self.captions == "beside"
 
-    def shorten(self, embeddings: torch.Tensor, vectors: int | None = None) -> torch.Tensor:
+    def shorten(self, embeddings: "torch.Tensor", vectors: int | None = None) -> "torch.Tensor":
         """The part of embeddings that is compared.
 
         Args:
@@ -88,6 +90,8 @@ class IndexSettings:
         Returns:
             (B, D) or (B, vectors, D), of unit length.
         """
+        from torch.nn.functional import normalize  # not before: who searches by words needs no torch
+
         if self.vectors is not None:
             embeddings = embeddings[:, : vectors or self.vectors]
         return normalize(embeddings[..., : self.dimensions], dim=-1)

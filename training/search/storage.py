@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.numpy import load, save
 
 from mmgem.training.search.checked_files import (
     BLOCK,
@@ -247,7 +247,7 @@ def write_index(
     rows = write_rows(place, str(version), count, batches, memories) if count else None
     lists = None if rows is None else _write_lists(place, version, make_lists(read_rows(place, rows)))
     with write_checked(place / f"probes-{version}.safetensors") as probes:
-        probes.write(save({kind: probe.contiguous() for kind, probe in facts.fingerprint.probes.items()}))
+        probes.write(save(facts.fingerprint.probes))
     manifest = {
         "format": FORMAT,
         "version": version,
@@ -361,7 +361,8 @@ def read_rows(place: Path, facts: Mapping[str, Any], hold: bool = False) -> Inde
         DamagedFileError: If the table is not what was written.
         FileNotFoundError: If an array that is held is not there.
     """
-    table = pq.read_table(pa.BufferReader(pa.py_buffer(CheckedFile(place, facts["table"]).read())))
+    # Not by `read_table`, which imports pandas.
+    table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(CheckedFile(place, facts["table"]).read()))).read()
     arrays = {column: ArrayFile(place, array) for column, array in facts["arrays"].items()}
     if hold:
         for array in arrays.values():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import save
+from safetensors.numpy import save
 
 from mmgem.processing.image_loading import open_picture
 from mmgem.training.data.image_files import Skipped, content_hash, shorter_side_for
@@ -207,8 +207,8 @@ def index_shards(shards: str | Path, model, processor, out: str | Path) -> Index
 
 def model_hash(facts: IndexFacts) -> str:
     """The hash of a model's fingerprint, and of the settings, by which shards name them."""
-    probes = save({kind: probe.contiguous() for kind, probe in facts.fingerprint.probes.items()})
-    return content_hash(to_json([facts.fingerprint.settings, asdict(facts.settings)]).encode() + probes)
+    settings = to_json([facts.fingerprint.settings, asdict(facts.settings)])
+    return content_hash(settings.encode() + save(facts.fingerprint.probes))
 
 
 def _read_facts(shards: Path) -> IndexFacts:

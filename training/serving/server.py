@@ -14,7 +14,8 @@ from transformers import AsyncTextIteratorStreamer
 from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.inference import CAPTION_TOKENS
 from mmgem.training.search.conditions import Condition
-from mmgem.training.search.index import Hit, SearchIndex
+from mmgem.training.search.index import SearchIndex
+from mmgem.training.search.row_search import Hit
 from mmgem.training.serving.answers import Answer, ChatSettings, embed, write
 from mmgem.training.serving.batching import Job, ModelWorker
 from mmgem.training.serving.inputs import InputReader, ModelInput

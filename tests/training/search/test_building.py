@@ -11,7 +11,7 @@ import pytest
 import torch
 from image_folders import NAMES, build_multi_vector_model, write_noise
 from PIL import Image
-from safetensors.torch import save
+from safetensors.numpy import save
 from tiny_models import build_model
 
 from mmgem.training.inference import embed_and_remember, embed_images, remember

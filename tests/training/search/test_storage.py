@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
 from mmgem.training.search import checked_files
 from mmgem.training.search.checked_files import (
@@ -40,7 +39,8 @@ OF_0_1_0 = Path(__file__).parent / "index-0.1.0"
 @pytest.fixture
 def facts():
     fingerprint = Fingerprint(
-        {"prompts": {"query": "Wo ist … "}}, {"text": torch.randn(2, 5), "memory": torch.ones(1, 3)}
+        {"prompts": {"query": "Wo ist … "}},
+        {"text": np.arange(10, dtype=np.float32).reshape(2, 5), "memory": np.ones((1, 3), np.float32)},
     )
     return IndexFacts("/images", "a/model", IndexSettings(2, 5, "int8", 1), fingerprint, bound=0.7)
 
