@@ -158,6 +158,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         writer = self.language_model if self.vlm is None else self.vlm.of(self)
         names, accepted = ("cache", "cache_params"), signature(writer.forward).parameters
         self._cache_argument = next((name for name in names if name in accepted), "past_key_values")
+        self._takes_logits_to_keep = "logits_to_keep" in accepted
         declared = {*type(config.text_config).__dataclass_fields__, *config.text_config.attribute_map}
         self._is_state_space = "num_attention_heads" not in declared  # Mamba and its kin
         self._checked_reading: tuple | str | None = None  # see `_check_reading`
@@ -830,6 +831,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         pixel_attention_mask: torch.Tensor | None = None,
         patch_features: torch.FloatTensor | None = None,
         visual_tokens: torch.FloatTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> MMGEMOutput | BaseModelOutputWithPooling:
         """Embed, compare, generate or train, by what is given:
@@ -863,6 +865,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             patch_features: (I, C, rows, columns), in meaning 4 instead of `pixel_values`: the features of the vision
                 tower, as `patch_grid` of a frozen one gave them. It is not run.
             visual_tokens: (units, n, C), in meaning 2 instead of `pixel_values`, see [`get_multimodal_features`].
+            logits_to_keep: In meaning 2 the number of last tokens that get `logits`, or (N,) their places; by default
+                all get them. `generate` asks for those of the last token.
             position_ids, past_key_values, inputs_embeds: Handed to the language model.
             kwargs: In meaning 2 handed to the language model; in meaning 4 the columns of [`TextRows`], and no other.
             {columns}
@@ -902,6 +906,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 kwargs["labels"], kwargs["num_items_in_batch"] = labels, num_items_in_batch
             if attention_mask is not None and inputs_embeds is not None and self._is_state_space:
                 attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # a state needs no mask of its past
+            if self._takes_logits_to_keep:
+                kwargs["logits_to_keep"] = logits_to_keep
             writer = self.language_model if self.vlm is None else self.vlm.of(self)
             outputs = writer(
                 inputs_embeds=inputs_embeds,
@@ -913,6 +919,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             known = MMGEMOutput.__dataclass_fields__
             output = MMGEMOutput(**{name: value for name, value in outputs.items() if name in known})
             output["cache" if "cache" in known else "past_key_values"] = outputs.get(self._cache_argument)
+            if not self._takes_logits_to_keep:
+                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                output["logits"] = output.logits[:, kept]
             return output
 
         attention_mask = checked_mask(input_ids, attention_mask, allow_empty=return_loss)

@@ -269,6 +269,23 @@ def test_generation_with_and_without_cache_agree(vision, text, pixel_values):
     assert beams.shape[0] == 3
 
 
+@pytest.mark.parametrize("takes_it", [True, False])
+def test_a_prompt_gets_logits_where_they_are_read(tiny_model, pixel_values, monkeypatch, takes_it):
+    assert tiny_model._takes_logits_to_keep
+    monkeypatch.setattr(tiny_model, "_takes_logits_to_keep", takes_it)
+    inputs = {**prompts(tiny_model, question_length=2), "pixel_values": pixel_values}
+    logits = tiny_model(**inputs).logits  # (B, L, vocabulary)
+    assert logits.shape[1] == inputs["input_ids"].shape[1]
+    torch.testing.assert_close(tiny_model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
+    torch.testing.assert_close(tiny_model(**inputs, logits_to_keep=torch.tensor([1])).logits, logits[:, 1:2])
+    if takes_it:
+        read, head = [], tiny_model.get_output_embeddings()
+        hook = head.register_forward_hook(lambda head, states, logits: read.append(logits.shape[1]))
+        tiny_model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        hook.remove()
+        assert read == [1, 1, 1]
+
+
 def test_generation_from_left_padding_is_unchanged(tiny_model, pixel_values):
     batch = prompts(tiny_model, question_length=2)
     plain = tiny_model.generate(
