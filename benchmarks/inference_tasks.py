@@ -11,6 +11,7 @@ from benchmarks.setting import FIRST_WORD_ID, IMAGE_TOKEN_ID, Setting, build_bat
 from benchmarks.two_model_stack import build_clip, build_llava, clip_inputs
 from mmgem import MMGEMModel
 from mmgem.processing.token_batches import batches_of_tokens, restore, tokens_at_a_time
+from mmgem.training.inference import read_prefix
 
 OURS, OURS_16 = "MM-GEM", "MM-GEM, 16 vectors of each"
 CLIP, LLAVA = "CLIPModel", "LlavaForConditionalGeneration"
@@ -71,7 +72,7 @@ def build_tasks(contestants: Contestants, setting: Setting) -> list[Task]:
         input_ids = torch.cat([placeholders, text], dim=1)  # (B, n + L)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def write(model, text: torch.Tensor, length: int, **images: torch.Tensor) -> torch.Tensor:
+    def write(model, text: torch.Tensor, length: int, **images: Any) -> torch.Tensor:
         lengths = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
         return model.generate(**prompts(text, length), **images, **lengths, do_sample=False)
 
@@ -82,7 +83,9 @@ def build_tasks(contestants: Contestants, setting: Setting) -> list[Task]:
 
     def answer() -> torch.Tensor:
         tokens = ours.get_image_features(pixels[:asked]).last_hidden_state
-        return write(ours, questions, visual, visual_tokens=tokens.repeat_interleave(PER_IMAGE, dim=0))
+        numbers = [image for image in range(asked) for _ in range(PER_IMAGE)]
+        shared = read_prefix(ours, prompts(questions, visual), tokens, numbers)
+        return write(ours, questions, visual, **shared)
 
     nothing = questions.new_zeros(images, 0)
     text = batch["input_ids"][:images].clamp(min=FIRST_WORD_ID).to(ours.device)  # all as long as the longest

@@ -13,6 +13,8 @@ import torch
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.token_batches import batches_of_tokens, restore, tokens_at_a_time
@@ -270,7 +272,8 @@ def generate_answers(
     """Writes the answers to one batch of questions, each about its image; to an empty one, a caption. The generation
     configuration of the model says how.
 
-    The vision tower runs once over an image that comes several times, as the same object.
+    The vision tower runs once over an image that comes several times, as the same object, and so does the language
+    model where it keeps keys and values of all tokens, over the image and what stands before it.
 
     Raises:
         ValueError: If there are not as many images as questions.
@@ -287,8 +290,49 @@ def generate_answers(
         with inference(model):
             tokens = model.get_image_features(**to_model(model, pictures)).last_hidden_state  # (I, n, C)
         places = {row: place for place, row in enumerate(rows.values())}
-        inputs["visual_tokens"] = tokens[[places[row] for row in first]]  # (B, n, C)
+        numbers = [places[row] for row in first]
+        if shared := read_prefix(model, inputs, tokens, numbers):
+            return _generate(model, inputs, processor, max_new_tokens, **shared)
+        inputs["visual_tokens"] = tokens[numbers]  # (B, n, C)
     return _generate(model, inputs, processor, max_new_tokens)
+
+
+def read_prefix(model, inputs, visual_tokens: torch.Tensor, numbers: Sequence[int]) -> dict[str, Any]:
+    """Runs the language model once over each image and the tokens that all prompts begin with alike.
+
+    Args:
+        model: An `MMGEMModel` that began with two towers.
+        inputs: `input_ids` and `attention_mask` (B, L) of prompts with one image each, padded on the left.
+        visual_tokens: (I, n, C) of the images.
+        numbers: For each prompt the number of its image.
+
+    Returns:
+        What `generate` takes beside `inputs`: keys and values of the first columns, and vectors of all tokens. Nothing
+        where prompts begin differently, or the language model keeps something else of its past.
+    """
+    settings, cache = model.generation_config, DynamicCache(config=model.config.text_config)
+    if settings.use_cache is False or settings.cache_implementation is not None:
+        return {}
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):  # windows, and states
+        return {}
+    ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)  # (B, L)
+    start, place = ids.shape[1] - mask.sum(-1, keepdim=True), torch.arange(ids.shape[1], device=ids.device)
+    own = ids.gather(1, start + place[: int(mask.sum(-1).min()) - 1])  # (B, s), none with its last token
+    length = int((own == own[0]).all(0).cumprod(0).sum())
+    prefix = own[: len(visual_tokens), :length]  # (I, p), all rows alike
+    if (prefix[0] == model.config.image_token_id).sum() != visual_tokens.shape[1]:
+        return {}
+    with inference(model):
+        model(input_ids=prefix, visual_tokens=visual_tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # As if each prompt had been read by itself: its beginning stands after its padding, which nothing looks at.
+        rows = torch.tensor(numbers, device=ids.device)[:, None]  # (B, 1)
+        columns = (place[:length] - start).clamp(min=0)  # (B, p)
+        rows, columns = (index.repeat_interleave(settings.num_beams or 1, dim=0) for index in (rows, columns))
+        for layer in cache.layers:
+            layer.keys = layer.keys[rows, :, columns].transpose(1, 2)  # (B * beams, heads, p, width)
+            layer.values = layer.values[rows, :, columns].transpose(1, 2)
+        inputs_embeds = model._embed_prompt(ids, None, None, visual_tokens[list(numbers)])  # (B, L, H)
+    return {"past_key_values": cache, "inputs_embeds": inputs_embeds}
 
 
 def classify(model, processor, images: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
@@ -377,11 +421,11 @@ def _fused_features(model, processor, images, texts, boxes=None):
         return model.get_multimodal_features(**to_model(model, inputs))
 
 
-def _generate(model, inputs, processor, max_new_tokens: int, **memory: torch.Tensor) -> list[str]:
+def _generate(model, inputs, processor, max_new_tokens: int, **given: Any) -> list[str]:
     with inference(model):
-        ids = model.generate(**to_model(model, inputs), **memory, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = model.generate(**to_model(model, inputs), **given, max_new_tokens=max_new_tokens, do_sample=False)
     # Of a memory the model returns only what is new.
-    new_ids = ids if memory else ids[:, inputs["input_ids"].shape[1] :]
+    new_ids = ids if "embedding_tokens" in given else ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
 

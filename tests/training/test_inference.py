@@ -5,6 +5,7 @@ import torch
 from knowing_model import KnowingModel, KnowingProcessor, knowable_rows
 from tiny_models import build_model
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
 from mmgem.configuration_mmgem import EMBEDDING_METHODS
 from mmgem.training import inference
@@ -19,6 +20,7 @@ from mmgem.training.inference import (
     generate_answers,
     generate_captions,
     generate_region_captions,
+    read_prefix,
     remember,
 )
 from mmgem.training.search.fingerprint import KINDS as KINDS_OF_PROBES
@@ -225,6 +227,39 @@ def test_several_questions_about_an_image_share_its_vision_pass(model, tiny_proc
     monkeypatch.setattr(model, "_patch_grid", lambda pixels, *others: seen.append(len(pixels)) or run(pixels, *others))
     assert generate_answers(model, tiny_processor, asked, TEXTS, 6) == expected
     assert seen == [2]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("text", ["llama", "gpt2", "cohere"])
+def test_the_beginning_of_prompts_is_read_once_for_an_image(text, num_beams):
+    model = build_model(text=text)
+    model.generation_config.update(num_beams=num_beams, eos_token_id=None, pad_token_id=0)
+    n, image = model.config.num_visual_tokens, model.config.image_token_id
+    numbers, questions = [1, 0, 1, 1], [[5, 6], [5, 7, 8, 9, 10, 11, 12], [5, 9], [5, 20, 21, 22]]
+    rows = [torch.tensor([17, *[image] * n, 18, *question]) for question in questions]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    tokens = torch.randn(2, n, model.config.grid.hidden_size)
+    lengths, decoder = [], model.get_decoder()
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(**inputs, visual_tokens=tokens[numbers], **options)
+    hook = decoder.register_forward_hook(lambda decoder, args, output: lengths.append(output[0].shape[:2]))
+    found = model.generate(**inputs, **read_prefix(model, inputs, tokens, numbers), **options)
+    hook.remove()
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    beginning = n + 3  # all begin with 17, the image, 18 and 5
+    assert lengths[:2] == [(2, beginning), (4 * num_beams, ids.shape[1] - beginning)]
+
+
+def test_what_cannot_be_shared_is_read_for_each_prompt(tiny_model, tiny_processor, images):
+    inputs = tiny_processor(images=images[:2], text=["<image>a moon", "a <image>"], return_tensors="pt", padding=True)
+    tokens = torch.randn(1, 4, 32)
+    assert read_prefix(tiny_model, inputs, tokens, [0, 0]) == {}  # prompts begin differently
+    windows = build_model(text="gemma3")
+    inputs = tiny_processor(images=images[:2], text=["<image>a moon", "<image>a star"], return_tensors="pt")
+    assert read_prefix(windows, inputs, tokens, [0, 0]) == {}
+    assert read_prefix(tiny_model.eval(), inputs, tokens, [0, 0]).keys() == {"past_key_values", "inputs_embeds"}
 
 
 def test_answers_from_memory_need_no_vision_tower(model, tiny_processor, images, monkeypatch):
