@@ -1,9 +1,11 @@
 """The weights of mmgem-photo, on photographs that scikit-image and matplotlib install."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 
@@ -44,6 +46,16 @@ def test_the_weights_are_small_and_run_in_float32(loaded):
         types = {file.get_slice(name).get_dtype() for name in file.keys()}
     assert types <= {"F16", "I64"}
     assert {parameter.dtype for parameter in loaded[0].parameters()} == {torch.float32}
+
+
+def test_the_card_has_the_figures_of_the_results_and_the_terms_of_the_data():
+    card = ModelCard.load(FOLDER / "README.md")
+    results = json.loads((FOLDER / "results.json").read_text())
+    assert len(card.data.eval_results) == 10
+    for figure in card.data.eval_results:
+        assert figure.metric_value == round(results[figure.metric_type], 4)
+        assert f"{figure.metric_value:.3f}" in card.text
+    assert card.data.license == "other" and (FOLDER / card.data.license_link).is_file()
 
 
 def test_it_finds_photographs_by_words_of_three_languages(loaded, photographs):

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from torch.nn.functional import normalize
 
 from mmgem.processing.image_loading import load_image
+from mmgem.training.demo.photographs import as_prose
 from mmgem.training.inference import classify, generate_answers, generate_captions, generate_region_captions
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
@@ -78,8 +79,8 @@ class Album:
     def caption(self, picture: Any, box: Sequence[float] | None = None) -> str:
         """Write the caption of a picture, or of a box `[x0, y0, x1, y1]` in it, in pixels."""
         if box is None:
-            return generate_captions(self.model, self.processor, [picture])[0]
-        return generate_region_captions(self.model, self.processor, [picture], [[box]])[0]
+            return as_prose(generate_captions(self.model, self.processor, [picture])[0])
+        return as_prose(generate_region_captions(self.model, self.processor, [picture], [[box]])[0])
 
     def classify(self, picture: Any, labels: Sequence[str]) -> dict[str, float]:
         """How probable each of some labels is for a picture, if one of them is right.

@@ -1,6 +1,7 @@
 """The part of a demonstration about photographs of which nothing is known: no captions, no boxes, no right answers."""
 
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -133,7 +134,12 @@ def suggest_words(captions: Sequence[str], count: int) -> list[str]:
 
 
 def _caption(model, processor, files: Sequence[ImageFile]) -> list[str]:
-    return generate_captions(model, processor, [file.image for file in files])
+    return [as_prose(text) for text in generate_captions(model, processor, [file.image for file in files])]
+
+
+def as_prose(caption: str) -> str:
+    """Return a caption as people write it: Flickr8k, and models of it, put a space before stops."""
+    return re.sub(r"\s+([.,;:!?])", r"\1", caption)
 
 
 def _shown(index: SearchIndex, hit: Hit) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_models import build_model
 
 from mmgem.training.demo import photographs
-from mmgem.training.demo.photographs import copy_free_photographs, suggest_words
+from mmgem.training.demo.photographs import as_prose, copy_free_photographs, suggest_words
 from mmgem.training.demo.run import run_demo
 from mmgem.training.inference import embed_images, embed_regions, embed_texts
 
@@ -107,3 +107,8 @@ def test_what_is_no_place_for_photographs_is_refused(tmp_path, folder):
         run_demo(folder.parent, None, None, folder=folder)
     assert len(list(folder.rglob("*.png"))) == len(NAMES)
     assert not (tmp_path / "out").exists()
+
+
+def test_captions_are_shown_without_a_space_before_stops():
+    assert as_prose("Two dogs , one of them brown , run .") == "Two dogs, one of them brown, run."
+    assert as_prose("A sign says 3.5 m.") == "A sign says 3.5 m."
