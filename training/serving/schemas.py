@@ -8,9 +8,15 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Request(BaseModel):
-    """A request, or a part of it, that holds nothing else than what it may hold."""
+    """A request, or a part of it, that holds nothing else than what it may hold. A field that is null is left out, as
+    some clients write it (LiteLLM)."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, fields: Any) -> Any:
+        return {name: v for name, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
 
 class EmbeddingInput(Request):

@@ -342,6 +342,29 @@ def large_png() -> str:
 
 
 TEXT_FILE = "data:image/png;base64," + base64.b64encode(b"not a picture" * 9).decode()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "nulls"),
+    [
+        ("/v1/embeddings", {"input": [{"text": "a"}]}, ("encoding_format", "dimensions", "user", "extra")),
+        ("/v2/embed", {"input_type": "image", "texts": ["a"]}, ("images", "embedding_types", "truncate")),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+            ("temperature", "n", "stream", "tools"),
+        ),
+    ],
+)
+def test_a_field_that_is_null_is_left_out(client, path, body, nulls):
+    expected, found = (client.post(path, json=sent).json() for sent in (body, body | dict.fromkeys(nulls)))
+    for answer in (expected, found):
+        assert "error" not in answer
+        for name in ("id", "created"):
+            answer.pop(name, None)
+    assert found == expected
+
+
 BAD_EMBEDDINGS = {
     "100 megapixels": ({"input": large_png()}, 422, "too large: 10000 x 10000 pixels"),
     "a text file": ({"input": TEXT_FILE}, 422, "that are no image"),
