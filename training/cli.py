@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -440,6 +440,10 @@ def caption(
     out: Annotated[Path, typer.Option(parser=path, help="File of JSON lines; captions it has are kept.")],
     boxes: Annotated[bool, typer.Option("--boxes", help="Caption the boxes of FOLDER's metadata.jsonl too.")] = False,
     batch_size: BatchSize = 32,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"] | None,
+        typer.Option(help="Of the weights; auto is what this machine is faster in. By default that of MODEL."),
+    ] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     wait: Wait = False,
     as_json: AsJson = False,
@@ -447,9 +451,15 @@ def caption(
     """Caption every image below a folder."""
     folder, names = folder_and_names(folder)
     with work(wait):
-        from mmgem.training.captioning import caption_folder
+        import torch
 
-        report = caption_folder(folder, *load_model(model), out, boxes, batch_size, max_pixels, names)
+        from mmgem.training.captioning import caption_folder
+        from mmgem.training.dtypes import fastest_dtype
+
+        loaded, processor = load_model(model)
+        if dtype is not None:
+            loaded.to(fastest_dtype(loaded) if dtype == "auto" else getattr(torch, dtype))
+        report = caption_folder(folder, loaded, processor, out, boxes, batch_size, max_pixels, names)
     report_skipped(report.skipped, report.passed_over)
     counts = {"images": report.images, "captioned": report.captioned}
     skipped = [file._asdict() for file in report.skipped]

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import mmgem
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing import image_loading
-from mmgem.training import cli_common
+from mmgem.training import captioning, cli_common, dtypes
+from mmgem.training.captioning import CaptionReport
 from mmgem.training.cli import app
 from mmgem.training.inference import embed_images
 from mmgem.training.printable import printable
@@ -219,6 +220,17 @@ def test_caption_writes_json_lines(checkpoint, gallery, tmp_path):
     assert answer["images"] == answer["captioned"] == len(lines) == len(list(gallery.glob("*.png")))
     assert all(len(line["boxes"]) == len(line["region_captions"]) for line in lines)
     assert "0 of them new" in run(*arguments).stdout
+
+
+def test_captions_are_written_in_the_type_that_is_asked_for(checkpoint, gallery, tmp_path, monkeypatch):
+    seen, report = [], CaptionReport(1, 1, [], {})
+    monkeypatch.setattr(dtypes, "fastest_dtype", lambda model: torch.bfloat16)
+    monkeypatch.setattr(
+        captioning, "caption_folder", lambda folder, model, *others: seen.append(model.dtype) or report
+    )
+    for options in ((), ("--dtype", "auto"), ("--dtype", "float32")):
+        run("caption", gallery, "--model", checkpoint, "--out", tmp_path / "c.jsonl", *options)
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("end", ["\n", "\0"])
