@@ -40,16 +40,17 @@ LOSS = "tests/modeling_mmgem/test_contrastive.py", "tests/training/trainer/test_
 BATCH = "tests/modeling_mmgem/test_contrastive_batch.py"
 PARTS = "tests/training/trainer/test_embedding_views.py", "tests/training/trainer/test_latent_alignment.py"
 JOINT = "tests/modeling_mmgem/test_caption_loss.py", "tests/modeling_mmgem/test_joint_step.py"
-TEXTS = "tests/modeling_mmgem/test_text_rows.py", "tests/modeling_mmgem/test_vision_language_model.py"
+SEQUENCES = "tests/modeling_mmgem/test_text_sequences.py"
+OTHERS = "tests/modeling_mmgem/test_vision_language_model.py", "tests/modeling_mmgem/test_native_aspect_ratio.py"
 INDEX = "tests/training/search/test_storage.py", "tests/training/search/test_index.py"
 SEARCH = "tests/training/search/test_vector_search.py", "tests/training/search/test_inverted_lists.py"
 TARGETS: dict[str, tuple[str, ...]] = {
     "modeling_mmgem/contrastive.py": LOSS,
     "modeling_mmgem/contrastive_batch.py": (BATCH, *LOSS),
-    "modeling_mmgem/joint_step.py": (*JOINT, *TEXTS),
+    "modeling_mmgem/joint_step.py": (*JOINT, *OTHERS),
     "modeling_mmgem/late_interaction.py": ("tests/modeling_mmgem/test_late_interaction.py",),
     "modeling_mmgem/packing.py": ("tests/modeling_mmgem/test_packing.py", *JOINT),
-    "modeling_mmgem/text_sequences.py": (*JOINT, *TEXTS),
+    "modeling_mmgem/text_sequences.py": (SEQUENCES, *JOINT),
     "training/evaluation/metrics.py": ("tests/training/evaluation/test_metrics.py",),
     "training/search/checked_files.py": INDEX,
     "training/search/storage.py": INDEX,

@@ -36,6 +36,9 @@ def place(tmp_path_factory, tiny_processor):
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
     lines = [json.dumps({"file_name": f"{number}.png", "text": f"star {number}"}) for number in range(3)]
     (folder / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    (folder / "surrogate").mkdir()
+    Image.fromarray(noise[0]).save(folder / "surrogate" / "0.png")
+    (folder / "surrogate" / "metadata.jsonl").write_text(r'{"file_name": "0.png", "text": "\ud800"}')
     (folder / "file").write_text("hello")
     (folder / "broken.yaml").write_text("a: [")
     (folder / "list.yaml").write_text("[]")
@@ -45,6 +48,7 @@ def place(tmp_path_factory, tiny_processor):
     (folder / "queries.jsonl").write_text('{"text": "star", "relevant": ["7.png"]}')
     (folder / "gallery" / "broken.png").write_bytes(b"no picture")
     (folder / "table.csv").mkdir()
+    (folder / "loop").symlink_to("loop")
     before = os.getcwd()
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -189,6 +193,23 @@ COMMANDS = [
     (("ask", "index", "what?", "--image", "0.png"), "has no memory; expected one that was made `--with-memory`"),
     (("ask", "index", "what?", "--image", "0.png", "--top", "1"), "with --image it has nothing to say"),
     (("ask", "nothing", "--search", "star"), "`path` is 'nothing', which is not there"),
+    ((*SEARCH, "star", "--table", "index/rows-1.parquet"), "`--table` is 'index/rows-1.parquet', which belongs to a"),
+    ((*SEARCH, "star", "--table", "images/metadata.jsonl"), "`--table` is 'images/metadata.jsonl', which belongs to"),
+    ((*SEARCH, "\ud800"), r"`text\[0\]` is .*ud800.*; expected text without half a surrogate pair"),
+    ((*SEARCH, "--image", "/dev/zero"), "no regular file"),
+    ((*SEARCH, "--image", "loop"), r"`image` \('loop'\)"),
+    ((*SEARCH, "star", "--top", str(10**20)), None),
+    (("index", "images", "--model", "model", "--out", "index/unfinished"), "where an index keeps what is unfinished"),
+    (("index", "images", "--model", "model", "--out", "loop"), "`out` is 'loop', a link that leads back to itself"),
+    (("caption", "images", "--model", "model", "--out", "loop"), "`out` is 'loop', a link that leads back to itself"),
+    (("caption", "images", "--model", "model", "--out", "/dev/null"), "`out` is '/dev/null', no regular file; expect"),
+    (("scenes", "loop"), "`out` is 'loop', a link that leads back to itself"),
+    (("serve", "model", "--host", ""), "`host` is ''; expected an address, such as 127.0.0.1"),
+    (("serve", "model", "--port", "70000"), "--port.*70000"),
+    (("demo", "images", "--model", "model", "--out", "new", "--label", ""), r"`labels` is \[''\]; expected texts"),
+    (("demo", "images", "--model", "model", "--out", "new", "--question", " "), r"`questions` is \[' '\]; expected"),
+    (("demo", "images", "--model", "model", "--out", "."), "`folder` is 'images', in `out`, which is replaced"),
+    (("evaluate", "model", "surrogate"), "`dataset` has . rows that can be read"),
     (("verify", "nothing"), "`index` is 'nothing', which is no index"),
     (("verify", "file"), "`index` is 'file', which is no index"),
     (("verify", "images"), "`index` is 'images', which is no index"),

@@ -152,7 +152,8 @@ def _read_done(out: Path, with_boxes: bool) -> set[str]:
     if not out.exists():
         return set()
     if not out.is_file():
-        raise ValueError(f"`out` is {str(out)!r}, a folder; expected a file of JSON lines.")
+        what = "a folder" if out.is_dir() else "no regular file"
+        raise ValueError(f"`out` is {str(out)!r}, {what}; expected a file of JSON lines.")
     content = out.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
     done = set()

@@ -12,6 +12,7 @@ import typer
 from mmgem.training.json_text import to_json
 from mmgem.training.printable import printable
 
+KEPT = "search_index.json", "config.json"  # in folders none of whose files is replaced by a table
 CARDS = Path(__file__).parent.parent / "model_cards"
 TINY, PHOTO = CARDS / "mmgem-tiny", CARDS / "mmgem-photo"
 
@@ -160,3 +161,7 @@ def check_table(file: Path | None) -> None:
     if file.is_dir() or not file.parent.is_dir():
         what = "a folder" if file.is_dir() else "in a folder that is not there"
         raise ValueError(f"`--table` is {str(file)!r}, {what}; expected a file in one that is.")
+    if file.exists() and (file.stem == "metadata" or any((file.parent / name).is_file() for name in KEPT)):
+        raise ValueError(
+            f"`--table` is {str(file)!r}, which belongs to a gallery, an index or a checkpoint; expected another file."
+        )

@@ -41,11 +41,14 @@ def only_writer(out: str | Path) -> Iterator[None]:
     Raises:
         BlockingIOError: If another job holds it, unless within `waiting`. A job that is gone holds nothing, however it
             ended.
-        ValueError: If `out` is empty.
+        ValueError: If `out` is empty, or a link that leads back to itself.
     """
     if not str(out):
         raise ValueError("`out` is ''; expected a path.")
-    out = Path(out).resolve()
+    try:
+        out = Path(out).resolve()
+    except (OSError, RuntimeError) as error:  # the latter before Python 3.13
+        raise ValueError(f"`out` is {str(out)!r}, a link that leads back to itself; expected a path.") from error
     place = out.with_name(f"{out.name}.lock")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

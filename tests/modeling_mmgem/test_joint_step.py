@@ -1,5 +1,7 @@
 """The joint step where images go with texts: fused queries, documents, and what is written from memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,11 @@ from joint_batches import ANSWER_STARTS, BOXES, EOS, IMAGE_TOKEN, ROWS, TEXTS, K
 from joint_batches import joint_batch as batch
 from joint_batches import joint_model as tiny
 
+from mmgem.contrastive import ContrastiveObjective
 from mmgem.contrastive_batch import DOCUMENT, IMAGE, REGION
-from mmgem.text_rows import IGNORED_LABEL
+from mmgem.joint_step import JointStep
+from mmgem.text_rows import IGNORED_LABEL, TextRows
+from mmgem.text_sequences import caption_sequences, embedded_sequences
 
 
 def run(model, **changes):
@@ -253,3 +258,169 @@ def test_a_text_with_a_target_row_is_a_query_by_default():
 def test_what_does_not_fit_is_refused_by_name(name, value, message):
     with pytest.raises(ValueError, match=message):
         run(tiny(), **{name: value})
+
+
+# The parts of a step, each by what it is alone
+
+
+def caption_by_hand(model, visual_tokens, text):
+    """Summed loss of a text after visual tokens (n, C)."""
+    tokens = torch.tensor([[*text, EOS]])
+    embeds = torch.cat([model.token_projection(visual_tokens)[None], model.get_input_embeddings()(tokens)], dim=1)
+    logits = model.language_model(inputs_embeds=embeds).logits[0, N - 1 : -1]
+    return F.cross_entropy(logits, tokens[0], reduction="sum")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_captions_of_boxes_and_images_cost_what_they_cost_alone(side):
+    model, inputs = tiny(), batch(side)
+    inputs["box_index"][1] = 0
+    labels, mask = torch.full_like(inputs["labels"], IGNORED_LABEL), inputs["attention_mask"].bool()
+    for row in (1, 3, 6):  # of box 0 of image 0, of box 1 of image 1, of image 1
+        labels[row, mask[row]] = inputs["input_ids"][row, mask[row]]
+    output = model(**inputs | {"labels": labels}, return_contrastive_batch=True)
+    images = model.get_image_features(inputs["pixel_values"]).last_hidden_state
+    boxes = model.get_image_features(inputs["pixel_values"], BOXES).last_hidden_state
+    shown = {1: boxes[0, 0], 3: boxes[1, 1], 6: images[1]}
+    expected = sum(caption_by_hand(model, tokens, TEXTS[row]) for row, tokens in shown.items())
+    torch.testing.assert_close(output.caption_loss, expected / 9, atol=1e-5, rtol=1e-5)  # 6 words, 3 end tokens
+
+
+def test_a_step_of_a_trainer_weighs_the_contrastive_loss_by_tokens():
+    model, inputs = tiny(), batch()
+    alone = model(**inputs)
+    torch.testing.assert_close(alone.loss, alone.caption_loss + alone.contrastive_loss)
+    assert alone.contrastive_loss == ContrastiveObjective()(alone.contrastive_batch)
+    written, counted = 8, int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())  # with three end tokens
+    shared = model(**inputs, num_items_in_batch=20)
+    torch.testing.assert_close(shared.caption_loss * 20, alone.caption_loss * written)
+    expected = counted / written * (shared.caption_loss + alone.contrastive_loss * written / 20)
+    torch.testing.assert_close(shared.loss, expected)
+    assert counted not in (written, 20)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "multi_vector"])
+def test_a_step_says_how_long_embeddings_are_and_hands_on_scale_and_bias(pooling):
+    model = tiny(embedding_pooling=pooling, logit_bias_init_value=-2.5)
+    output = run(model)
+    images = model.get_image_features(batch()["pixel_values"]).pooler_output
+    torch.testing.assert_close(output.image_norm, images.norm(dim=-1).mean())
+    embedded = [([], 0), (TEXTS[1], None), (TEXTS[2], 0), (TEXTS[3], 1), (TEXTS[6], None), (TEXTS[7], None)]
+    texts = [embed(model, *one).pooler_output for one in (*embedded, (TEXTS[8], None))]
+    torch.testing.assert_close(output.text_norm, torch.cat(texts).norm(dim=-1).mean(), atol=1e-4, rtol=1e-4)
+    found = output.contrastive_batch
+    assert found.logit_bias == -2.5 and found.logit_bias.ndim == 0
+    torch.testing.assert_close(found.logit_scale, model.logit_scale.exp().squeeze())
+    assert run(tiny()).contrastive_batch.logit_bias is None
+
+
+def test_states_and_patches_that_are_known_take_the_place_of_both_towers():
+    model = tiny()
+    inputs = batch(labels=torch.full_like(batch()["labels"], IGNORED_LABEL), memory_row=None)
+    inputs["fused_index"] = torch.full((9,), -1)
+    inputs["input_ids"][0, 0], inputs["attention_mask"][0, 0] = 21, 1  # else it is nothing, alone
+    expected = model(**inputs)
+    known = {
+        "text_states": torch.cat([embed(model, text).last_hidden_state for text in [[21], *TEXTS[1:]]]).double(),
+        "patch_features": model._patch_grid(inputs.pop("pixel_values")).double(),
+    }
+    output = model(**inputs, **known)
+    for name in ("query_embeds", "target_embeds", "target_index", "query_ids"):
+        torch.testing.assert_close(
+            output.contrastive_batch[name], expected.contrastive_batch[name], atol=1e-5, rtol=1e-5
+        )
+    assert output.caption_loss == 0
+    torch.testing.assert_close(output.loss, expected.contrastive_loss, atol=1e-5, rtol=1e-5)
+    refused = {
+        "`text_states` came with texts that are generated": {"labels": batch()["labels"]},
+        "`text_states` came with texts": {"fused_index": torch.tensor([-1, -1, 0, -1, -1, -1, -1, -1, -1])},
+        r"`text_states` has shape \(9, 2, 32\); expected": {"text_states": known["text_states"][:, :2]},
+    }
+    for message, changes in refused.items():
+        with pytest.raises(ValueError, match=message):
+            model(**inputs | known | changes)
+
+
+@pytest.mark.parametrize("packing", ["position_ids", "none"])
+def test_a_model_that_cannot_be_packed_gets_a_row_for_each_text(packing):
+    model, shapes = tiny(), []
+    expected = run(model)
+    model.config.sequence_packing = packing
+    run_decoder = model._run_decoder
+
+    def note(embeds, *rest, **options):
+        if len(rest) == 2:  # else it is the probe
+            shapes.append((len(embeds), rest[0] is None))
+        return run_decoder(embeds, *rest, **options)
+
+    model._run_decoder = note
+    output = run(model)
+    torch.testing.assert_close(output.caption_loss, expected.caption_loss)
+    torch.testing.assert_close(output.contrastive_batch.query_embeds, expected.contrastive_batch.query_embeds)
+    # Seven texts are embedded, and one is written from an image; then two are from memory.
+    (first, is_whole), (then, _) = shapes[-2:]
+    assert (first, then, is_whole) == (8, 2, True) if packing == "none" else first < 8 and not is_whole
+
+
+def test_noise_on_embeddings_is_refused():
+    model = tiny()
+    model.get_input_embeddings().neftune_noise_alpha = 5
+    with pytest.raises(ValueError, match="`neftune_noise_alpha` is 5, but its noise depends on the length"):
+        run(model)
+
+
+def rows_of_step(**changes) -> TextRows:
+    inputs = batch(**changes)
+    return TextRows.from_columns(inputs, 2, BOXES)
+
+
+def test_whether_a_step_shows_an_image():
+    nothing = {"labels": torch.full((9, 4), IGNORED_LABEL), "fused_index": torch.full((9,), -1)}
+    shows = JointStep._shows_images
+    assert shows(rows_of_step()) and not shows(rows_of_step(**nothing))
+    for row, is_shown in ((1, True), (3, False), (4, False), (6, True)):  # 3 is of a box, 4 from a memory
+        labels = nothing["labels"].clone()
+        labels[row, 0] = 11
+        image_index = torch.tensor(ROWS["image_index"])
+        image_index[row] = 0
+        one = {"labels": labels, "image_index": image_index, "box_index": torch.full((9,), -1)}
+        one["box_index"][row] = 0 if row == 3 else -1
+        assert shows(rows_of_step(**nothing | one)) == is_shown
+    fused = nothing["fused_index"].clone()
+    fused[2] = 0
+    assert shows(rows_of_step(**nothing | {"fused_index": fused}))
+
+
+@pytest.mark.parametrize("attention", ["image", "prompt", "causal"])
+@pytest.mark.parametrize("text_attention", ["causal", "bidirectional"])
+def test_only_tokens_of_one_image_or_prompt_or_text_are_in_a_block(attention, text_attention):
+    fused = torch.tensor([[0, 1], [-1, -1], [0, 0], [1, -1], *[[-1, -1]] * 5])
+    labels = batch()["labels"]
+    labels[3, 0] = 31  # after a box
+    rows = rows_of_step(fused_index=fused, labels=labels)
+    config = tiny().config
+    parts = caption_sequences(rows, 6, N, config), embedded_sequences(rows, 6, K, config)
+    step = SimpleNamespace(
+        config=SimpleNamespace(vlm_attention=attention, text_attention=text_attention), _of_box=JointStep._of_box
+    )
+    blocks = JointStep._blocks(step, rows, *parts).split([len(part.token_ids) for part in parts])
+    of_box = JointStep._of_box(rows, parts[0])
+    units, members = set(), {}
+    for number, (part, own) in enumerate(zip(parts, blocks, strict=True)):
+        shown = part.is_prefix & ~of_box if number == 0 else part.is_prefix
+        sees = set(part.sequence[shown].tolist())
+        for place, block in enumerate(own.tolist()):
+            sequence, unit = (number, int(part.sequence[place])), int(part.unit[place])
+            if number == 1 and text_attention == "bidirectional":
+                expected = None if part.is_suffix[place] else ("text", sequence)
+            elif attention == "image":
+                expected = ("image", number, unit) if shown[place] else None
+            elif attention == "prompt":
+                expected = ("prompt", sequence) if sequence[1] in sees and part.is_prompt[place] else None
+            else:
+                expected = None
+            assert (block < 0) == (expected is None), (number, place)
+            if expected is not None:
+                assert members.setdefault(block, expected) == expected
+                units.add(expected)
+    assert len(members) == len(units)

@@ -63,7 +63,7 @@ def warn_uncovered(tokenizer, rows: Iterable[Mapping[str, Any]], name: str) -> d
         columns = {column: row[column] for column in row if column in _COLUMNS or column.startswith(_LANGUAGE_PREFIX)}
         for column, own in {"captions": captions_of(row), **columns}.items():
             if len(texts[column]) < TEXTS_READ:
-                texts[column] += [text for text in own or [] if isinstance(text, str) and text.strip()]
+                texts[column] += [text for text in own or [] if isinstance(text, str) and _is_readable(text)]
     measured = {column: measure_coverage(tokenizer, own) for column, own in texts.items() if own}
     for column, coverage in measured.items():
         if not coverage.is_enough:
@@ -78,3 +78,8 @@ def warn_uncovered(tokenizer, rows: Iterable[Mapping[str, Any]], name: str) -> d
                 100 * MOST_UNKNOWN,
             )
     return measured
+
+
+def _is_readable(text: str) -> bool:
+    """Whether a row with it is read: half a surrogate pair is no text."""
+    return bool(text.strip()) and not any("\ud800" <= character <= "\udfff" for character in text)

@@ -69,9 +69,13 @@ def run_demo(
     Raises:
         BlockingIOError: If another job writes `out`.
         FileExistsError: If `out` holds something else.
-        FileNotFoundError, ValueError: If `folder` is not there, has no pictures, or is where `out` is.
+        FileNotFoundError, ValueError: If `folder` is not there, has no pictures, or is where `out` is, or if a label
+            or a question is empty.
     """
     out = Path(out)
+    for name, texts in (("labels", labels), ("questions", questions)):
+        if not all(text.strip() for text in texts):
+            raise ValueError(f"`{name}` is {list(texts)}; expected texts that are not empty.")
     if folder is not None:
         folder = Path(folder)
         if not folder.is_dir():

@@ -151,6 +151,8 @@ def build_index(
     for metadata in METADATA_NAMES:  # which say something of the others
         found.versions.pop(metadata, None)
     folder, out = Path(folder).resolve(), Path(out).resolve()
+    if out.name == UNFINISHED and is_index(out.parent):
+        raise ValueError(f"`out` is {str(out)!r}, where an index keeps what is unfinished; expected another place.")
     items = {"image_mode": image_mode, "captions": captions, "regions": regions, "texts": texts}
     settings = IndexSettings.settle(model, vectors, dimensions, precision, memory, **items)
     skipped: list[Skipped] = []

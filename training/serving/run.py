@@ -55,9 +55,11 @@ def serve(
         allow_urls: Whether pictures are fetched, see `load_image`.
 
     Raises:
-        FileNotFoundError, ValueError: As `load_checkpoint` and `SearchIndex.load`.
+        FileNotFoundError, ValueError: As `load_checkpoint` and `SearchIndex.load`, or if `host` is empty.
         OSError: If the port is taken.
     """
+    if not host.strip():  # which would be every address of this machine
+        raise ValueError(f"`host` is {host!r}; expected an address, such as 127.0.0.1, or 0.0.0.0 for all.")
     loaded, processor = load_checkpoint(model)
     processor.allow_urls = allow_urls
     opened = None if index is None else SearchIndex.load(index, loaded, processor)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmgem.training.search import checked_files
+from mmgem.training.search import checked_files, storage
 from mmgem.training.search.checked_files import (
     BLOCK,
     CheckedFile,
@@ -18,16 +18,19 @@ from mmgem.training.search.checked_files import (
     write_checked_json,
 )
 from mmgem.training.search.fingerprint import Fingerprint
+from mmgem.training.search.inverted_lists import InvertedLists
 from mmgem.training.search.settings import IndexSettings
 from mmgem.training.search.storage import (
     MANIFEST,
     ArrayFile,
     IndexFacts,
+    chunks,
     is_free,
     is_index,
     next_part,
     read_index,
     read_parts,
+    remove_parts,
     verify_index,
     write_index,
     write_part,
@@ -423,3 +426,116 @@ def test_rows_in_a_damaged_block_are_known(tmp_path, small_blocks):
         np.testing.assert_array_equal(array[np.flatnonzero(~is_damaged)], rows[~is_damaged])
         content[start + 12 * row] ^= 1
         (tmp_path / "a.npy").write_bytes(content)
+
+
+def test_lists_come_back_as_they_were_and_are_verified(facts, tmp_path):
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(40, 2, 3)).astype(np.float32)
+    made = InvertedLists.build(vectors)
+    made.effort, made.recall = 3, {"rows": 0.99}
+    columns = make_columns(40) | {"embedding": vectors}
+    seen = []
+
+    def make(rows):
+        seen.append(rows.arrays["embedding"][:])
+        return made
+
+    write_index(tmp_path, facts, 7, 40, [columns], None, make)
+    np.testing.assert_array_equal(seen[0], vectors)  # which are on the disk by then
+    stored = read_index(tmp_path, "index")
+    assert stored.version == 7 and stored.lists.recall == {"rows": 0.99}
+    lists = stored.lists.read()
+    assert (lists.vectors, lists.effort, lists.recall) == (2, 3, {"rows": 0.99})
+    np.testing.assert_array_equal(lists.cells(), made.cells())
+    check = verify_index(tmp_path)
+    files = [path for path in tmp_path.iterdir() if path.name != MANIFEST]
+    assert tmp_path / "lists-7.faiss" in files
+    assert check == (len(files), sum(path.stat().st_size for path in files), {})
+    damaged, held = (read_index(tmp_path, "index").lists for _ in range(2))
+    whole = (tmp_path / "lists-7.faiss").read_bytes()
+    (tmp_path / "lists-7.faiss").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert list(verify_index(tmp_path).damaged) == ["lists-7.faiss"]
+    with pytest.raises(DamagedFileError, match="lists-7.faiss.* `mmgem index` makes the lists anew"):
+        damaged.read()
+    (tmp_path / "lists-7.faiss").write_bytes(whole)
+    write_index(tmp_path, facts, 8, 40, [columns])
+    assert read_index(tmp_path, "index").lists is None and not (tmp_path / "lists-7.faiss").exists()
+    np.testing.assert_array_equal(held.read().cells(), made.cells())  # who has them open keeps them
+
+
+def test_the_first_rows_alone_may_have_a_memory_and_columns_gaps(facts, tmp_path):
+    columns = make_columns(6)
+    first = {name: values[:4] for name, values in columns.items()} | {"box": [None] * 4}
+    rest = {name: values[4:] for name, values in columns.items() if name != "memory"} | {"box": [[0.0, 1.0]] * 2}
+    write_index(tmp_path, facts, 1, 6, [first, rest], 4)
+    rows = read_index(tmp_path, "index").rows
+    assert len(rows.arrays["memory"]) == 4 and len(rows.arrays["embedding"]) == 6
+    np.testing.assert_array_equal(rows.arrays["memory"][:], columns["memory"][:4])
+    np.testing.assert_array_equal(rows.arrays["embedding"][[5, 4]], columns["embedding"][[5, 4]])
+    assert rows["box"] == [None] * 4 + [[0.0, 1.0]] * 2 and not rows.damaged().any()
+    np.testing.assert_array_equal(np.load(tmp_path / "memory-1.npy"), columns["memory"][:4])
+
+
+def test_parts_without_a_memory_are_counted_and_removed_as_a_whole(facts, tmp_path):
+    place = tmp_path / "unfinished"
+    write_index(place, facts, 1)
+    stored = read_index(place, "index")
+    assert stored.rows is None and stored.bytes_per_row == 0
+    columns = make_columns(3)
+    write_part(place, 0, columns | {"memory": columns["memory"][:2]})
+    write_part(place, 1, {name: values for name, values in columns.items() if name != "memory"})
+    parts = list(read_parts(place))
+    assert [sorted(part.arrays) for part in parts] == [["embedding", "memory"], ["embedding"]]
+    assert len(parts[0].arrays["memory"]) == 2
+    check = verify_index(place)
+    files = [path for path in place.iterdir() if path.suffix != ".json"]
+    assert check == (len(files), sum(path.stat().st_size for path in files), {})
+    (place / "part-000000.json").write_text("{")
+    assert verify_index(place).damaged == {"part-000000.json": "it is not what was written"}
+    assert [sorted(part.arrays) for part in read_parts(place)] == [["embedding"]]
+    remove_parts(place)
+    assert not place.exists()
+    remove_parts(place)  # of which nothing is left
+
+
+@pytest.mark.parametrize("format", [3, 4])
+def test_formats_with_checksums_are_read_and_refused_alike(facts, tmp_path, format):
+    columns = write(tmp_path, facts)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    manifest.pop("checksum")
+    write_checked_json(tmp_path / MANIFEST, manifest | {"format": format})
+    stored = read_index(tmp_path, "index")
+    assert stored.version == 1 and stored.rows["kind"] == ["image"] * 5
+    np.testing.assert_array_equal(stored.rows.arrays["embedding"][:], columns["embedding"])
+    assert verify_index(tmp_path).files == 4
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"format": format, "folder": "/elsewhere"}))
+    for read in (lambda: read_index(tmp_path, "index"), lambda: verify_index(tmp_path)):
+        with pytest.raises(ValueError, match="`index` is .*, an index whose search_index.json is damaged"):
+            read()
+
+
+def test_rows_far_apart_are_read_alone_and_no_more_at_a_time_than_may_be(tmp_path, monkeypatch):
+    rows = np.arange(60, dtype=np.int64).reshape(20, 3)  # 24 bytes each
+    with write_checked(tmp_path / "a.npy") as writer:
+        np.lib.format.write_array_header_1_0(writer, {"descr": "<i8", "fortran_order": False, "shape": (20, 3)})
+        writer.write(rows.tobytes())
+    array = ArrayFile(tmp_path, writer.facts | {"dtype": "<i8", "shape": [20, 3]})
+    read, spans = array._read, []
+    monkeypatch.setattr(array, "_read", lambda start, stop: spans.append((start, stop)) or read(start, stop))
+    monkeypatch.setattr(storage, "_READ_ANYWAY", 49)  # up to 3 rows
+    monkeypatch.setattr(storage, "_READ_AT_MOST", 10 * 24 - 1)  # 10 rows
+    for asked, expected in [
+        ([0, 3, 7, 2], [(0, 4), (7, 8)]),
+        ([5, 4, 4], [(4, 6)]),
+        ([8, 9, 10, 11], [(8, 10), (10, 12)]),
+        (np.array([19, 1], np.uint8), [(1, 2), (19, 20)]),
+        ([], []),
+    ]:
+        spans.clear()
+        np.testing.assert_array_equal(array[asked], rows[np.asarray(asked, int)])
+        assert spans == expected
+
+
+def test_slices_are_those_that_a_length_consists_of():
+    assert [list(range(10)[part]) for part in chunks(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(chunks(7, 3)) == [slice(0, 3), slice(3, 6), slice(6, 7)] and list(chunks(0, 3)) == []

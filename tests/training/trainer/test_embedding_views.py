@@ -9,7 +9,7 @@ from contrastive_batches import mixed_batch, unit_rows
 from joint_batches import joint_batch, joint_model
 
 from mmgem.contrastive import ContrastiveObjective
-from mmgem.training.trainer.contrastive_losses import build_objective
+from mmgem.training.trainer.contrastive_losses import InfoNCE, build_objective
 
 
 def several_vectors(k: int = 4, dim: int = 8):
@@ -141,6 +141,22 @@ def test_parts_that_are_none_are_refused(options, message):
 def test_parts_that_the_model_does_not_have_are_refused(options, config, message):
     with pytest.raises(ValueError, match=message):
         build_objective(**options).check(joint_model(**config).config)
+
+
+def test_all_that_the_model_has_may_be_asked_for():
+    config = joint_model(embedding_pooling="multi_vector").config
+    groups = [[1, 1], [1, 2], [3, 2], [3, 3]]
+    build_objective(vector_groups=groups, dimensions=[1, config.projection_dim]).check(config)
+    with pytest.raises(ValueError, match="at most `num_embedding_tokens`, 3"):
+        build_objective(vector_groups=[[1, 1], [2, 2], [2, 4]]).check(config)
+    with pytest.raises(ValueError, match="`structure` is 1.0, but `embedding_pooling` is 'multi_vector'"):
+        build_objective(structure=1.0).check(config)
+    build_objective(structure=1.0).check(joint_model().config)
+
+
+def test_dimensions_are_whole_numbers_wherever_they_come_from():
+    with pytest.raises(ValueError, match=r"^`dimensions` is \['x'\]"):
+        InfoNCE(dimensions=["x"])
 
 
 def test_embeddings_without_the_parts_are_refused():

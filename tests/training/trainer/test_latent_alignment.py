@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmgem.training.trainer.contrastive_losses import build_objective
-from mmgem.training.trainer.latent_alignment import mix_latents, neighbourhood_loss
+from mmgem.training.trainer.latent_alignment import mix_latents, neighbourhood_loss, structure_loss
 
 
 def random(*shape, seed=0):
@@ -86,6 +86,24 @@ def test_what_cannot_be_mixed_is_refused():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build_objective(**options)
+
+
+def test_an_objective_does_what_its_options_ask_for():
+    batch, images, texts = a_batch(), random(4, 6, seed=2), random(5, 6, seed=3)
+    plain, mixing, keeping = build_objective(), build_objective(fusemix=0.5), build_objective(structure=3.0)
+    assert [one.reads_latents for one in (plain, mixing, keeping, build_objective(structure=0.5))] == [0, 1, 1, 1]
+    assert plain.mixed(batch) is batch and keeping.mixed(batch) is batch
+    torch.manual_seed(3)
+    found = mixing.mixed(batch)
+    torch.manual_seed(3)
+    expected = mix_latents(batch, 0.5)
+    assert all(torch.equal(found[name], expected[name]) for name in batch)
+    assert plain.regularization(batch, images, texts) == mixing.regularization(batch, images, texts) == 0
+    for levels in (1, 3):
+        objective = build_objective(structure=3.0, structure_levels=levels)
+        loss = objective.regularization(batch, images, texts)
+        torch.testing.assert_close(loss, 3 * structure_loss(batch, images, texts, levels))
+        assert loss > 0
 
 
 @pytest.mark.parametrize("levels", [1, 3])
