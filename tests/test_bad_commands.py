@@ -205,7 +205,7 @@ COMMANDS = [
     (("caption", "images", "--model", "model", "--out", "/dev/null"), "`out` is '/dev/null', no regular file; expect"),
     (("scenes", "loop"), "`out` is 'loop', a link that leads back to itself"),
     (("serve", "model", "--host", ""), "`host` is ''; expected an address, such as 127.0.0.1"),
-    (("serve", "model", "--port", "70000"), "--port.*70000"),
+    (("serve", "model", "--port", "70000"), "--port.*less than or equal to 65535"),
     (("demo", "images", "--model", "model", "--out", "new", "--label", ""), r"`labels` is \[''\]; expected texts"),
     (("demo", "images", "--model", "model", "--out", "new", "--question", " "), r"`questions` is \[' '\]; expected"),
     (("demo", "images", "--model", "model", "--out", "."), "`folder` is 'images', in `out`, which is replaced"),

@@ -61,6 +61,7 @@ def test_two_processes_put_their_rows_together_in_the_order_of_ranks(tmp_path):
     batch = mixed_batch()
     deal = ([0, 1, 4, 5, 6, 7, 10, 11, 8], [0, 3, 4, 5, 8]), ([2, 3, 9], [1, 2, 6, 7])
     assert not is_distributed() and gather_sizes(4, torch.device("cpu")) == [4]
+    assert gather_rows(batch.query_ids, [len(batch.query_ids)]) is batch.query_ids
 
     def on_rank(rank: int) -> dict:
         own = part_of(batch, *deal[rank])

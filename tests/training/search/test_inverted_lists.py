@@ -83,6 +83,11 @@ def test_no_more_than_candidates_are_compared(several, monkeypatch):
     monkeypatch.setattr(search, "compare", lambda *given: compared.append(len(given[3])) or compare(*given))
     search.search(clustered(1, 4, seed=1)[0], 10)
     assert 10 <= compared[0] <= 4 * inverted_lists.CANDIDATES
+    asked = []
+    candidates = lists.candidates
+    monkeypatch.setattr(lists, "candidates", lambda *given: asked.append(given[1:3]) or candidates(*given))
+    search.search(clustered(1, 4, seed=1)[0], 10, 2)  # of which the first two vectors count
+    assert asked == [(10, 2)]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.6])

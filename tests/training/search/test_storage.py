@@ -539,3 +539,31 @@ def test_rows_far_apart_are_read_alone_and_no_more_at_a_time_than_may_be(tmp_pat
 def test_slices_are_those_that_a_length_consists_of():
     assert [list(range(10)[part]) for part in chunks(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
     assert list(chunks(7, 3)) == [slice(0, 3), slice(3, 6), slice(6, 7)] and list(chunks(0, 3)) == []
+
+
+def test_what_lies_between_rows_that_are_asked_for_may_be_damaged(tmp_path, small_blocks):
+    rows = np.arange(48, dtype=np.int64).reshape(6, 8)  # a block each
+    with write_checked(tmp_path / "a.npy") as writer:
+        np.lib.format.write_array_header_1_0(writer, {"descr": "<i8", "fortran_order": False, "shape": (6, 8)})
+        writer.write(rows.tobytes())
+    content = (tmp_path / "a.npy").read_bytes()
+    start = len(content) - rows.nbytes
+    for byte, damaged in ((start + 64, [1]), (0, [])):  # row 1; the header
+        (tmp_path / "a.npy").write_bytes(content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :])
+        array = ArrayFile(tmp_path, writer.facts | {"dtype": "<i8", "shape": [6, 8]})
+        assert np.flatnonzero(array.damaged_rows()).tolist() == damaged
+        np.testing.assert_array_equal(array[[0, 2, 3]], rows[[0, 2, 3]])
+
+
+def test_an_index_is_verified_with_what_is_unfinished_in_it_and_named_in_errors(facts, tmp_path):
+    write(tmp_path / "index", facts)
+    write_index(tmp_path / "index" / "unfinished", facts, 1)
+    write_part(tmp_path / "index" / "unfinished", 0, make_columns(3))
+    assert verify_index(tmp_path / "index").files == 4 + 4
+    (tmp_path / "index" / MANIFEST).write_text("[]")
+    with pytest.raises(ValueError, match="`index` is .*, an index whose search_index.json is damaged"):
+        verify_index(tmp_path / "index")
+    shutil.copytree(OF_0_1_0, tmp_path / "old")
+    (tmp_path / "old" / "rows.arrow").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="`index` is .*, a damaged index"):
+        verify_index(tmp_path / "old")
