@@ -15,7 +15,7 @@ other, as in `mmgem index`: waiting in a loop is counted as work.
 
 import os
 
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # which torch reads when it is imported
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}  # as `mmgem index` does, before torch
 
 import shutil
 import statistics

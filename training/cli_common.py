@@ -54,10 +54,15 @@ def start(is_quiet: bool) -> None:
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def share_cores() -> None:
-    """Before torch is imported: lets the threads of a model sleep where they wait for each other, as others decode
-    pictures meanwhile. Waiting in a loop, as OpenMP does otherwise, took more of the processor than all else."""
+def set_up_torch() -> None:
+    """Sets what torch reads when it is imported, where the user has not.
+
+    Threads of a model sleep where they wait for each other, since others decode pictures meanwhile, or work is short:
+    OpenMP's waiting in a loop takes more of the processor than all else. And Linux gives large tensors huge pages: to
+    give the activations of a convolutional tower pages of 4 KiB, one after the other, took longer than computing them.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @contextmanager

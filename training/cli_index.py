@@ -24,7 +24,7 @@ from mmgem.training.cli_common import (
     load_model,
     path,
     report_skipped,
-    share_cores,
+    set_up_torch,
     work,
     write_table,
 )
@@ -99,7 +99,7 @@ def index(
     """
     memory, parts = _memory(with_memory), _regions(regions)
     folder, names = folder_and_names(folder)
-    share_cores()
+    set_up_torch()
     with work(wait):
         from mmgem.training.search.building import build_index
 
@@ -223,6 +223,7 @@ def search(
     if explain is not None and explain.exists() and (not explain.is_dir() or any(explain.iterdir())):
         raise FileExistsError(f"`--explain` is {str(explain)!r}, which is there; expected a new or an empty folder.")
     parts, is_stream = [_box(box) for box in boxes or []], text == "-" or "-" in (image or [])
+    set_up_torch()
     is_by_rows = not image and not boxes and (is_listing or weight == 1) and not any(for_model.values())
     loaded: Any
     with work():

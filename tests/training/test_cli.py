@@ -108,12 +108,14 @@ def test_what_was_indexed_is_found(checkpoint, gallery, tmp_path):
     assert len(run(*both, "--top", 3).stdout.splitlines()) == 3
 
 
-def test_threads_sleep_where_an_index_is_made_unless_told_otherwise(tmp_path, monkeypatch):
+def test_torch_is_set_up_where_an_index_is_made_unless_the_user_has(tmp_path, monkeypatch):
     """Before torch is imported, which reads it once; see also that `--help` does not import it."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     for policy in ("ACTIVE", "PASSIVE"):
         run("index", tmp_path / "nowhere", "--model", "m", "--out", tmp_path / "index", exit_code=1)
-        assert os.environ["OMP_WAIT_POLICY"] == policy
+        assert os.environ["OMP_WAIT_POLICY"] == policy and os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
         monkeypatch.delenv("OMP_WAIT_POLICY")
 
 
