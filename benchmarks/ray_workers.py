@@ -5,8 +5,8 @@
 
 Draws scenes as PNG files, and embeds them into shards as `docs/search_a_million_pictures.md` does: with one worker,
 with two, and with two of which one is killed after a quarter of the images. Each worker notes the time of each batch.
-The rate is that from the first batch that begins to the last that ends, without the first start of Ray and workers; the
-processor's time is that of the workers, batches that were lost included. Images that were embedded again are those
+The rate is that from the first batch that begins to the last that ends, without the start of Ray and of the workers;
+the processor's time is that of the workers, batches that were lost included. Images that were embedded again are those
 that the killed worker had embedded, and not yet handed on; each image has to be in the shards once.
 """
 

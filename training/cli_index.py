@@ -268,6 +268,8 @@ def search(
         answers = [f"{hit.score:7.4f}  {_shown(hit)}" for hit in hits]
         if is_stream and as_json:
             typer.echo(to_json({"query": query, "hits": rows}))
+        elif not hits and not is_stream and not as_json:
+            typer.secho("nothing was found", err=True)
         else:
             answer(rows, as_json, [query, *answers, ""] if is_stream else answers)
     write_table(found, table_file)

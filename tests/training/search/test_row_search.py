@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mmgem.training.cli import app
 from mmgem.training.search.conditions import Condition
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.index import SearchIndex
@@ -73,3 +75,8 @@ def test_the_command_needs_no_model_and_no_torch(place, query, found):
     result = subprocess.run(arguments, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
     assert [hit["path"] for hit in json.loads(result.stdout)] == [f"/photos/{name}" for name in found]
+
+
+def test_that_nothing_was_found_is_said_beside_the_answer(place):
+    result = CliRunner().invoke(app, ["search", str(place), "sun", "--lexical-weight", "1"])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "nothing was found\n")
