@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from mmgem.processing.image_loading import MAX_PIXELS
 from mmgem.training.data.image_files import (
+    FoundImages,
     ImageFile,
     ImageReader,
     Skipped,
@@ -50,10 +51,11 @@ def caption_folder(
     max_pixels: int = MAX_PIXELS,
     names: Sequence[str] | None = None,
 ) -> CaptionReport:
-    """Captions every image below a folder into a file of JSON lines `{"file_name": …, "caption": …}`.
+    """Captions every image below a folder into a file of JSON lines `{"file_name": …, "caption": …, "version": …}`.
 
     Images that the file has already are not captioned again, whichever model did it, so that a killed run goes on
-    where it stopped. Files that cannot be read are left out and reported.
+    where it stopped; but those are that have another size or time than their `version` says. Lines of images that are
+    no longer there are taken out. Files that cannot be read are left out and reported.
 
     Args:
         folder: Where the images are, at any depth.
@@ -79,6 +81,9 @@ def caption_folder(
     file_names = list(found.versions)
     boxes = _read_boxes(folder) if with_boxes else None
     done = _read_done(out, with_boxes)
+    if stale := {name for name, version in done.items() if _is_stale(folder, found, name, version)}:
+        _take_out(out, stale)
+        done = {name: version for name, version in done.items() if name not in stale}
     todo = [file_name for file_name in file_names if file_name not in done]
     skipped = [Skipped(name, reason) for name, reason in found.unseen.items()]
     captioned = 0
@@ -87,7 +92,8 @@ def caption_folder(
 
     def write_lines(files: list[ImageFile]) -> list[dict[str, Any]]:
         with nullcontext() if boxes is None else tower_runs_once(model):  # over an image and its boxes
-            return _caption(model, processor, files, boxes)
+            lines = _caption(model, processor, files, boxes)
+        return [line | {"version": found.versions[line["file_name"]]} for line in lines]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -147,20 +153,38 @@ def _read_boxes(folder: Path) -> dict[str, list]:
     return boxes
 
 
-def _read_done(out: Path, with_boxes: bool) -> set[str]:
-    """The images an earlier run has captioned; what a kill left of a last line is cut off."""
+def _is_stale(folder: Path, found: FoundImages, name: str, version: str | None) -> bool:
+    """Whether an image was edited or deleted since it was captioned; lines of 0.1.0 have no version."""
+    if name in found.versions:
+        return version is not None and version != found.versions[name]
+    return found.hiding_place(name) is None and not os.path.lexists(folder / name)
+
+
+def _take_out(out: Path, names: set[str]) -> None:
+    """Writes the file of captions again, at once, without the lines of some images."""
+    lines = out.read_bytes().splitlines(keepends=True)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    with open(unfinished, "wb") as file:
+        file.writelines(line for line in lines if json.loads(line)["file_name"] not in names)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, out)
+
+
+def _read_done(out: Path, with_boxes: bool) -> dict[str, str | None]:
+    """The images an earlier run has captioned, and their versions; what a kill left of a last line is cut off."""
     if not out.exists():
-        return set()
+        return {}
     if not out.is_file():
         what = "a folder" if out.is_dir() else "no regular file"
         raise ValueError(f"`out` is {str(out)!r}, {what}; expected a file of JSON lines.")
     content = out.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
-    done = set()
+    done: dict[str, str | None] = {}
     for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line.decode())
-            done.add(row["file_name"])
+            done[row["file_name"]] = row.get("version")
             has_boxes = "region_captions" in row
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(

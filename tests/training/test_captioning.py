@@ -8,6 +8,7 @@ from PIL import Image
 
 from mmgem.training import captioning
 from mmgem.training.captioning import caption_folder
+from mmgem.training.data.image_files import find_images
 from mmgem.training.inference import generate_captions, generate_region_captions
 
 pytestmark = pytest.mark.usefixtures("short_answers")
@@ -61,7 +62,8 @@ def test_every_image_has_the_caption_the_model_generates_for_it(folder, out, tin
     assert report == (5, 5, [], {})
     paths = [folder / name for name in NAMES]
     expected = generate_captions(tiny_model, tiny_processor, paths)
-    assert read(out) == [{"file_name": name, "caption": text} for name, text in zip(NAMES, expected, strict=True)]
+    assert [line.pop("version") for line in read(out)] == list(find_images(folder).versions.values())
+    assert [(line["file_name"], line["caption"]) for line in read(out)] == list(zip(NAMES, expected, strict=True))
 
 
 def test_every_box_has_the_caption_the_model_generates_for_it(folder, out, tiny_model, tiny_processor):
@@ -103,6 +105,24 @@ def test_a_killed_run_goes_on_where_it_stopped(folder, out, echo):
     assert out.read_bytes() == reference and echo == [2, 1]
     assert caption_folder(folder, None, None, out) == (5, 0, [], {})
     assert out.read_bytes() == reference
+
+
+def test_edited_images_are_captioned_anew_and_deleted_ones_taken_out(folder, out, echo):
+    caption_folder(folder, None, None, out)
+    old = {line["file_name"]: line for line in read(out)}
+    del old["1.png"]["version"]  # as an earlier release wrote it
+    out.write_text("".join(json.dumps(line) + "\n" for line in old.values()))
+    Image.new("RGB", (40, 30), "red").save(folder / "0.png")
+    Image.new("RGB", (40, 30), "red").save(folder / "1.png")
+    (folder / "deep" / "3.png").unlink()
+    echo.clear()
+    assert caption_folder(folder, None, None, out)[:2] == (4, 1) and echo == [1]
+    new = {line["file_name"]: line for line in read(out)}
+    assert new["0.png"]["caption"] == "(255, 0, 0)"
+    assert list(new) == ["1.png", "deep/2.png", "deep/4.png", "0.png"]
+    assert all(new[name] == old[name] for name in ("1.png", "deep/2.png", "deep/4.png"))
+    caption_folder(folder, None, None, out, names=["0.png"])  # the others are still there
+    assert {line["file_name"] for line in read(out)} == set(new)
 
 
 @pytest.mark.parametrize("left", [b'{"file_name', bytes(500)])
