@@ -78,14 +78,20 @@ class Pairs:
         own = batch.target_index[self.describing]  # (S,)
         self._describes[self._text[self.describing], self._target[own]] = True
 
-    def by_text(self, rows: torch.Tensor) -> "Ranking":
-        """(A,) texts against all P targets; `positive` is -1 for hard negatives."""
-        matrices = self._compare(rows, slice(None))
+    @property
+    def has_several_vectors(self) -> bool:
+        """Whether it matters which side asks."""
+        return self.batch.target_embeds.ndim == 3
+
+    def by_text(self, rows: torch.Tensor, targets_ask: bool = False) -> "Ranking":
+        """(A,) texts against all P targets; `positive` is -1 for hard negatives. The queries are the texts, unless
+        `targets_ask`."""
+        matrices = self._compare(rows, slice(None), targets_ask)
         return self._ranking(matrices, self.batch.target_index[rows])
 
-    def by_target(self, rows: torch.Tensor) -> "Ranking":
-        """The targets that (A,) texts were written for against all Q texts."""
-        matrices = self._compare(slice(None), self.batch.target_index[rows])
+    def by_target(self, rows: torch.Tensor, targets_ask: bool = True) -> "Ranking":
+        """The targets that (A,) texts were written for against all Q texts; `targets_ask` as for `by_text`."""
+        matrices = self._compare(slice(None), self.batch.target_index[rows], targets_ask)
         return self._ranking({name: matrix.T for name, matrix in matrices.items()}, rows)
 
     def _ranking(self, matrices: dict[str, torch.Tensor], positive: torch.Tensor) -> "Ranking":
@@ -97,20 +103,26 @@ class Pairs:
             teacher_scale=None if self.teacher is None else self.teacher.logit_scale.detach(),
         )
 
-    def _compare(self, texts: torch.Tensor | slice, targets: torch.Tensor | slice) -> dict[str, torch.Tensor]:
+    def _compare(
+        self, texts: torch.Tensor | slice, targets: torch.Tensor | slice, targets_ask: bool
+    ) -> dict[str, torch.Tensor]:
         """The matrices of a [`Ranking`], texts in rows."""
-        batch, score = self.batch, self.objective.score
+
+        def scores(embedded: ContrastiveBatch) -> torch.Tensor:
+            text_embeds, target_embeds = embedded.query_embeds[texts], embedded.target_embeds[targets]
+            score = self.objective.score
+            return score(target_embeds, text_embeds).T if targets_ask else score(text_embeds, target_embeds)
+
+        batch = self.batch
         query_modality, target_modality = batch.query_modality[texts][:, None], batch.target_modality[targets]
         matrices = {
-            "scores": score(batch.query_embeds[texts], batch.target_embeds[targets]),
+            "scores": scores(batch),
             "describes": self._describes[self._text[texts][:, None], self._target[targets]],
             "other_modality": query_modality != target_modality,
         }
         if self.teacher is not None:
             with torch.no_grad():
-                matrices["teacher_scores"] = score(
-                    self.teacher.query_embeds[texts], self.teacher.target_embeds[targets]
-                )
+                matrices["teacher_scores"] = scores(self.teacher)
         return matrices
 
 
@@ -120,7 +132,10 @@ class ContrastiveObjective:
     For a text q with its target p, score s and inverse temperature t:
 
         loss(q) = -1/2 log( exp(t s(q, p)) / sum over targets p' of exp(t s(q, p')) )
-                  -1/2 log( exp(t s(q, p)) / sum over texts q' of exp(t s(q', p)) )
+                  -1/2 log( exp(t s(p, q)) / sum over texts q' of exp(t s(p, q')) )
+
+    The first argument of s is the query: with several vectors of each, MaxSim differs by the side that asks, and both
+    are trained to ask.
 
     The loss of the batch is the mean over the texts of images, plus the mean over those of regions, plus the mean over
     those of documents. A text describes a target if it is one of the captions of a target with that id, or is equal to
@@ -137,9 +152,9 @@ class ContrastiveObjective:
         """Forms of the gathered batch, such as parts of its embeddings; the loss is the mean of those of each."""
         return [batch]
 
-    def score(self, query_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
+    def score(self, query_embeds: torch.Tensor, document_embeds: torch.Tensor) -> torch.Tensor:
         """(Q, D), (P, D) -> (Q, P) similarities: the cosine; MaxSim of (Q, k, D) and (P, m, D)."""
-        return similarity(query_embeds, target_embeds)
+        return similarity(query_embeds, document_embeds)
 
     def mask(self, ranking: Ranking) -> torch.Tensor:
         """(A, C) bool, the candidates left out of the sum; never the anchor's `positive`."""

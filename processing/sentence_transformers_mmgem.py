@@ -193,8 +193,8 @@ class NestedVectors(Dense):
     `encode(..., num_vectors=r)`, with another r for documents than for queries, or for all of what is encoded by
     `config_kwargs={"num_vectors": r}` when the encoder is loaded.
 
-    MaxSim lets the query ask, and in training texts did. So where an image is the query (`encode_query`), its first
-    vector asks, that of the whole, unless a number is given.
+    MaxSim lets the query ask. Where an image is the query (`encode_query`), its first vector asks, that of the whole,
+    unless a number is given: it finds as much as all, and more where texts alone asked in training, as they did once.
 
     To `MultiVectorEncoder` it is the projection of the vectors, which has happened in the model: where it finds no
     `Dense`, it adds a random one.

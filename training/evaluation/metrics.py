@@ -29,7 +29,7 @@ def retrieval_ranks(
         gallery: (G, D) or (G, m, D), likewise; the score is [`mmgem.late_interaction.similarity`].
         right: For each query the gallery rows that are right, at least one.
         gallery_asks: Whether the gallery is the side whose vectors MaxSim looks for, which it is where images look for
-            texts: texts are that side in training, whoever searches.
+            texts: all models are trained with texts that ask, and not all with images that do.
 
     Returns:
         (Q,) int64, 0 is best.

@@ -78,10 +78,10 @@ def _data_name(section: Mapping[str, Any]) -> str:
 
 
 def _describe_losses(recipe: Recipe, log_history: list[dict]) -> str:
-    """Where the losses that were logged last ended; a short run logs none."""
+    """Where each loss ended; a short run logs none, and a stage without one logs 0."""
     losses = {name: words for stage in recipe.stages for name, words in stage_kind(stage).losses.items()}
-    last: dict = next((entry for entry in reversed(log_history) if any(name in entry for name in losses)), {})
-    return "".join(f" The {losses[name]} ended at {float(last[name]):.3f}." for name in losses if name in last)
+    last = {name: float(entry[name]) for entry in log_history for name in losses if float(entry.get(name, 0))}
+    return "".join(f" The {losses[name]} ended at {last[name]:.3f}." for name in losses if name in last)
 
 
 def _describe_embedding(config) -> str:
@@ -90,8 +90,8 @@ def _describe_embedding(config) -> str:
         return width
     return (
         f"{count} nested vectors of {width} (with sentence-transformers by `MultiVectorEncoder`; "
-        "`SentenceTransformer` gives the first of them); MaxSim was trained with texts that ask, and where an image "
-        "is the query, its first vector asks"
+        "`SentenceTransformer` gives the first of them); MaxSim was trained both ways, so that a query may be a text "
+        "or an image; `encode_query` gives an image's first vector, which finds as much as all"
     )
 
 

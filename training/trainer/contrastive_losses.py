@@ -253,8 +253,8 @@ class PairwiseSigmoid(MaskedObjective):
         -1/N * sum over texts q and targets p of  log sigmoid(z(q, p) (t s(q, p) + b))
 
     where z is 1 if the text describes the target and -1 if not, and N is the number of texts that describe something.
-    Texts of images and of regions each have their N, and the two losses are added. Its options are those of
-    [`MaskedObjective`].
+    With several vectors of each it is the mean with that of s(p, q), in which the target asks. Texts of images and of
+    regions each have their N, and the two losses are added. Its options are those of [`MaskedObjective`].
     """
 
     def check(self, config: MMGEMConfig) -> None:
@@ -274,10 +274,12 @@ class PairwiseSigmoid(MaskedObjective):
         return torch.arange(len(pairs.batch.query_ids), device=pairs.describing.device)  # hard negatives too
 
     def loss(self, pairs: Pairs, rows: torch.Tensor) -> torch.Tensor:
-        ranking = pairs.by_text(rows)
-        wrong = torch.where(ranking.describes, -ranking.logits, ranking.logits)  # (A, P)
-        losses = F.softplus(wrong).masked_fill(self.mask(ranking), 0.0).sum(-1)  # (A,)
-        return (losses / pairs.counts[rows]).sum()
+        losses = []
+        for targets_ask in (False, True) if pairs.has_several_vectors else (False,):
+            ranking = pairs.by_text(rows, targets_ask)
+            wrong = torch.where(ranking.describes, -ranking.logits, ranking.logits)  # (A, P)
+            losses.append(F.softplus(wrong).masked_fill(self.mask(ranking), 0.0).sum(-1))  # (A,)
+        return (torch.stack(losses).mean(0) / pairs.counts[rows]).sum()
 
 
 LOSSES: dict[str, type[MaskedObjective]] = {"infonce": InfoNCE, "sigmoid": PairwiseSigmoid}

@@ -90,4 +90,4 @@ def test_the_card_calls_the_data_by_its_name(sections, section, name, tmp_path):
     [result] = card.data.eval_results
     assert (result.dataset_name, result.metric_value) == (name, 0.5)
     assert {"multi-vector", "feature-extraction"} <= set(card.data.tags)
-    assert f"Measured on {name}." in card.text and "its first vector asks" in card.text
+    assert f"Measured on {name}." in card.text and "a query may be a text or an image" in card.text

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_batches import mixed_batch, unit_rows
+from contrastive_batches import image_batch, mixed_batch, unit_rows
 from joint_batches import joint_batch, joint_model
 
 from mmgem.contrastive import ContrastiveObjective
+from mmgem.late_interaction import similarity
 from mmgem.training.trainer.contrastive_losses import InfoNCE, build_objective
 
 
@@ -60,6 +61,21 @@ def test_of_several_vectors_the_first_group_is_narrowed(loss):
     expected = torch.stack([plain(view) for view in views]).mean()
     objective = build_objective(loss, vector_groups=[[1, 2], [4, 4]], dimensions=[4])
     torch.testing.assert_close(objective(batch), expected)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_of_several_vectors_either_side_asks(loss):
+    """MaxSim is not the same both ways: the loss is that of the two tables of scores, each side asking once."""
+    texts, images = unit_rows(12, 8, 0).view(4, 3, 8), unit_rows(8, 8, 1).view(4, 2, 8)
+    batch = image_batch(images, texts, scale=4.0, bias=-2.0)
+    from_texts, from_images = 4 * similarity(texts, images), 4 * similarity(images, texts)  # each (4, 4)
+    assert not torch.allclose(from_texts, from_images.T)
+    own, signs = torch.arange(4), 2 * torch.eye(4) - 1
+    expected = {
+        "infonce": (F.cross_entropy(from_texts, own) + F.cross_entropy(from_images, own)) / 2,
+        "sigmoid": -sum(F.logsigmoid(signs * (s - 2)).sum() / 4 for s in (from_texts, from_images)) / 2,
+    }
+    torch.testing.assert_close(build_objective(loss)(batch), expected[loss])
 
 
 def test_gradients_are_those_of_the_mean():
