@@ -15,9 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,30 +30,16 @@ from benchmarks.measure import (
     markdown_table,
     median_ratio,
     peak_memory,
+    quietest_clock,
     synchronized,
     time_alternately,
 )
-from benchmarks.setting import Setting, laptop_setting, paper_setting
+from benchmarks.setting import SETTINGS, Size
 from mmgem.training.inference import inference
 
 HEADER = ("by", "ms of one", "time of MM-GEM's", "quartiles", "GFLOP of one", "share of GEMM", "peak MB")
 COLD_HEADER = ("cold start", *(f"{part}, s" for part in PARTS), "s in all", "time of CLIP's", "quartiles")
 GEMM = "GEMM"
-
-
-class Size(StrEnum):
-    """Of the towers, see `benchmarks/setting.py`."""
-
-    laptop = "laptop"
-    half = "half"
-    paper = "paper"
-
-
-SETTINGS: dict[Size, Callable[[], Setting]] = {
-    Size.laptop: laptop_setting,
-    Size.half: Setting,
-    Size.paper: paper_setting,
-}
 
 
 def measure(tasks: Sequence[Task], rounds: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -70,9 +54,7 @@ def measure(tasks: Sequence[Task], rounds: int, device: str, dtype: torch.dtype)
     timed = {key: synchronized(step, device) for key, step in steps.items()}
     timed[GEMM, ""] = synchronized(lambda: square @ square, device)
     timed[GEMM, ""]()
-    # With one thread, the processor's own time, which other work on the machine changes least.
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    seconds = time_alternately(timed, rounds, clock)
+    seconds = time_alternately(timed, rounds, quietest_clock(device))
     rates = [2 * side**3 / elapsed for elapsed in seconds[GEMM, ""]]
     measured: dict[str, Any] = {"gemm_flops_per_second": rates, "tasks": {}}
     for task in tasks:

@@ -1,6 +1,6 @@
 """The joint step against the two-model stack it replaces, and against itself written plainly in two passes.
 
-    python -m benchmarks.joint_step [--bf16] [--visual-tokens 64]
+    python -m benchmarks.joint_step [--size laptop] [--threads 1] [--bf16] [--visual-tokens 64]
 
 Prints time, counted FLOPs and peak memory of each, and which share of the machine's GEMM rate the joint step reaches.
 A step is forward, backward and AdamW. All steps of a round follow one another; ratios are medians over rounds.
@@ -10,6 +10,7 @@ import statistics
 from dataclasses import replace
 from typing import Annotated
 
+import torch
 import typer
 
 from benchmarks.measure import (
@@ -18,9 +19,10 @@ from benchmarks.measure import (
     machine_facts,
     markdown_table,
     median_ratio,
+    quietest_clock,
     time_alternately,
 )
-from benchmarks.setting import Setting, build_batch, build_model
+from benchmarks.setting import SETTINGS, Setting, Size, build_batch, build_model
 from benchmarks.training_step import TrainingStep
 from benchmarks.two_model_stack import build_clip, build_llava, clip_inputs, llava_inputs
 from benchmarks.two_pass import two_pass_losses
@@ -48,7 +50,7 @@ def compare(setting: Setting, rounds: int, bf16: bool) -> str:
         flops[name] = count_flops(step)
         memory[name] = step.peak_memory()
         total_memory[name] = memory[name] + step.resident_memory()
-    seconds = time_alternately(steps, rounds)
+    seconds = time_alternately(steps, rounds, quietest_clock())
     fastest_gemm, step_gemm = gemm_rates(steps[JOINT])
 
     # One after the other, both models in memory all the time.
@@ -92,8 +94,12 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Images, one caption each.")] = 12,
     visual_tokens: Annotated[int, typer.Option(help="Visual tokens of an image, for MM-GEM.")] = 16,
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    size: Annotated[Size, typer.Option(help="Of the towers.")] = Size.half,
+    threads: Annotated[int, typer.Option(min=0, help="Of torch; 0 leaves them as they are.")] = 0,
 ):
-    setting = replace(Setting(), num_images=batch_size, num_visual_tokens=visual_tokens)
+    if threads:
+        torch.set_num_threads(threads)
+    setting = replace(SETTINGS[size](), num_images=batch_size, num_visual_tokens=visual_tokens)
     print(machine_facts(), compare(setting, rounds, bf16), sep="\n\n")
 
 

@@ -60,6 +60,11 @@ def time_alternately(
     return seconds
 
 
+def quietest_clock(device: str = "cpu") -> Callable[[], float]:
+    """With one thread the processor's own time, which other work on the machine changes least."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))

@@ -1,6 +1,8 @@
 """The sizes that the benchmarks of speed share, the model of that size, and a batch for it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -95,6 +97,21 @@ def paper_setting() -> Setting:
             "max_position_embeddings": 2048,
         },
     )
+
+
+class Size(StrEnum):
+    """Of the towers: 10 M each, three eighths of the paper's, the paper's."""
+
+    laptop = "laptop"
+    half = "half"
+    paper = "paper"
+
+
+SETTINGS: dict[Size, Callable[[], Setting]] = {
+    Size.laptop: laptop_setting,
+    Size.half: Setting,
+    Size.paper: paper_setting,
+}
 
 
 def micro_setting() -> Setting:
