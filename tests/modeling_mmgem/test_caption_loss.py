@@ -71,3 +71,22 @@ def test_chunks_leave_a_frozen_head_alone(text_batch, pixel_values, monkeypatch)
     _, gradients = loss_and_gradients(model, {**text_batch, "pixel_values": pixel_values})
     assert "language_model.lm_head.weight" not in gradients
     assert gradients["language_model.model.norm.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("llama", "vocab_size", 300),
+        ("granite", "logits_scaling", 3.0),
+        ("cohere", "logit_scale", 0.25),
+        ("gemma2", "final_logit_softcapping", 0.1),
+    ],
+)
+def test_logits_of_single_states_are_those_of_the_language_model(text, name, value, text_batch):
+    model = build_model("siglip", text).eval()
+    for config in (model.config.text_config, model.language_model.config, model.language_model):
+        if hasattr(config, name):
+            setattr(config, name, value)
+    states = model.language_model.get_decoder()(text_batch["input_ids"]).last_hidden_state[0]  # (L, H)
+    expected = model.language_model(text_batch["input_ids"]).logits[0]
+    torch.testing.assert_close(model._vocabulary_logits(states), expected)
