@@ -120,6 +120,7 @@ def fork(task: Callable[[], Any]) -> Callable[[], tuple[int, Any]]:
         gc.disable()
         signal.alarm(TIMEOUT)
         null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
         os.dup2(null, 2)
         Path(path).write_text(json.dumps(attempt(task)))
         os._exit(0)
