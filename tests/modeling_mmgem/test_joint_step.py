@@ -424,3 +424,32 @@ def test_only_tokens_of_one_image_or_prompt_or_text_are_in_a_block(attention, te
                 assert members.setdefault(block, expected) == expected
                 units.add(expected)
     assert len(members) == len(units)
+
+
+def test_first_boxes_of_first_images_and_hard_negatives_have_their_targets():
+    image_index, box_index = torch.tensor(ROWS["image_index"]), torch.tensor(ROWS["box_index"])
+    hard = torch.zeros(9, dtype=torch.bool)
+    hard[6] = True
+    for image, box, target in ((0, 0, 2), (1, 0, 3), (1, 1, 4)):
+        image_index[3], box_index[3] = image, box
+        found = run(tiny(), image_index=image_index, box_index=box_index, hard_negative_mask=hard).contrastive_batch
+        assert found.target_index.tolist() == [5, 1, target, -1, 6] and found.query_modality[2] == REGION
+
+
+def test_few_or_no_tokens_of_a_step_are_counted_as_they_are():
+    model, inputs = tiny(), batch()
+    alone = model(**inputs)
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=1).caption_loss, alone.caption_loss * 8)
+    nothing = model(**inputs | {"labels": torch.full_like(inputs["labels"], IGNORED_LABEL)}, num_items_in_batch=0)
+    assert nothing.loss == nothing.contrastive_loss and nothing.caption_loss == 0
+
+
+def test_a_step_that_writes_one_token_weighs_by_it():
+    inputs = batch()
+    inputs["image_index"][1] = -1  # a text of one word and its end, of which the word is predicted from nothing
+    inputs["input_ids"][1, :2] = torch.tensor([11, EOS])
+    inputs["attention_mask"][1] = torch.tensor([1, 1, 0, 0])
+    inputs["labels"] = torch.full_like(inputs["labels"], IGNORED_LABEL)
+    inputs["labels"][1, 1] = EOS
+    output = tiny()(**inputs, num_items_in_batch=4)
+    torch.testing.assert_close(output.loss, output.caption_loss + output.contrastive_loss / 4)
