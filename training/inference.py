@@ -310,9 +310,10 @@ def read_prefix(model, inputs, visual_tokens: torch.Tensor, numbers: Sequence[in
         What `generate` takes beside `inputs`: keys and values of the first columns, and vectors of all tokens. Nothing
         where prompts begin differently, or the language model keeps something else of its past.
     """
-    settings, cache = model.generation_config, DynamicCache(config=model.config.text_config)
+    settings = model.generation_config
     if settings.use_cache is False or settings.cache_implementation is not None:
         return {}
+    cache = DynamicCache(config=model.config.text_config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):  # windows, and states
         return {}
     ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)  # (B, L)

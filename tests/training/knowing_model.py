@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 from mmgem.training.scenes.caption_parser import parse_caption, parse_region_caption
 from mmgem.training.scenes.captions import write_captions, write_edit
@@ -94,6 +95,7 @@ class KnowingModel(torch.nn.Module):
     """
 
     device, dtype, vlm = torch.device("cpu"), torch.float32, None
+    generation_config = GenerationConfig(use_cache=False)  # it has no keys and values
 
     def __init__(self, rows):
         super().__init__()
