@@ -13,6 +13,7 @@ import io
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,20 +42,22 @@ def serve(model: Path, port: int, options: Sequence[str]) -> Iterator[str]:
     """The address of a server in a process of its own."""
     command = [sys.executable, "-m", "mmgem.training.cli", "serve", str(model), "--port", str(port), *options]
     address = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    try:
-        while True:
-            try:
-                httpx2.get(f"{address}/health").raise_for_status()
-                break
-            except httpx2.TransportError:
-                if process.poll() is not None:
-                    raise RuntimeError(process.stderr.read().decode()) from None  # type: ignore[union-attr]
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would fill up, and stop the server
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            while True:
+                try:
+                    httpx2.get(f"{address}/health").raise_for_status()
+                    break
+                except httpx2.TransportError:
+                    if process.poll() is not None:
+                        log.seek(0)
+                        raise RuntimeError(log.read().decode()) from None
+                    time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def latencies(ask: Callable[[int], object], clients: int, seconds: float) -> tuple[float, list[float]]:

@@ -40,15 +40,10 @@ def test_moments_are_the_operations_on_files(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_goes_wrong(monkeypatch):
-    for name, value in {
-        "IMAGES": 9,
-        "BATCH_SIZE": 2,
-        "ROWS_PER_PART": 4,
-        "DOUBLED": 2,
-        "TIMEOUT": 900,
-        "PHOTOGRAPHS": 1,
-    }.items():
-        monkeypatch.setattr(campaign, name, value)
+    small = {"IMAGES": 9, "BATCH_SIZE": 2, "ROWS_PER_PART": 4, "TIMEOUT": 900, "PHOTOGRAPHS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(campaign_jobs, name, value)
+    monkeypatch.setattr(campaign, "DOUBLED", 2)
 
     def run() -> list:
         results = campaign.run(most=3, corruptions=30, seconds=0.2)
