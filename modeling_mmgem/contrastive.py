@@ -85,7 +85,8 @@ class Pairs:
 
     def by_text(self, rows: torch.Tensor, targets_ask: bool = False) -> "Ranking":
         """(A,) texts against all P targets; `positive` is -1 for hard negatives. The queries are the texts, unless
-        `targets_ask`."""
+        `targets_ask`.
+        """
         matrices = self._compare(rows, slice(None), targets_ask)
         return self._ranking(matrices, self.batch.target_index[rows])
 

@@ -9,7 +9,8 @@ Role = Literal["system", "user", "assistant"]
 
 class Request(BaseModel):
     """A request, or a part of it, that holds nothing else than what it may hold. A field that is null is left out, as
-    some clients write it (LiteLLM)."""
+    some clients write it (LiteLLM).
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
