@@ -53,7 +53,7 @@ def build_steps(model: MMGEMModel, setting: Setting, num_images: int) -> tuple[d
     attention_mask, pixel_values = torch.ones_like(input_ids), batch["pixel_values"]
     prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
     with inference(model):
-        inputs_embeds = model._embed_prompt(input_ids, pixel_values, None)  # (B, L, H)
+        inputs_embeds = model.embed_prompt(input_ids, pixel_values)  # (B, L, H)
     steps: dict[str, Callable[[], Any]] = {
         PREFILL: lambda: model.language_model.get_decoder()(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False

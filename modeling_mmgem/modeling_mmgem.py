@@ -8,6 +8,7 @@ Multimodal Generative Embedding Model, https://arxiv.org/abs/2405.19333.
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from functools import wraps
 from inspect import signature
@@ -91,6 +92,12 @@ class MMGEMOutput(CausalLMOutputWithPast):
     logits_per_text: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
+
+    def __setattr__(self, name: str, value):
+        # As the parent does it, which lists all fields anew for each of them: 0.1 ms of every token that is written.
+        if value is not None and name in self.__dataclass_fields__:
+            OrderedDict.__setitem__(self, name, value)
+        object.__setattr__(self, name, value)
 
 
 class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
@@ -679,7 +686,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             kwargs |= {} if spatial_shapes is None else {"spatial_shapes": spatial_shapes}
             outputs = self._read_vlm_prompt(kwargs)
         else:
-            inputs_embeds = self._embed_prompt(input_ids, pixel_values, boxes, visual_tokens, spatial_shapes)
+            inputs_embeds = self.embed_prompt(input_ids, pixel_values, boxes, visual_tokens, spatial_shapes)
             outputs = self._embed_sequences(inputs_embeds, attention_mask)
         modality = "text" if pixel_values is None and visual_tokens is None else "fused"
         outputs.pooler_output = self._calibrated(outputs.pooler_output, modality)
@@ -776,15 +783,26 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         ):
             raise ValueError("`input_ids` holds image placeholders, but there are no `pixel_values`; expected images.")
 
-    def _embed_prompt(
+    def embed_prompt(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        boxes: torch.Tensor | None,
+        pixel_values: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
         visual_tokens: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, L) -> (B, L, H), visual tokens in the place of their placeholders."""
+        """Look up what the language model reads of a prompt: the `inputs_embeds` of `forward` and `generate`.
+
+        Args:
+            input_ids: (B, L) with n placeholders for each image, or for each box if there are boxes.
+            pixel_values, boxes, visual_tokens, spatial_shapes: Of the images, see [`get_multimodal_features`].
+
+        Returns:
+            (B, L, H) vectors of the tokens, with visual tokens in the place of their placeholders.
+
+        Raises:
+            ValueError: If images and placeholders do not match, or for shapes that do not fit.
+        """
         placeholders = input_ids == self.config.image_token_id  # (B, L)
         # Some VLMs have no row in their vocabulary for it.
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
@@ -901,7 +919,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 if is_first and visual_tokens is None:
                     self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
                 images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
-                inputs_embeds = self._embed_prompt(input_ids, **images, visual_tokens=visual_tokens)  # (B, L, H)
+                inputs_embeds = self.embed_prompt(input_ids, **images, visual_tokens=visual_tokens)  # (B, L, H)
             if labels is not None:
                 kwargs["labels"], kwargs["num_items_in_batch"] = labels, num_items_in_batch
             if attention_mask is not None and inputs_embeds is not None and self._is_state_space:
@@ -1198,6 +1216,8 @@ def _refuse_text_columns(text_columns: dict):
         raise ValueError(f"`{given[0]}` came without `return_loss=True`; expected it only where the joint loss is.")
 
 
+# `generate` asks for it at every token, and taking a signature apart takes longer than the checks of a token.
+MMGEMModel.forward.__signature__ = signature(MMGEMModel.forward)
 MMGEMModel.register_for_auto_class("AutoModel")
 
 __all__ = ["MMGEMModel", "MMGEMOutput"]

@@ -434,7 +434,8 @@ class MMGEMProcessor(ProcessorMixin):
 
         Args:
             images: One picture or a list of them (lists of lists are flattened), each of a kind `load_image` takes; or
-                a batch of them as a 4-dimensional array or tensor.
+                a batch of them as a 4-dimensional array or tensor. An object that comes several times is prepared
+                once.
             text: A string or a list of strings, with as many `<image>` in all as there are images, or as there are
                 boxes; or without any, where texts and images are to be compared.
             boxes: For each image a list of absolute `[x0, y0, x1, y1]` in pixels of the image as displayed, for each
@@ -514,7 +515,12 @@ class MMGEMProcessor(ProcessorMixin):
             images = _flatten(images)
             if not images:
                 raise ValueError("`images` is empty; expected at least one image, or None.")
-            images = [load_image(image, f"images[{i}]", allow_urls=self.allow_urls) for i, image in enumerate(images)]
+            distinct, numbers = _distinct(images)
+            loaded = [
+                load_image(image, f"images[{numbers.index(number)}]", allow_urls=self.allow_urls)
+                for number, image in enumerate(distinct)
+            ]
+            images = [loaded[number] for number in numbers]
         return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, boxes=None, **kwargs):
@@ -564,9 +570,10 @@ class MMGEMProcessor(ProcessorMixin):
     def _process_images(self, images, boxes=None, **kwargs):
         for number, image in enumerate(images):
             self.check_proportions(image.size, f"images[{number}]", **kwargs)
-        features = self.image_processor(images, **kwargs)
+        distinct, numbers = _distinct(images)
+        features = self.image_processor(distinct, **kwargs)
         if self.vlm_processor is not None:
-            features = BatchFeature({"pixel_values": _whole_images(features["pixel_values"], len(images))})
+            features = BatchFeature({"pixel_values": _whole_images(features["pixel_values"], len(distinct))})
         shapes = [pixels.shape for pixels in features["pixel_values"]]
         is_patches = "spatial_shapes" in features  # (P, patch * patch * 3) of each image
         if any(len(shape) != (2 if is_patches else 3) for shape in shapes):
@@ -574,6 +581,9 @@ class MMGEMProcessor(ProcessorMixin):
                 f"`image_processor` is a {type(self.image_processor).__name__}, which makes pixel values of shape "
                 f"{tuple(shapes[0])} of an image; expected (3, H, W)."
             )
+        if len(distinct) < len(images):
+            features = BatchFeature({name: _repeated(value, numbers) for name, value in features.items()})
+            shapes = [shapes[number] for number in numbers]
         units = [1] * len(images)
         if boxes is not None:
             sizes = [image.size for image in images]
@@ -714,6 +724,18 @@ def _flatten(images) -> list:
     if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray)):
         return [picture for item in images for picture in _flatten(item)]
     return [images]
+
+
+def _distinct(images: Sequence) -> tuple[list, list[int]]:
+    """The objects of a list, each once, and for each entry the number of its object."""
+    objects = {id(image): image for image in images}
+    places = {key: number for number, key in enumerate(objects)}
+    return list(objects.values()), [places[id(image)] for image in images]
+
+
+def _repeated(values, numbers: list[int]):
+    """Entries of a tensor, an array or a list, by their numbers."""
+    return [values[number] for number in numbers] if isinstance(values, list) else values[numbers]
 
 
 MMGEMProcessor.register_for_auto_class()

@@ -272,8 +272,8 @@ def generate_answers(
     """Writes the answers to one batch of questions, each about its image; to an empty one, a caption. The generation
     configuration of the model says how.
 
-    The vision tower runs once over an image that comes several times, as the same object, and so does the language
-    model where it keeps keys and values of all tokens, over the image and what stands before it.
+    An image that comes several times, as the same object, is prepared once, and the vision tower runs over it once.
+    So does the language model where it keeps keys and values of all tokens, over the image and what stands before it.
 
     Raises:
         ValueError: If there are not as many images as questions.
@@ -332,7 +332,7 @@ def read_prefix(model, inputs, visual_tokens: torch.Tensor, numbers: Sequence[in
         for layer in cache.layers:
             layer.keys = layer.keys[rows, :, columns].transpose(1, 2)  # (B * beams, heads, p, width)
             layer.values = layer.values[rows, :, columns].transpose(1, 2)
-        inputs_embeds = model._embed_prompt(ids, None, None, visual_tokens[list(numbers)])  # (B, L, H)
+        inputs_embeds = model.embed_prompt(ids, visual_tokens=visual_tokens[list(numbers)])  # (B, L, H)
     return {"past_key_values": cache, "inputs_embeds": inputs_embeds}
 
 

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 from tiny_models import IMAGE_SIZE, TEXT_CONFIGS, VISION_CONFIGS, build_model, build_towers
 
 from mmgem.modality_calibrator import ModalityCalibrator
-from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.modeling_mmgem import MMGEMModel, MMGEMOutput
 from mmgem.text_rows import IGNORED_LABEL
 
 TOWERS = [
@@ -537,3 +538,24 @@ def test_a_calibrator_that_would_be_lost_is_not_saved(tmp_path):
     model.calibrator = ModalityCalibrator(model.config.projection_dim, ["image", "text"])
     with pytest.raises(ValueError, match="`calibrated_modalities` .* is None, but the model has a calibrator"):
         model.save_pretrained(tmp_path)
+
+
+def test_fields_of_an_output_are_set_as_the_library_sets_them(monkeypatch):
+    logits, cache = torch.ones(1), torch.zeros(1)
+
+    def filled() -> MMGEMOutput:
+        output = MMGEMOutput(logits=logits, image_norm=None)
+        output.text_norm, output.loss, output.of_no_field = cache, None, 1
+        output["image_norm"] = cache
+        return output
+
+    found = filled()
+    monkeypatch.delattr(MMGEMOutput, "__setattr__")
+    assert [*found.items()] == [*filled().items()] == [("logits", logits), ("text_norm", cache), ("image_norm", cache)]
+    assert vars(found) == vars(filled())
+
+
+def test_the_signature_of_forward_is_at_hand():
+    kept = MMGEMModel.forward.__signature__
+    assert "logits_to_keep" in kept.parameters
+    assert inspect.signature(MMGEMModel.forward) is kept

@@ -143,7 +143,7 @@ def test_boxes_in_a_prompt_are_read_from_visual_tokens():
     boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5]]])
     written = model.generate(**prompt, pixel_values=image, boxes=boxes, **GREEDY)
     assert written[:, :7].tolist() == prompt["input_ids"].tolist()
-    embeds = model._embed_prompt(prompt["input_ids"], image, boxes)
+    embeds = model.embed_prompt(prompt["input_ids"], image, boxes)
     logits = model(**prompt, pixel_values=image, boxes=boxes).logits
     expected = model.language_model(inputs_embeds=embeds).logits
     torch.testing.assert_close(logits, expected)

@@ -29,6 +29,7 @@ from mmgem.processing.processing_mmgem import MMGEMProcessor
 N = 4  # visual tokens
 WORDS = ["<pad>", "<eos>", "<unk>", "a", "red", "cat", "what", "is", "there", "?", "image", "<", ">"]
 SQUARE = {"height": 32, "width": 32}
+CLIP_VIEW = {"size": {"shortest_edge": 32}, "crop_size": SQUARE}
 
 
 def build_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
@@ -39,7 +40,7 @@ def build_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
 
 
 def build_processor(image_processor=None, **kwargs) -> MMGEMProcessor:
-    image_processor = image_processor or CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE)
+    image_processor = image_processor or CLIPImageProcessorPil(**CLIP_VIEW)
     return MMGEMProcessor.from_towers(image_processor, build_tokenizer(**kwargs), num_visual_tokens=N)
 
 
@@ -93,6 +94,26 @@ def test_batches_of_images_in_any_nesting(processor, image):
     expected = processor(images=[image, image], return_tensors="pt").pixel_values
     for images in ([[image], [image]], (image, image), pixels, torch.tensor(pixels).movedim(-1, 1), list(pixels)):
         assert torch.equal(processor(images=images, return_tensors="pt").pixel_values, expected)
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", None])
+@pytest.mark.parametrize("image_processor", [CLIPImageProcessorPil, Siglip2ImageProcessorPil])
+def test_an_image_that_comes_several_times_is_prepared_once(image, image_processor, return_tensors, monkeypatch):
+    options = {"max_num_patches": 64} if image_processor is Siglip2ImageProcessorPil else CLIP_VIEW
+    processor, seen = build_processor(image_processor(**options)), []
+    other, boxes = image.resize((30, 40)), [[[0, 0, 9, 9]], [[1, 2, 30, 30]], [[5, 5, 20, 25]]]
+    of_clip = {"boxes": boxes} if image_processor is CLIPImageProcessorPil else {}
+    expected = processor(images=[image, other, image.copy()], **of_clip, return_tensors=return_tensors)
+    kind = type(processor.image_processor)
+    run = kind.preprocess
+    monkeypatch.setattr(kind, "preprocess", lambda *args, **kwargs: seen.append(args[1]) or run(*args, **kwargs))
+    found = processor(images=[image, other, image], **of_clip, return_tensors=return_tensors)
+    assert len(seen[0]) == 2  # then come blank ones, by which boxes are followed
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert len(found[name]) == 3
+        for value, wanted in zip(found[name], values, strict=True):
+            np.testing.assert_array_equal(value, wanted)
 
 
 def test_empty_texts(processor):
