@@ -117,6 +117,7 @@ class JointStep:
             caption_loss=caption_loss,
             contrastive_loss=contrastive,
             contrastive_batch=batch,
+            visual_tokens=image_tokens[:num_images] if return_contrastive_batch else None,
             image_norm=image_features.detach().norm(dim=-1).mean(),
             text_norm=text_features.detach().norm(dim=-1).mean(),
         )

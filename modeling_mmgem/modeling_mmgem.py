@@ -76,6 +76,7 @@ class MMGEMOutput(CausalLMOutputWithPast):
         caption_loss: Scalar, mean (or sum / `num_items_in_batch`) over the caption tokens.
         contrastive_loss: Scalar, InfoNCE of images and texts, plus that of boxes and texts.
         contrastive_batch: What a contrastive loss is computed from, of this process; with `return_loss`.
+        visual_tokens: (I, n, C) of the images, from which `generate` writes; with `return_contrastive_batch`.
         image_norm, text_norm: Scalars, mean length of the embeddings before they are normalised; with `return_loss`.
         logits_per_image: (B, T) scaled similarity of every image with every text: the cosine, or MaxSim.
         logits_per_text: (T, B), its transpose.
@@ -86,6 +87,7 @@ class MMGEMOutput(CausalLMOutputWithPast):
     caption_loss: torch.FloatTensor | None = None
     contrastive_loss: torch.FloatTensor | None = None
     contrastive_batch: ContrastiveBatch | None = None
+    visual_tokens: torch.FloatTensor | None = None
     image_norm: torch.FloatTensor | None = None
     text_norm: torch.FloatTensor | None = None
     logits_per_image: torch.FloatTensor | None = None

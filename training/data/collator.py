@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,15 @@ from mmgem.training.data.drawn_texts import NONE, DrawnText, TextDrawing
 from mmgem.training.data.feature_cache import CachedViews
 from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.data.permutation import hash_numbers
-from mmgem.training.data.rows import ID_COLUMNS, check_row, edit_of, edited_file_of, images_of, row_name
+from mmgem.training.data.rows import (
+    ID_COLUMNS,
+    captions_of,
+    check_row,
+    edit_of,
+    edited_file_of,
+    images_of,
+    row_name,
+)
 from mmgem.training.data.text_cache import CachedTexts
 
 
@@ -59,6 +67,9 @@ class MMGEMCollator(TextDrawing):
         cached_texts: The states of a frozen language model after the texts that are compared, in place of running it.
         options: How many texts of each kind are drawn, see [`TextDrawing`].
 
+    Attributes:
+        gives_references: Whether a batch has all captions of its images beside those that were drawn.
+
     Raises:
         ValueError: For options that [`TextDrawing`] refuses; for rows that `check_row` refuses, images that cannot be
             read, several images of a sample without an id, or a `prompt_name` that the model does not have.
@@ -68,6 +79,7 @@ class MMGEMCollator(TextDrawing):
     augmentation: dict[str, float] | None = None
     cached_views: CachedViews | None = None
     cached_texts: CachedTexts | None = None
+    gives_references: bool = field(default=False, init=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,8 +95,8 @@ class MMGEMCollator(TextDrawing):
             For I images and T texts, of which there may be none: `pixel_values` (I, 3, H, W) if there are images, or
             `patch_features` (I, C, rows, columns) with `cached_views`,
             `boxes` (I, R, 4) if there are any, `image_ids` (I,) if the rows name their images, the columns of
-            [`mmgem.text_rows.TextRows`] that the options need, `row_keys` (a list) if the rows have them, and
-            `return_loss` True.
+            [`mmgem.text_rows.TextRows`] that the options need, `row_keys` (a list) if the rows have them,
+            `references` (for each image its captions) if `gives_references` is set, and `return_loss` True.
         """
         inputs, _ = self.collate(rows)
         return inputs
@@ -135,6 +147,12 @@ class MMGEMCollator(TextDrawing):
             texts, row_index = _apart(texts, row_index)
         if (image_ids := self._image_ids(rows, names)) is not None:
             inputs["image_ids"] = image_ids
+        if self.gives_references:
+            inputs["references"] = [
+                captions_of(row) if number == 0 else []
+                for row, own in zip(rows, images, strict=True)
+                for number in range(len(own))
+            ]
         if all(row.get("row_key") is not None for row in rows):
             inputs["row_keys"] = [row["row_key"] for row in rows]
         columns = {name: _column(name, texts) for name in self.text_columns}

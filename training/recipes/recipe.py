@@ -185,6 +185,7 @@ def load_recipe(path: str | Path) -> Recipe:
     | `cache_features` | `true`, or arguments of `FeatureCaching`, see below; by default `false` |
     | `collator` | arguments of `MMGEMCollator` |
     | `objective` | options of [`mmgem.training.trainer.contrastive_losses.build_objective`] |
+    | `self_critical` | options of [`mmgem.training.self_critical.trainer.SelfCritical`], see below |
     | `reconstruction` | options of [`mmgem.training.reconstruction.masking.Reconstruction`], see below |
 
     With `cache_features` the features of the frozen vision tower are computed once, before the first step, and kept on
@@ -192,6 +193,9 @@ def load_recipe(path: str | Path) -> Recipe:
     image instead of ever new ones. `cache_features: {texts: true}` does the same for a frozen language model, so that
     a step is no more than projections and the contrastive loss, with `fusemix` and `structure` among the options of
     `objective`.
+
+    A stage with a section `self_critical`, be it empty (`{}`), draws captions too, and learns to write those that
+    CIDEr-D prefers, beside the joint loss with plain InfoNCE; it takes no `objective`.
 
     A stage with a section `reconstruction`, be it empty (`{}`), learns to put back masked tokens and patches, and
     nothing else; it takes no `objective`.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # reading a recipe imports this file, but neither a model nor
 # The section of a stage that holds the options of a kind, and the class of the kind. The first is the default.
 STAGE_KINDS = {
     "objective": "mmgem.training.recipes.joint_stage.JointStage",
+    "self_critical": "mmgem.training.self_critical.stage_kind.SelfCriticalStage",
     "reconstruction": "mmgem.training.reconstruction.stage_kind.ReconstructionStage",
 }
 

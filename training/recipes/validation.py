@@ -23,7 +23,7 @@ from mmgem.training.data.feature_cache import check_frozen
 from mmgem.training.data.text_cache import check_frozen_texts
 from mmgem.training.loading import load_config
 from mmgem.training.recipes.recipe import TRAINED_WITH, ModelSection, Recipe, Stage
-from mmgem.training.recipes.stage_kinds import stage_kind
+from mmgem.training.recipes.stage_kinds import STAGE_KINDS, stage_kind
 from mmgem.training.recipes.starting_model import check_image_size
 from mmgem.training.recipes.tokenizer import train_tokenizer
 from mmgem.training.recipes.trimming import with_first_layers
@@ -253,7 +253,7 @@ def _check_caching(stage: Stage, of_stage: str) -> None:
                 "expected `cache_features: {texts: true}`."
             )
         return
-    if stage.training.get("caption_loss_weight", 1.0) or "reconstruction" == stage.kind:
+    if stage.training.get("caption_loss_weight", 1.0) or stage.kind != next(iter(STAGE_KINDS)):
         raise ValueError(
             f"`texts` of `cache_features` {of_stage} is True, but the language model learns to write; expected "
             "`caption_loss_weight: 0` in `training`."
