@@ -3,8 +3,8 @@
     pip install mteb && make hub-photo
     python -m benchmarks.mteb_score FOLDER [--model build/mmgem-photo] [--count 100]
 
-FOLDER has the photographs and their captions in `metadata.jsonl`. Every caption looks for its photograph, by a task of
-[docs/other_tools.md](../docs/other_tools.md#mteb) that needs no network.
+FOLDER has the photographs and their captions in `metadata.jsonl`. Every caption looks for its photograph, by a task
+that needs no network. `mmgem evaluate --mteb` runs the tasks of mteb itself.
 """
 
 import json
@@ -16,6 +16,7 @@ import typer
 
 from benchmarks.measure import markdown_table
 from mmgem.training.evaluation.metrics import recall_at, retrieval_ranks
+from mmgem.training.evaluation.mteb_scores import wrap_model
 from mmgem.training.inference import embed_images, embed_texts
 from mmgem.training.loading import load_checkpoint
 
@@ -30,15 +31,11 @@ def read_rows(folder: Path, count: int) -> list[dict]:
     return [row for row in map(json.loads, lines) if row.get("captions")][:count]
 
 
-def score_by_mteb(model: str, folder: Path, rows: list[dict]) -> dict[int, float]:
-    """Recall at each of `CUTOFFS`, in the five decimals that mteb gives."""
-    import mteb
+def photographs_task(folder: Path, rows: list[dict]) -> type:
+    """The task, which needs no network, as a class of mteb."""
     from datasets import Dataset, Image
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
-    from mteb.models.model_meta import ModelMeta
-    from mteb.models.sentence_transformer_wrapper import SentenceTransformerMultimodalEncoderWrapper
-    from sentence_transformers import SentenceTransformer
 
     unknown = ("reference", "date", "domains", "task_subtypes", "license", "annotations_creators", "dialect")
     unknown += ("sample_creation", "bibtex_citation")
@@ -75,21 +72,27 @@ def score_by_mteb(model: str, folder: Path, rows: list[dict]) -> dict[int, float
             self.dataset = {"default": {"test": split}}
             self.data_loaded = True
 
-    wrapped = SentenceTransformerMultimodalEncoderWrapper(SentenceTransformer(model, trust_remote_code=True))
-    facts = {"name": f"mmgem/{Path(model).name}", "revision": "1", "modalities": ["text", "image"]}
-    wrapped.mteb_model_meta = ModelMeta.create_empty(facts)
-    [result] = mteb.evaluate(wrapped, Photographs(), cache=None).task_results
+    return Photographs
+
+
+def score_by_mteb(model: str, folder: Path, rows: list[dict], all_vectors: bool = False) -> dict[int, float]:
+    """Recall at each of `CUTOFFS`, in the five decimals that mteb gives."""
+    import mteb
+
+    wrapped = wrap_model(model, all_vectors)
+    [result] = mteb.evaluate(wrapped, photographs_task(folder, rows)(), cache=None).task_results
     return {cutoff: result.scores["test"][0][f"recall_at_{cutoff}"] for cutoff in CUTOFFS}
 
 
-def score_ourselves(model: str, folder: Path, rows: list[dict]) -> dict[int, float]:
-    """Likewise, by the vectors of `mmgem index`; of several vectors the first, as `SentenceTransformer` has it."""
+def score_ourselves(model: str, folder: Path, rows: list[dict], all_vectors: bool = False) -> dict[int, float]:
+    """Likewise, by the vectors of `mmgem index`; of several vectors the first, as `SentenceTransformer` has it, or
+    all."""
     loaded, processor = load_checkpoint(model)
     files = [folder / row["file_name"] for row in rows]
     batches = [files[start : start + BATCH_SIZE] for start in range(0, len(files), BATCH_SIZE)]
     images = torch.cat([embed_images(loaded, processor, batch) for batch in batches])
     texts = embed_texts(loaded, processor, [text for row in rows for text in row["captions"]])
-    if images.ndim == 3:
+    if images.ndim == 3 and not all_vectors:
         images, texts = images[:, 0], texts[:, 0]
     right = [{number} for number, row in enumerate(rows) for _ in row["captions"]]
     ranks = retrieval_ranks(texts, images, right)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mmgem import __version__
 from mmgem.training import cli_index
@@ -257,10 +257,27 @@ def soup(
     answer({"folder": str(out), "shares": shares}, as_json, [*lines, "", f"The average is {out}"])
 
 
-@app.command()
+class _EvaluateCommand(TyperCommand):
+    """Lets several names stand after `--mteb`, up to the next option."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        parsed: list[str] = []
+        is_name = False  # of a task, after the first
+        for word in args:
+            is_name = is_name and not word.startswith("-")
+            if is_name and parsed[-1] != "--mteb":
+                parsed.append("--mteb")
+            parsed.append(word)
+            is_name = is_name or word == "--mteb"
+        return super().parse_args(ctx, parsed)
+
+
+@app.command(cls=_EvaluateCommand)
 def evaluate(
     model: ModelArgument,
-    data: Annotated[Path, typer.Argument(parser=path, help="Image folder with metadata.jsonl.")],
+    data: Annotated[
+        Path | None, typer.Argument(parser=path, help="Image folder with metadata.jsonl; not with --mteb.")
+    ] = None,
     subset: Annotated[
         tuple[float, float] | None,
         typer.Option(metavar="FROM TO", help="Only images that hash to these numbers, such as 0.9 1 for a tenth."),
@@ -273,11 +290,29 @@ def evaluate(
             help="Dataset on the Hub that DATA is: keep the figures in MODEL's .eval_results, too.",
         ),
     ] = None,
+    mteb: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK...", help="In place of DATA: tasks and benchmarks of mteb, such as 'MIEB(lite)'."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(parser=path, help="Folder in which mteb keeps its results; what is there is not run again.")
+    ] = Path("mteb-results"),
+    all_vectors: Annotated[
+        bool, typer.Option("--all-vectors", help="With --mteb, compare all vectors of an input; by default the first.")
+    ] = False,
     table_file: Table = None,
     as_json: AsJson = False,
 ):
-    """Measure retrieval, classification, captions and answers on an image folder, with 95% confidence intervals."""
+    """Measure retrieval, classification, captions and answers on an image folder, with 95% confidence intervals; or
+    run tasks of mteb."""
     check_table(table_file)
+    if mteb:
+        if data is not None or subset is not None or dataset_id is not None:
+            raise typer.BadParameter("--mteb brings its own data; give it without DATA, --subset and --dataset-id")
+        _evaluate_on_mteb(model, mteb, out, batch_size, all_vectors, table_file, as_json)
+        return
+    if data is None or all_vectors:
+        raise typer.BadParameter("give DATA or --mteb, and --all-vectors with the latter alone")
     with work():
         from mmgem.training.data.image_folder import read_image_folder
         from mmgem.training.data.skipped import SkippedLog
@@ -306,6 +341,22 @@ def evaluate(
     answer(figures | ({"intervals": intervals} if intervals else {}), as_json, lines)
     rows = {name: dict(zip(("low", "high"), intervals.get(name, (None, None)))) for name in figures}
     write_table([{"measure": name, "value": value, **rows[name]} for name, value in figures.items()], table_file)
+
+
+def _evaluate_on_mteb(
+    model: str, names: list[str], out: Path, batch_size: int, all_vectors: bool, table_file: Path | None, as_json: bool
+) -> None:
+    with work():
+        from mmgem.training.evaluation.mteb_scores import benchmark_means, find_tasks, score_tasks, wrap_model
+
+        tasks = find_tasks(names)
+        scores = score_tasks(wrap_model(model, all_vectors), tasks, out, batch_size)
+    rows, means = [score._asdict() for score in scores], benchmark_means(scores)
+    width = max(len(score.task) for score in scores)
+    lines = [f"{score.task:{width}}  {score.score:.4f}  {score.measure}" for score in scores]
+    lines += [f"{name}: {mean:.4f}, the mean of its tasks" for name, mean in means.items()]
+    answer({"tasks": rows, "means": means, "out": str(out)}, as_json, [*lines, "", f"mteb's results are in {out}"])
+    write_table(rows, table_file)
 
 
 def _left_out(skipped) -> list[str]:

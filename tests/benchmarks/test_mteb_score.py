@@ -1,13 +1,17 @@
 """The scores of mteb beside ours, and quantized weights, on a folder of seconds and a random model."""
 
 import json
+import sys
 
 import pytest
-from encoders import picture
+from encoders import multi_vector_model, picture
 from tiny_models import build_model
+from typer.testing import CliRunner
 
 from benchmarks import mteb_score, quantization
 from mmgem.processing import save_sentence_transformer
+from mmgem.training.cli import app
+from mmgem.training.evaluation.mteb_scores import find_tasks, wrap_model
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,57 @@ def test_mteb_computes_the_same(checkpoint, photographs):
     rows = mteb_score.read_rows(photographs, 9)
     ours = mteb_score.score_ourselves(checkpoint, photographs, rows)
     assert mteb_score.score_by_mteb(checkpoint, photographs, rows) == pytest.approx(ours, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("all_vectors", [False, True])
+def test_the_command_runs_tasks_of_mteb(photographs, tiny_processor, tmp_path, monkeypatch, all_vectors):
+    pytest.importorskip("mteb")
+    save_sentence_transformer(multi_vector_model(prompts=None), tiny_processor, tmp_path / "model")
+    rows, model = mteb_score.read_rows(photographs, 9), str(tmp_path / "model")
+    task = mteb_score.photographs_task(photographs, rows)
+    monkeypatch.setitem(sys.modules["mteb.get_tasks"]._TASKS_REGISTRY, "Photographs", task)
+    options = ["--out", str(tmp_path / "out"), "--json", *["--all-vectors"] * all_vectors]
+
+    def run() -> dict:
+        result = CliRunner().invoke(app, ["evaluate", model, *options, "--mteb", "Photographs"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    [score] = run()["tasks"]
+    assert (score["task"], score["measure"]) == ("Photographs", "recall_at_1")
+    assert score["score"] == pytest.approx(
+        mteb_score.score_ourselves(model, photographs, rows, all_vectors)[1], abs=1e-4
+    )
+    [file] = (tmp_path / "out").rglob("Photographs.json")
+    assert json.loads(file.read_text())["scores"]["test"][0]["main_score"] == score["score"]
+
+    monkeypatch.setattr(task, "load_data", lambda *arguments, **options: pytest.fail("it ran again"))
+    assert run()["tasks"] == [score]
+    save_sentence_transformer(build_model(), tiny_processor, model)  # whose results are not those of the other weights
+    assert wrap_model(model).mteb_model_meta.revision not in file.parts
+
+
+@pytest.mark.slow
+def test_mteb_takes_images_with_texts_and_prompts(tiny_processor, tmp_path):
+    mteb = pytest.importorskip("mteb")
+    save_sentence_transformer(multi_vector_model(prompts={"edit": "then: "}), tiny_processor, tmp_path)
+    wrapped = wrap_model(tmp_path)
+    assert wrapped.model_prompts["CIRRIT2IRetrieval-query"] == "then: " and "query" not in wrapped.model_prompts
+    from mteb.mocks import ALL_MOCK_TASK_TEST_GRID  # of every type, each of two rows
+
+    tasks = [task for task in ALL_MOCK_TASK_TEST_GRID if set(task.metadata.modalities) == {"image", "text"}]
+    results = mteb.evaluate(wrapped, tasks, cache=None).task_results
+    assert len(results) == len(tasks) > 5 and all(0 <= result.get_score() <= 1 for result in results)
+
+
+@pytest.mark.slow
+def test_names_that_mteb_does_not_know():
+    pytest.importorskip("mteb")
+    assert list(find_tasks(["CIFAR10ZeroShot"])) == ["CIFAR10ZeroShot"]
+    assert len(find_tasks(["MIEB(lite)"])["MIEB(lite)"]) > 40
+    with pytest.raises(ValueError, match=r"'mieb-lite', which mteb .* such as MIEB\(lite\), "):
+        find_tasks(["mieb-lite"])
 
 
 @pytest.mark.slow

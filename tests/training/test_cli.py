@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -22,6 +23,7 @@ from mmgem.processing import image_loading
 from mmgem.training import captioning, cli_common, dtypes
 from mmgem.training.captioning import CaptionReport
 from mmgem.training.cli import app
+from mmgem.training.evaluation.mteb_scores import score_tasks
 from mmgem.training.inference import embed_images
 from mmgem.training.printable import printable
 from mmgem.training.recipes.check import StageCheck
@@ -288,6 +290,33 @@ def test_evaluate_prints_figures(checkpoint, gallery, monkeypatch):
         ["images", *"6.0000 5.5000 to 6.5000".split()],
         ["batch_size", "2.0000"],
     ]
+
+
+def test_evaluate_takes_several_tasks_of_mteb(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr("mmgem.training.cli._evaluate_on_mteb", lambda *arguments: asked.update(last=arguments))
+    run("evaluate", "model", "--mteb", "A", "B(lite)", "--out", tmp_path, "--mteb", "C")
+    assert asked["last"] == ("model", ["A", "B(lite)", "C"], tmp_path, 64, False, None, False)
+
+    for rest in ([], ["--all-vectors"], [tmp_path, "--all-vectors"], [tmp_path, "--mteb", "A"]):
+        run("evaluate", "model", *rest, exit_code=2)
+    run("evaluate", "model", "--mteb", "A", "--subset", 0, 1, exit_code=2)
+
+
+def test_evaluate_says_that_mteb_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    result = run("evaluate", "model", "--mteb", "A", exit_code=1)
+    assert re.fullmatch(r"mmgem: mteb cannot be imported .*; expected it for --mteb: pip install .*\n", result.stderr)
+
+
+def test_evaluate_says_that_there_is_no_network(monkeypatch, tmp_path):
+    def evaluate(*arguments, **options):
+        raise ConnectionError("Couldn't reach 'mteb/flowers' on the Hub")
+
+    mteb = SimpleNamespace(evaluate=evaluate, ResultCache=str)
+    monkeypatch.setitem(sys.modules, "mteb", mteb)
+    with pytest.raises(ConnectionError, match=r"cannot be had \(Couldn't reach .*; expected a connection"):
+        score_tasks(None, {"Flowers": [None]}, tmp_path)
 
 
 def test_json_has_no_nan(checkpoint, gallery, monkeypatch):
