@@ -1,5 +1,6 @@
 """Self-critical training: the joint loss, and the reward of captions that the model draws."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ class SelfCritical:
         captions_drawn: Captions that are drawn for each image, 2 or more: each is compared with the mean of the
             others.
         reward_weight: The weight of the expected reward beside the joint loss, above 0.
+        temperature: The temperature at which captions are drawn, and at which those of a high reward become more
+            likely, above 0: the lower, the closer to what the model writes greedily.
         max_new_tokens: The tokens at which a drawn caption is cut, 1 or more.
 
     Raises:
@@ -28,14 +31,16 @@ class SelfCritical:
 
     captions_drawn: int = 5
     reward_weight: float = 1.0
+    temperature: float = 1.0
     max_new_tokens: int = 30
 
     def __post_init__(self):
         for name, least in (("captions_drawn", 2), ("max_new_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected {least} or more.")
-        if not self.reward_weight > 0:
-            raise ValueError(f"`reward_weight` is {self.reward_weight}; expected a number above 0.")
+        for name in ("reward_weight", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number above 0.")
 
 
 class SelfCriticalTrainer(MMGEMTrainer):
@@ -129,15 +134,16 @@ class SelfCriticalTrainer(MMGEMTrainer):
             visual_tokens=repeated,
             logits_to_keep=drawn_ids.shape[1] + 1,
         ).logits[:, :-1]  # (I * K, L, vocabulary)
-        logits = logits.float().index_fill(-1, self._never_drawn(), -torch.inf)
+        logits = (logits.float() / self.options.temperature).index_fill(-1, self._never_drawn(), -torch.inf)
         losses = F.cross_entropy(logits.transpose(1, 2), drawn_ids, reduction="none")  # (I * K, L)
         return (advantages.flatten() * (losses * is_drawn).sum(1)).sum() / count
 
     def _draw(self, prompt_ids: torch.Tensor, visual_tokens: torch.Tensor) -> torch.Tensor:
-        """(S, L) tokens after prompts (S, P), from the distribution that the model has, whatever it usually writes."""
+        """(S, L) tokens after prompts (S, P), by the temperature alone, whatever the model usually writes."""
         usual = self.model.generation_config
         self.model.generation_config = GenerationConfig(
             do_sample=True,
+            temperature=self.options.temperature,
             top_k=0,
             suppress_tokens=self._never_drawn().tolist(),
             max_new_tokens=self.options.max_new_tokens,

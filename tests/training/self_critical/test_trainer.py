@@ -41,7 +41,7 @@ def test_the_gradient_is_that_of_the_expected_reward(tiny_processor, tmp_path):
         tiny_processor,
         tmp_path,
         lambda captions, are_whole, references: [value_of_text[caption] for caption in captions],
-        SelfCritical(captions_drawn=4000, max_new_tokens=1),
+        SelfCritical(captions_drawn=4000, max_new_tokens=1, temperature=0.5),
     )
     model = trainer.model
     tokens = model.get_image_features(batch_of(trainer)["pixel_values"][:2]).last_hidden_state.detach()
@@ -50,7 +50,7 @@ def test_the_gradient_is_that_of_the_expected_reward(tiny_processor, tmp_path):
     prompt_ids = trainer._prompt_ids().repeat(2, 1)
     logits = model(input_ids=prompt_ids, visual_tokens=tokens).logits[:, -1]
     logits = logits.index_fill(1, torch.tensor([model.config.image_token_id]), -torch.inf)
-    expected = torch.autograd.grad(-(logits.softmax(-1) * value).sum(), head)
+    expected = torch.autograd.grad(-((2 * logits).softmax(-1) * value).sum(), head)
     for own, other in zip(actual, expected, strict=True):
         assert torch.cosine_similarity(own.flatten(), other.flatten(), dim=0) > 0.98
         assert own.norm() / other.norm() == pytest.approx(1, abs=0.15)
@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_the_expected_reward(tiny_processor, tmp_path):
 
 def test_captions_are_drawn_from_what_the_loss_thinks_of_them(tiny_processor, tmp_path):
     """Whatever the model usually writes, and the prompt is that of captions."""
-    trainer = build_trainer(tiny_processor, tmp_path)
+    trainer = build_trainer(tiny_processor, tmp_path, options=SelfCritical(temperature=0.5, max_new_tokens=2))
     model = trainer.model
     model.generation_config.update(num_beams=3, no_repeat_ngram_size=1, min_new_tokens=4, temperature=0.01)
     usual = model.generation_config
@@ -72,7 +72,7 @@ def test_captions_are_drawn_from_what_the_loss_thinks_of_them(tiny_processor, tm
     logits = model(input_ids=inputs["input_ids"][:1], visual_tokens=tokens).logits[0, -1]
     logits[model.config.image_token_id] = -torch.inf  # would ask for another image
     shares = first.bincount(minlength=len(logits)) / len(first)
-    torch.testing.assert_close(shares, logits.softmax(-1), atol=0.02, rtol=0)
+    torch.testing.assert_close(shares, (2 * logits).softmax(-1), atol=0.02, rtol=0)
     assert model.generation_config is usual
 
 
