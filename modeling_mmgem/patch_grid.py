@@ -75,6 +75,25 @@ def patch_grid(
     return placed
 
 
+@torch.no_grad()
+def check_grid(vision_tower: PreTrainedModel, grid: VisionGrid):
+    """Refuse a grid that is not that of the tower, by running it on one blank image; not without its weights, or where
+    they are quantized or sharded.
+
+    Raises:
+        ValueError: If the tower is made for other images, or does not answer as `grid` says.
+    """
+    if any(p.is_meta or not p.numel() or type(p.data) is not torch.Tensor for p in vision_tower.parameters()):
+        return
+    own = {"num_channels": _num_channels(vision_tower), "image_size": _own_size(vision_tower)}
+    for field, expected in own.items():
+        if getattr(grid, field) != expected:
+            raise ValueError(
+                f"`{field}` of `vision_grid` is {getattr(grid, field)}; expected {expected}, the tower's."
+            )
+    patch_grid(vision_tower, grid, blank_image(grid, vision_tower.device))
+
+
 def _placed(features: torch.Tensor, grid: VisionGrid, batch: int, height: int, width: int) -> torch.Tensor | None:
     """Features in the layout of a tower -> (B, C, rows, columns); None if they are no grid in this layout."""
     if grid.layout != "tokens":
@@ -183,7 +202,7 @@ def find_grid(vision_tower: PreTrainedModel) -> VisionGrid:
 
 
 def _find_grid(tower: PreTrainedModel, name: str) -> VisionGrid:
-    num_channels, own_size = getattr(tower.config, "num_channels", None) or 3, _own_size(tower)
+    num_channels, own_size = _num_channels(tower), _own_size(tower)
     height, width = own_size
     noise = torch.randn(1, num_channels, height, 2 * width, generator=torch.Generator().manual_seed(0), device="cpu")
     noise = noise.to(tower.device, tower.dtype)
@@ -255,6 +274,10 @@ def _declared_grid(config, num_channels: int, own_size: tuple[int, int]) -> Visi
         stride=pair(config.patch_size),
         hidden_size=config.hidden_size,
     )
+
+
+def _num_channels(tower: PreTrainedModel) -> int:
+    return getattr(tower.config, "num_channels", None) or 3
 
 
 def _own_size(tower: PreTrainedModel) -> tuple[int, int]:

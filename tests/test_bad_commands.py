@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mmgem.training import loading
 from mmgem.training.cli import app
 from mmgem.training.recipes.recipe import load_recipe
-from mmgem.training.recipes.stage import open_sources, stage_arguments
+from mmgem.training.recipes.stage import eval_rows, open_sources, stage_arguments
 from mmgem.training.recipes.validation import check_sections, check_stages
 
 NAN, INF = float("nan"), float("inf")
@@ -203,6 +203,12 @@ COMMANDS = [
     (("index", "images", "--model", "model", "--out", "loop"), "`out` is 'loop', a link that leads back to itself"),
     (("caption", "images", "--model", "model", "--out", "loop"), "`out` is 'loop', a link that leads back to itself"),
     (("caption", "images", "--model", "model", "--out", "/dev/null"), "`out` is '/dev/null', no regular file; expect"),
+    (("scenes", "/proc/x"), "`out` is '/proc/x', beside which its lock, 'x.lock', cannot be written"),
+    (("scenes", "x" * 253), "beside which its lock, 'x{253}.lock', cannot be written .File name too long.; expected"),
+    (("scenes", "/"), "`out` is '/', where no lock can be beside it; expected a path below it"),
+    (("evaluate", "model", "images", "--table", "/proc/x.csv"), "`--table` is '/proc/x.csv', which cannot be written"),
+    (("evaluate", "\udce9", "images"), "`model` is '.udce9', a name that is not UTF-8; expected one that is"),
+    (("train", "/dev/zero"), "recipe is '/dev/zero', no regular file; expected a YAML file"),
     (("scenes", "loop"), "`out` is 'loop', a link that leads back to itself"),
     (("serve", "model", "--host", ""), "`host` is ''; expected an address, such as 127.0.0.1"),
     (("serve", "model", "--port", "70000"), "--port.*less than or equal to 65535"),
@@ -271,7 +277,7 @@ RECIPES = [
     (("seed",), 1.5, "`seed` is 1.5; expected int"),
     (("seed",), True, "`seed` is True; expected int"),
     (("seed",), -1, "`seed` is -1; expected 0 to 4294967295"),
-    (("seed",), 2**70, "`seed` is 1180591620717411303424; expected 0 to"),
+    (("seed",), 2**70, "1180591620717411303424 is beyond the numbers of 64 bits"),
     (("nothing",), 1, "recipe has the unknown key `nothing`"),
     (("stage",), [], "unknown key `stage`.*Did you mean `stages`"),
     (("model",), [], "recipe has no section `model`"),
@@ -283,7 +289,11 @@ RECIPES = [
     (("model", "num_visual_tokens"), 3, "`num_visual_tokens` is 3; expected a square"),
     (("model", "hidden_layers"), 3, "`model` has the unknown key `hidden_layers`"),
     (("model", "vision_config"), {}, "`vision_config` in `model` is {}; expected a mapping with a `model_type`"),
-    (("model", "vision_config"), {"model_type": "nothing"}, "unknown key `nothing`"),
+    (("model", "vision_config"), {"model_type": "nothing"}, "`model_type` of .* is 'nothing'; expected one such as"),
+    (("model", "vision_config"), {"model_type": "siglip"}, "vision"),
+    (("model", "vision_config"), {"model_type": ["siglip"]}, "expected a mapping with a `model_type`"),
+    (("model", "vision_config"), SIGLIP | {"image_size": []}, "`model` cannot be built: "),
+    (("model", "projection_dim"), 2**63 - 1, "`model` cannot be built: "),
     (("model", "vision_config"), SIGLIP | {"image_size": -1}, "`image_size` of SiglipVisionConfig is -1; expected 0"),
     (("model", "vision_config"), SIGLIP | {"patch_size": 0}, "`model` cannot be built: .*zero"),
     (("model", "vision_config"), SIGLIP | {"image_size": "x"}, "'image_size'"),
@@ -299,6 +309,7 @@ RECIPES = [
     (("tokenizer",), {"vocab_size": 300}, "`tokenizer` has no `model_max_length`; expected a value"),
     (("tokenizer",), {"vocab_size": "many", "model_max_length": 3}, "`vocab_size` in `tokenizer` is 'many'; expected"),
     (("prompts",), {"query": 3}, "`prompts` is {'query': 3}; expected"),
+    (("prompts",), {"query": "\ud800"}, "expected YAML: '.ud800' has half a surrogate pair"),
     (("prompts",), ["query"], r"`prompts` is \['query'\]; expected"),
     (("generation",), {"num_beams": 0}, "`num_beams` is 0; expected a whole number of at least 1"),
     (("generation",), {"num_return_sequences": 0}, "`num_return_sequences` is 0; expected"),
@@ -309,6 +320,8 @@ RECIPES = [
     (("generation",), {"length_penalty": NAN}, "`length_penalty` is nan; expected a finite number"),
     (("generation",), {"beams": 2}, "`generation` has the unknown key `beams`"),
     (("eval_data",), {}, "`eval_data` is {}; expected one of scenes, folder"),
+    (("eval_data",), {"scenes": {"seed": 1, "count": 1}}, "`eval_data` has 1 row; expected 2 or more"),
+    (("eval_data",), {"scenes": {"seed": 1, "count": -1}}, "`count` is -1; expected 1 or more"),
     (("eval_data",), "images", "`eval_data` is 'images'; expected a mapping"),
     (("eval_data",), {"folder": ""}, "`folder` in `eval_data` is ''; expected where the data are"),
     (("eval_data",), {"folder": 3}, "`folder` in `eval_data` is 3; expected str"),
@@ -327,7 +340,8 @@ RECIPES = [
     ((*STAGE, "name"), "a\n", "expected a name for a folder"),
     ((*STAGE, "name"), "x" * 300, "expected a name for a folder"),
     ((*STAGE, "nothing"), 1, "stage 1 has the unknown key `nothing`"),
-    ((*STAGE, "image_size"), 0, "`image_size` of stage `first` is 0; expected pixels, 1 or more"),
+    ((*STAGE, "image_size"), 0, "`image_size` of stage `first` is 0; expected 1 to 16384 pixels"),
+    ((*STAGE, "image_size"), 1 << 15, "`image_size` of stage `first` is 32768; expected 1 to 16384 pixels"),
     ((*STAGE, "image_size"), 33, "image_size"),
     ((*STAGE, "text_attention"), "none", "`text_attention` of stage `first` is 'none'; expected"),
     ((*STAGE, "embedding"), {"num_embedding_tokens": 0}, "`num_embedding_tokens`|`embedding_pooling`"),
@@ -379,6 +393,7 @@ RECIPES = [
         ("dataloader_num_workers", -1), ("ema_decay", 2.0), ("caption_loss_weight", -1.0), ("seed", -1),
         ("bf16", "perhaps"), ("lora", 3), ("freeze", "vision_tower"), ("grad_cache_chunk_size", 0),
     ]],
+    ((*TRAINING, "save_steps"), INF, "`training` of stage `first`: cannot convert float infinity"),
     ((*TRAINING, "steps"), 3, "`training` of stage `first` has the unknown key `steps`"),
     ((*TRAINING, "output_dir"), "x", "has the unknown key `output_dir`"),
     ((*TRAINING, "optim"), "best", "`training` of stage `first`: best is not a valid"),
@@ -398,6 +413,7 @@ def check(file):
     recipe = load_recipe(file)
     check_sections(recipe)
     check_stages(recipe)
+    eval_rows(recipe)
     for stage in recipe.stages:
         stage_arguments(recipe, stage, file.parent / "runs")
         open_sources(stage)
@@ -433,7 +449,16 @@ def test_a_recipe_is_refused_before_anything_is_trained(place, tmp_path, row):
         ("seed: 1\nseed: 2", "expected YAML: the key 'seed' is there twice"),
         ("[" * 3000, "nested too deeply; expected YAML"),
         ("!!python/object:os.system {}", "expected YAML: could not determine a constructor"),
-        ("&a [*a]", r"recipe is \[\[...\]\]; expected a mapping"),
+        ("&a [*a]", "its aliases repeat themselves"),
+        ("a: &a {b: *a}", "its aliases repeat themselves"),
+        (
+            "a0: &a0 {b: 1}\n"
+            + "\n".join(f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)),
+            "or make more than 100,000 values",
+        ),
+        ('prompts: {query: "\\ud83d\\ude00"}\nseeds: 1', "unknown key `seeds`"),
+        ("\tseed: 1", "expected YAML"),
+        ("\ufeffseed: 1\r\nseeds: 1", "unknown key `seeds`"),
         ("? [a]\n: b", "expected YAML"),
         ("seed: 2026-99-99", "expected YAML"),
         ("\0", "expected YAML"),

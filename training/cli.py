@@ -43,8 +43,9 @@ from mmgem.training.cli_common import (
 from mmgem.training.printable import printable
 
 # Errors that a user can cause and mend take a line; any other is a defect and comes with its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
-NO_ROOM = re.compile("No space left|[Qq]uota exceeded")  # which libraries say in errors of their own
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OverflowError, MemoryError)
+# What libraries say in errors of their own.
+NO_ROOM = re.compile("No space left|[Qq]uota exceeded|can't allocate memory|Cannot allocate memory|can't start new")
 
 # What is said to whoever interrupts a command.
 GOING_ON = {

@@ -50,6 +50,9 @@ notes = {"are_said": True}  # of `--quiet`
 def start(is_quiet: bool) -> None:
     """Before a command: without notes if it is to be quiet, and without progress bars where nobody sees them move."""
     notes["are_said"] = not is_quiet
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: a file that is opened would get its number, and what is printed
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if is_quiet or not sys.stderr.isatty():
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -134,7 +137,13 @@ def table(figures: dict[str, float], intervals: dict[str, tuple[float, float]] |
 def answer(result: Any, as_json: bool, lines: Iterable[str]) -> None:
     """Prints what a command found: `result` as JSON, or `lines` for a person."""
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    typer.echo(to_json(result, indent=2, ensure_ascii=not is_unicode) if as_json else "\n".join(map(printable, lines)))
+    text = to_json(result, indent=2, ensure_ascii=not is_unicode) if as_json else "\n".join(map(printable, lines))
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"The answer cannot be written to standard output: {error.strerror}.") from error
 
 
 def write_table(rows: list[dict[str, Any]], file: Path | None) -> None:
@@ -166,6 +175,13 @@ def check_table(file: Path | None) -> None:
     if file.is_dir() or not file.parent.is_dir():
         what = "a folder" if file.is_dir() else "in a folder that is not there"
         raise ValueError(f"`--table` is {str(file)!r}, {what}; expected a file in one that is.")
+    is_new = not file.exists()
+    try:
+        open(file, "ab").close()
+    except OSError as error:
+        raise type(error)(f"`--table` is {str(file)!r:.300}, which cannot be written ({error.strerror}).") from error
+    if is_new:
+        file.unlink()
     if file.exists() and (file.stem == "metadata" or any((file.parent / name).is_file() for name in KEPT)):
         raise ValueError(
             f"`--table` is {str(file)!r}, which belongs to a gallery, an index or a checkpoint; expected another file."

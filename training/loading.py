@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor  # from the package itself, which registers them
+from mmgem.training.printable import is_utf8
 
 
 def load_checkpoint(name: str | Path, device: str | torch.device | None = None) -> tuple[MMGEMModel, MMGEMProcessor]:
@@ -44,6 +45,8 @@ def load_checkpoint(name: str | Path, device: str | torch.device | None = None) 
 
 def load_config(name: str | Path) -> MMGEMConfig:
     """Loads the configuration of a checkpoint; arguments and errors are those of `load_checkpoint`."""
+    if not is_utf8(str(name)):
+        raise ValueError(f"`model` is {str(name)!r}, a name that is not UTF-8; expected one that is.")
     try:
         return MMGEMConfig.from_pretrained(name)
     except OSError as error:

@@ -1,5 +1,6 @@
 """One writer at a time: who writes an output holds a lock beside it, which the system takes back with the process."""
 
+import errno
 import inspect
 import json
 import logging
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # whose errors do not say of which file they are, where it is open
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +44,28 @@ def only_writer(out: str | Path) -> Iterator[None]:
     Raises:
         BlockingIOError: If another job holds it, unless within `waiting`. A job that is gone holds nothing, however it
             ended.
-        ValueError: If `out` is empty, or a link that leads back to itself.
+        OSError: If nothing can be written there.
+        ValueError: If `out` is no path, or a link that leads back to itself.
     """
-    if not str(out):
-        raise ValueError("`out` is ''; expected a path.")
+    if not str(out) or "\0" in str(out):
+        raise ValueError(f"`out` is {str(out)!r}; expected a path.")
     try:
         out = Path(out).resolve()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`out` is {str(out)!r}, below the current folder, which is gone.") from error
     except (OSError, RuntimeError) as error:  # the latter before Python 3.13
         raise ValueError(f"`out` is {str(out)!r}, a link that leads back to itself; expected a path.") from error
+    if not out.name:
+        raise ValueError(f"`out` is {str(out)!r}, where no lock can be beside it; expected a path below it.")
     place = out.with_name(f"{out.name}.lock")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"`out` is {str(out)!r}, below a file; expected a path in a folder.") from error
     lock = FileLock(place, is_singleton=True)
     if lock.is_locked:
         yield
         return
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not os.path.lexists(place):  # where it cannot be, `FileLock` may wait for it
+            os.close(os.open(place, os.O_RDWR | os.O_CREAT, 0o644))
         lock.acquire(timeout=0)
     except Timeout:
         if not _waits.get():
@@ -68,10 +75,21 @@ def only_writer(out: str | Path) -> Iterator[None]:
             ) from None
         logger.warning("waiting for %s, which %s is writing", out, _holder(place))
         lock.acquire()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"`out` is {str(out)!r}, below a file; expected a path in a folder.") from error
+    except OSError as error:
+        raise type(error)(
+            f"`out` is {str(out)!r:.300}, beside which its lock, {place.name!r}, cannot be written "
+            f"({error.strerror}); expected a place that can be written to."
+        ) from error
     try:
         with suppress(OSError):  # Windows lets nobody write into a locked file
             place.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         yield
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(out)
+        raise
     finally:
         with suppress(OSError):  # while it is held: who waits for it sees that it is gone, and makes another
             place.unlink()

@@ -12,5 +12,14 @@ def printable(text: str) -> str:
     return "".join(one.encode("unicode_escape").decode() if _steers(one) else one for one in text)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file is UTF-8, and can be kept, also by the libraries that are given it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _steers(character: str) -> bool:
     return unicodedata.category(character) in _CATEGORIES or unicodedata.bidirectional(character) in _DIRECTIONS

@@ -37,7 +37,7 @@ CUSTOM_PIPELINES = {
         ("feature-extraction", "FeatureExtraction", "AutoModel", "text"),
     )
 }
-TOKENS = "bos_token_id", "eos_token_id", "pad_token_id"
+SPECIAL_TOKENS = "bos_token_id", "eos_token_id", "pad_token_id"
 MAX_DEPTH = 10_000
 # Numbers in the configurations of towers, by name, and what is expected of them.
 NUMBERS: list[tuple[re.Pattern, Callable[[float], bool], str]] = [
@@ -282,7 +282,7 @@ class MMGEMConfig(PreTrainedConfig):
                 f"`image_token_id` is {self.image_token_id}; expected one of the {vocabulary_size} tokens of the "
                 "language model."
             )
-        for name in TOKENS:
+        for name in SPECIAL_TOKENS:
             self._check_token(name, vocabulary_size)
         limit = getattr(self.text_config, "max_position_embeddings", None)
         if isinstance(limit, int) and self.num_visual_tokens + self.num_embedding_tokens >= limit:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .configuration_mmgem import SPECIAL_TOKENS
+
 # Of the arguments of `generate` those that transformers takes whatever they are. Whole numbers, with the least:
 COUNTS = {
     "num_beams": 1,
@@ -22,7 +24,7 @@ COUNTS = {
 SHARES = ("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 FINITE = ("length_penalty", "guidance_scale", "max_time")
 SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores")
-TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_bos_token_id", "forced_eos_token_id")
+TOKEN_IDS = (*SPECIAL_TOKENS, "forced_bos_token_id", "forced_eos_token_id")
 
 
 def is_box(boxes: torch.Tensor) -> torch.Tensor:
@@ -91,7 +93,7 @@ def check_generation(arguments: Mapping[str, Any], vocabulary_size: int):
             fits, expected = is_number, "a finite number"
         elif name in SWITCHES:
             fits, expected = isinstance(value, bool), "True or False"
-        elif name in TOKENS:
+        elif name in TOKEN_IDS:
             ids = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
             ids = ids if isinstance(ids, list | tuple) else [ids]
             fits = all(isinstance(one, Integral) and 0 <= int(one) < vocabulary_size for one in ids)

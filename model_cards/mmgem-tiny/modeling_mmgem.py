@@ -32,7 +32,7 @@ from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids, is_distributed
 from .image_vectors import QUERY_STD, ImageVectors
 from .input_checks import (
-    TOKENS,
+    TOKEN_IDS,
     check_boxes,
     check_generation,
     check_ids,
@@ -45,7 +45,7 @@ from .joint_step import JointStep
 from .language_model_probe import PROBING, check_reading
 from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
-from .patch_grid import boxes_on_grid, find_grid, image_size_of, patch_grid
+from .patch_grid import boxes_on_grid, check_grid, find_grid, image_size_of, patch_grid
 from .pool_aggregator import PoolAggregator, attention_heads
 from .sentence_transformers_files import write_sentence_transformers_files
 from .similarity_map import similarity_map
@@ -268,8 +268,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             args, kwargs: As for the parent.
 
         Raises:
-            ValueError: If weights are missing, left over, of another shape or not finite, files are damaged, or
-                arguments of `generate` that are kept with the model are out of their range.
+            ValueError: If weights are missing, left over, of another shape or not finite, files are damaged, the
+                vision tower does not answer as `vision_grid` says, or arguments of `generate` that are kept with the
+                model are out of their range.
         """
         kwargs |= {"output_loading_info": True}
         kwargs["ignore_mismatched_sizes"] = ignore_mismatched_sizes or not output_loading_info
@@ -279,9 +280,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         if output_loading_info:
             return model, report
         check_whole(name, model, report, ignore_mismatched_sizes)
+        check_grid(model.vision_tower, model.config.grid)
         generation = model.generation_config.to_diff_dict()  # of a file that may have been written by hand
         kept = {  # some families say with -1 that they have no such token
-            name: value for name, value in generation.items() if name not in TOKENS or value != -1
+            name: value for name, value in generation.items() if name not in TOKEN_IDS or value != -1
         }
         check_generation(kept, model.get_input_embeddings().num_embeddings)
         return model

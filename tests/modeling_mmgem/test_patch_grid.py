@@ -1,6 +1,7 @@
 """Towers of every shape: the grid is the tower's own output, put where it belongs."""
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -249,3 +250,23 @@ def test_a_grid_edited_by_hand_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         config = MMGEMConfig(**model.config.to_dict() | {"vision_grid": model.config.vision_grid | change})
         MMGEMModel(config).get_image_features(images(32, 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": [16, 16]}, "`vision_grid` is .*answers 1 images of 32 x 32 with features of shape"),
+        ({"suffix_tokens": 2}, "`vision_grid` is .*; expected what `MMGEMModel.from_towers` finds out"),
+        ({"layout": "channels_last"}, "`vision_grid` is "),
+        ({"image_size": [40, 32]}, r"`image_size` of `vision_grid` is \(40, 32\); expected \(32, 32\), the tower's"),
+        ({"image_size": [10**6, 10**6]}, "`image_size` of `vision_grid` is .*; expected"),
+        ({"num_channels": 1}, "`num_channels` of `vision_grid` is 1; expected 3, the tower's"),
+    ],
+)
+def test_a_grid_edited_by_hand_is_refused_when_the_model_is_loaded(tmp_path, change, message):
+    build_model("clip").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_grid"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        MMGEMModel.from_pretrained(tmp_path)

@@ -475,6 +475,22 @@ def test_who_reads_no_further_is_told_nothing():
 
 
 @pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 1, "mmgem: The answer cannot be written to standard output: No space left on device.\n"),
+    ],
+)
+def test_streams_that_are_closed_or_full(streams, code, said):
+    script = (
+        "from mmgem.training.cli import answer, app; app.command('say')(lambda: answer(0, True, [])); app(['say'])"
+    )
+    command = ["sh", "-c", f'exec "$0" "$@" {streams}', sys.executable, "-c", script]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (code, "", said)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("index", "", "--model", "model", "--out", "out"),

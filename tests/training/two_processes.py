@@ -100,8 +100,8 @@ def lock(out: Path) -> str:
         with only_job(out):
             dist.barrier()
             return "may write"
-    except BlockingIOError:
-        return "refused"
+    except OSError as error:
+        return type(error).__name__
 
 
 if __name__ == "__main__":
@@ -113,5 +113,7 @@ if __name__ == "__main__":
     gradients["stock"] = stock_gradient(processor, folder, [rows()[:3], rows()[3:]])
     torch.save(gradients, folder / f"gradients-{rank}.pt")
     (folder / f"evaluation-{rank}.json").write_text(json.dumps(evaluation(processor)))
-    (folder / f"locks-{rank}.json").write_text(json.dumps({name: lock(folder / name) for name in ("held", "free")}))
+    (folder / f"locks-{rank}.json").write_text(
+        json.dumps({name: lock(folder / name) for name in ("held", "free", "tokenizer/tokenizer.json/out")})
+    )
     leave()

@@ -1,8 +1,10 @@
 """Image files below a folder: finding them, and reading them in batches without those that cannot be read."""
 
+import errno
 import math
 import os
 import stat
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from PIL import Image
 
 from mmgem.processing.image_loading import MAX_PIXELS, open_picture, read_file
+from mmgem.training.printable import is_utf8
 
 # Of all pictures that are decoded ahead, and of one batch; 4 bytes each, or 8 while they are decoded.
 PIXELS_IN_MEMORY, PIXELS_TO_A_BATCH = 1 << 27, 1 << 26
@@ -102,6 +105,11 @@ def find_images(
     """
     if not str(folder):
         raise ValueError("`folder` is ''; expected a folder of images.")
+    if sys.getfilesystemencoding() != "utf-8":  # every other name would seem to be gone
+        raise ValueError(
+            f"The names of files are read as {sys.getfilesystemencoding()} here; expected utf-8. Set PYTHONUTF8=1, or "
+            "a locale such as C.UTF-8."
+        )
     suffixes = (*SUFFIXES, *text_suffixes)
     folder = Path(folder)
     if not folder.exists():
@@ -273,8 +281,10 @@ class ImageReader:
             pool.shutdown(cancel_futures=True)
 
     def _read(self, number: int, file_name: str) -> ImageFile | Skipped | None:
+        shown = os.fsencode(file_name).decode(errors="backslashreplace")
         try:
-            file_name.encode()  # a name that is not valid UTF-8 can be neither stored nor printed
+            if not is_utf8(file_name):
+                raise ValueError("its name is not UTF-8, and cannot be kept; expected another name")
             data = read_file(self.folder / file_name)
             content = content_hash(data)
             if self.is_known(file_name, content):
@@ -296,7 +306,9 @@ class ImageReader:
                 inputs = self.prepare(image)
             return ImageFile(file_name, image, picture.upright_size, content, inputs)
         except Exception as error:  # whatever a broken file makes a decoder raise, the others shall still be read
-            return Skipped(os.fsencode(file_name).decode(errors="replace"), _reason(error))
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # it is not of this file that there are too many
+            return Skipped(shown, _reason(error))
 
 
 # By class and settings of an image processor: a picture as large as that asked about takes a tenth of a second.

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from mmgem.training.data.mixture import Mixture
-from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source
 from mmgem.training.output_lock import one_writer
@@ -19,6 +18,7 @@ from mmgem.training.recipes.check_report import StageCheck, describe_check, desc
 from mmgem.training.recipes.recipe import Stage, load_recipe
 from mmgem.training.recipes.run import SKIPPED_NAME
 from mmgem.training.recipes.stage import (
+    eval_rows,
     open_sources,
     rows_per_step,
     stage_arguments,
@@ -88,10 +88,10 @@ def check_recipe(
     folder = out / "check"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if recipe.eval_data is not None:
-        eval_rows = load_rows(recipe.eval_data)
-        count = f"{len(eval_rows):,} rows" if isinstance(eval_rows, Sized) else "a stream of rows"
-        say(f"eval_data: {count} with {', '.join(next(iter(eval_rows)))}")
+    measured = eval_rows(recipe)
+    if measured is not None:
+        count = f"{len(measured):,} rows" if isinstance(measured, Sized) else "a stream of rows"
+        say(f"eval_data: {count} with {', '.join(next(iter(measured)))}")
 
     skipped = SkippedLog(folder / SKIPPED_NAME)
     rows = None

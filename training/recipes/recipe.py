@@ -4,6 +4,7 @@ Reading one imports neither a model nor a trainer. Names and values that only th
 `mmgem.training.recipes.validation`.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,8 @@ from mmgem.training.data.open_source import check_section
 from mmgem.training.recipes.stage_kinds import STAGE_KINDS
 
 TRAINED_WITH = ("attn_implementation", "dtype")  # sections of `model` beside those that say which model
+MAX_IMAGE_SIZE = 1 << 14  # the side of the largest picture that is read
+MAX_NODES = 100_000  # values of a recipe, with what aliases repeat
 _FOLDER_NAME = re.compile(r"[\w-][\w.-]{0,99}")
 
 
@@ -141,6 +144,32 @@ class Recipe:
 class _Loader(yaml.SafeLoader):
     """Reads 1e-3 as a number, as YAML 1.2 has it; to PyYAML it is text."""
 
+    def get_single_node(self):
+        """As of every loader, but for aliases that would make a small file endless."""
+        node = super().get_single_node()
+        if node is not None and _count(node, {}) > MAX_NODES:
+            raise yaml.composer.ComposerError(
+                None, None, f"its aliases repeat themselves, or make more than {MAX_NODES:,} values", node.start_mark
+            )
+        return node
+
+    def construct_scalar(self, node):
+        """As of every loader, but for halves of characters: those of one, as JSON escapes it, are put together."""
+        value = super().construct_scalar(node)
+        try:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16") if isinstance(value, str) else value
+        except UnicodeDecodeError as error:
+            message = f"{value!r:.80} has half a surrogate pair"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
+
+    def construct_yaml_int(self, node):
+        """As of every loader, but for numbers that nothing could take."""
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 1 << 63:
+            message = f"{node.value:.80} is beyond the numbers of 64 bits"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        return value
+
     def compose_mapping_node(self, anchor):
         """As of every loader, but for a key that is there twice, of which one would be lost."""
         node = super().compose_mapping_node(anchor)
@@ -150,7 +179,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), list("-+0123456789"))
+
+
+def _count(node: yaml.Node, counts: dict[yaml.Node, float]) -> float:
+    """Nodes with all that aliases repeat; infinitely many where one holds itself."""
+    if node not in counts:
+        counts[node] = math.inf  # while it is counted
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [one for pair in inner for one in pair] if isinstance(node, yaml.MappingNode) else inner
+        counts[node] = 1 + sum(_count(one, counts) for one in inner)
+    return counts[node]
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -215,10 +255,11 @@ def read_yaml(path: str | Path) -> Any:
     """Read a YAML file; errors are those of `load_recipe`."""
     path = Path(path)
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "which is not there"
+        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "which is not there"
         raise FileNotFoundError(f"recipe is {str(path)!r}, {what}; expected a YAML file.")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
+        with open(path, "rb") as file:  # whose name the errors have
+            return yaml.load(file, _Loader)  # noqa: S506, a SafeLoader
     except RecursionError as error:
         raise ValueError(f"recipe is {str(path)!r}, nested too deeply; expected YAML that can be read.") from error
     except (yaml.YAMLError, ValueError) as error:  # a date that there is not, for instance
@@ -322,8 +363,8 @@ def _parse_stage(section: Any, number: int) -> Stage:
         raise ValueError(f"`name` of stage {number} is {section['name']!r}; expected a name for a folder.")
     of_stage = f"of stage `{section['name']}`"
     check_type(section.get("image_size", 1), int, f"`image_size` {of_stage}")
-    if section.get("image_size", 1) < 1:
-        raise ValueError(f"`image_size` {of_stage} is {section['image_size']}; expected pixels, 1 or more.")
+    if not 1 <= section.get("image_size", 1) <= MAX_IMAGE_SIZE:
+        raise ValueError(f"`image_size` {of_stage} is {section['image_size']}; expected 1 to {MAX_IMAGE_SIZE} pixels.")
     check_type(
         section.get("text_attention", "causal"), Literal["causal", "bidirectional"], f"`text_attention` {of_stage}"
     )

@@ -11,7 +11,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
-from mmgem.training.data.open_source import load_rows
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source
 from mmgem.training.evaluation.evaluate import evaluate_model
@@ -24,6 +23,7 @@ from mmgem.training.recipes.recipe import Recipe, first_difference, load_recipe,
 from mmgem.training.recipes.stage import (
     cached_texts,
     cached_views,
+    eval_rows,
     open_sources,
     stage_arguments,
     stage_rows,
@@ -86,12 +86,12 @@ def train(
 @contextmanager
 def only_job(out: Path) -> Iterator[None]:
     """Holds the lock of `out` for all processes of this job, by the first of them."""
-    refusal: BlockingIOError | None = None
+    refusal: Exception | None = None
     with ExitStack() as stack:
         if PartialState().is_main_process:
             try:
                 stack.enter_context(only_writer(out))
-            except BlockingIOError as error:
+            except (OSError, ValueError) as error:
                 refusal = error
         [refusal] = broadcast_object_list([refusal])
         if refusal is not None:
@@ -109,7 +109,7 @@ def _train(recipe_path: str | Path, out: Path, stage: str | int | None, resume: 
     has_results = (out / RESULTS_NAME).is_file()
     _claim(out, recipe_path, recipe, numbers, resume)
 
-    eval_dataset = None if recipe.eval_data is None else load_rows(recipe.eval_data)
+    eval_dataset = eval_rows(recipe)
     unfinished = [number for number in numbers if not is_complete(stage_folder(out, recipe.stages[number]))]
     sources = [open_sources(recipe.stages[number]) for number in unfinished]  # of all, before the first is trained
     for number in unfinished:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.utils.data import Dataset
 from transformers import set_seed
 
 from mmgem.modeling_mmgem import MMGEMModel
@@ -24,7 +25,7 @@ from mmgem.training.data.feature_cache import (
     fill,
 )
 from mmgem.training.data.mixture import Mixture
-from mmgem.training.data.open_source import open_source
+from mmgem.training.data.open_source import load_rows, open_source
 from mmgem.training.data.skipped import SkippedLog, readable_texts
 from mmgem.training.data.sources import Source
 from mmgem.training.data.text_cache import CachedTexts, check_frozen_texts, fill_texts, text_maker
@@ -61,13 +62,27 @@ def stage_arguments(recipe: Recipe, stage: Stage, out: Path, **changes) -> MMGEM
     }
     try:
         return MMGEMTrainingArguments(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"`training` of stage `{stage.name}`: {error}") from error
 
 
 def open_sources(stage: Stage) -> list[Source]:
     """Open the sources of a stage's training data."""
     return [open_source(section) for section in stage.train_data]
+
+
+def eval_rows(recipe: Recipe) -> Dataset | None:
+    """Open the rows that the model is measured on, if there are any.
+
+    Raises:
+        ValueError: If they are fewer than two, of which one could not be found among others.
+    """
+    if recipe.eval_data is None:
+        return None
+    rows = load_rows(recipe.eval_data)
+    if isinstance(rows, Sized) and len(rows) < 2:
+        raise ValueError(f"`eval_data` has {len(rows)} row; expected 2 or more, to find one among others.")
+    return rows
 
 
 def warn_of_languages(tokenizer, sources: Sequence[Source]) -> None:

@@ -25,8 +25,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     """
     if model_max_length < 1:
         raise ValueError(f"`model_max_length` is {model_max_length}; expected 1 or more.")
-    if vocab_size < 258:
-        raise ValueError(f"`vocab_size` is {vocab_size}; expected at least 258, for 256 bytes and two special tokens.")
+    if not 258 <= vocab_size < 1 << 31:
+        raise ValueError(
+            f"`vocab_size` is {vocab_size}; expected at least 258, for 256 bytes and two special tokens, and below "
+            "2^31."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

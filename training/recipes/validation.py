@@ -1,6 +1,7 @@
 """Checks of a recipe before any data or weights are loaded: names and values against the classes that take them, and
 stages against the model that they get."""
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -83,8 +84,9 @@ def check_stages(recipe: Recipe) -> None:
         config = _starting_config(recipe.model)
         with torch.device("meta"):
             MMGEMModel(config)
-    except (RuntimeError, ArithmeticError) as error:  # of sizes below 1
-        raise ValueError(f"`model` cannot be built: {error}; expected sizes that fit each other.") from error
+    except (RuntimeError, ArithmeticError, TypeError) as error:  # of sizes below 1, or beyond all numbers
+        reason = str(error).partition("\nException raised from")[0]
+        raise ValueError(f"`model` cannot be built: {reason}; expected sizes that fit each other.") from error
     for stage in recipe.stages:
         with torch.device("meta"):
             model = MMGEMModel(config)
@@ -192,9 +194,11 @@ def _check_generation(section: Mapping[str, Any]) -> None:
 
 def _check_tower_config(section: Mapping[str, Any], where: str) -> None:
     model_type = section.get("model_type")
-    if model_type is None:
+    if not isinstance(model_type, str):
         raise ValueError(f"{where} is {dict(section)!r:.80}; expected a mapping with a `model_type` and its fields.")
-    check_keys({model_type: None}, CONFIG_MAPPING, f"`model_type` of {where}")
+    if model_type not in CONFIG_MAPPING:
+        nearest = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1) or ["siglip_vision_model"]
+        raise ValueError(f"`model_type` of {where} is {model_type!r:.80}; expected one such as {nearest[0]!r}.")
     config_class = CONFIG_MAPPING[model_type]
     check_keys(section, ["model_type", *config_class.__dataclass_fields__, *config_class.attribute_map], where)
 

@@ -1,5 +1,8 @@
 import copy
+import errno
 import os
+import sys
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -169,12 +172,29 @@ def test_whatever_is_wrong_with_a_file_is_reported_and_never_fatal(tmp_path):
     [batch] = ImageReader(tmp_path).read_batches(list(find_images(tmp_path).versions), 10, skipped)
     assert [file.file_name for file in batch] == ["good.png"]
     assert sorted(file.file_name for file in skipped) == [
-        "caf\ufffd.png",
+        r"caf\xe9.png",
         "cut.png",
         "empty.png",
         "text.jpg",
     ]
     assert all(file.reason and "\n" not in file.reason for file in skipped)
+    assert "its name is not UTF-8" in dict(skipped)[r"caf\xe9.png"]
+
+
+def test_too_many_open_files_are_the_fault_of_no_image(tmp_path, monkeypatch):
+    write_image(tmp_path / "good.png")
+    error = OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr(image_files, "read_file", mock.Mock(side_effect=error))
+    with pytest.raises(OSError, match="Too many open files"):
+        list(ImageReader(tmp_path).read_batches(["good.png"], 1, []))
+
+
+def test_names_that_would_be_read_otherwise_than_before_are_refused(tmp_path, monkeypatch):
+    """As under LC_ALL=en_US.ISO-8859-1; every image with another letter would seem to be gone."""
+    write_image(tmp_path / "good.png")
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    with pytest.raises(ValueError, match="are read as iso8859-1 here; expected utf-8. Set PYTHONUTF8=1"):
+        find_images(tmp_path)
 
 
 def test_files_of_known_content_are_recognized_and_not_decoded(tmp_path):
