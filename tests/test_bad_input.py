@@ -118,6 +118,7 @@ NO_PICTURES = [
     (dict, r"`images\[0\]` is a type; expected"),
     (b"", r"`images\[0\]` is empty, 0 bytes; expected an image file"),
     (b"no picture", r"`images\[0\]` holds 10 bytes that are no image; expected an image file"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is in the format EPS, which is none of pixels; expected"),
     ("", r"`images\[0\]` \(''\) (is not there|cannot be read)"),
     ("nothing.png", r"`images\[0\]` \('nothing.png'\) is not there; expected the path of an image file"),
     (Path("nothing.png"), r"\('nothing.png'\) is not there"),

@@ -38,6 +38,9 @@ DEPTHS = (8, 10, 12, 14, 16)  # bits of grey that cameras and scanners give
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 MAX_PIXELS = 1 << 28  # 268 megapixels; phones take pictures of 200
 MAX_BYTES = 1 << 29  # of a file, before it is decoded
+# Formats that Pillow opens and that are none of pixels: it lets Ghostscript run what is in EPS, and Windows what is in
+# WMF, and opens in IPTC whatever it holds.
+PROGRAMS = ("EPS", "IPTC", "WMF")
 _ORIENTATION = 0x0112  # in EXIF
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # after "ftyp" in a file
 SHORTEST_BASE64 = 64  # characters; no image file is smaller, and few paths are longer
@@ -213,10 +216,13 @@ def _open(data: bytes) -> Image.Image:
     missing = ""
     for register in (Image.preinit, Image.init, _register_heif):
         register()
-        for factory, accept in [*Image.OPEN.values()]:
+        for kind, (factory, accept) in [*Image.OPEN.items()]:
             with suppress(SyntaxError, IndexError, TypeError, struct.error):  # they say that it is of another format
                 accepted = accept is None or accept(data[:16])
-                if isinstance(accepted, str):
+                if kind in PROGRAMS:
+                    if accept is not None and accepted:
+                        missing = f"is in the format {kind}, which is none of pixels"
+                elif isinstance(accepted, str):
                     missing = f"cannot be read here ({accepted})"
                 elif accepted:
                     return factory(BytesIO(data), "")

@@ -3,11 +3,12 @@
 import base64
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from mmgem.processing import image_loading
 from mmgem.processing.image_loading import load_image, open_picture
@@ -253,6 +254,23 @@ def test_bad_files_are_named(picture, tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"`image` .*{name}"):
             load_image(tmp_path / name)
+
+
+def test_no_picture_is_run_as_a_program(tmp_path, monkeypatch):
+    """Pillow opens EPS, also within IPTC, and has Ghostscript decode it."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'run'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # nothing was looked for yet
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    fields = {(3, 20): b"\0\0\0\n", (3, 30): b"\0\0\0\n", (3, 60): b"\3\1", (3, 120): b"\5", (8, 10): eps}
+    iptc = b"".join(b"\x1c" + bytes(key) + struct.pack(">H", len(value)) + value for key, value in fields.items())
+    with pytest.raises(ValueError, match="is in the format EPS, which is none of pixels; expected an image file"):
+        load_image(eps)
+    with pytest.raises(ValueError, match="bytes that are no image"):
+        load_image(iptc)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

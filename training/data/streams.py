@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mmgem.processing.image_loading import MAX_BYTES
 from mmgem.processing.url_fetching import is_url
 from mmgem.training.data.permutation import hash_numbers
 from mmgem.training.data.rows import ColumnName, check_columns
@@ -174,10 +175,23 @@ class StreamSource(Source):
     def _load_image(self, image: Any, index: int, shorter_side: int | None) -> Image.Image:
         path = str(image.get("path")) if isinstance(image, Mapping) and image.get("bytes") is None else ""
         if "://" in path and not any(is_url(part) for part in path.split("::")):
-            import datasets
-
-            image = datasets.Image().decode_example(dict(image))  # a file on the Hub or in an archive
+            image = self._read_remote(path, f"image of {self._row_name(index)}")
         return super()._load_image(image, index, shorter_side)
+
+    def _read_remote(self, path: str, name: str) -> bytes:
+        """A file on the Hub, or in an archive, by its path as `datasets` writes it."""
+        from datasets.utils.file_utils import xopen
+
+        if not (path.split("::")[-1].startswith("hf://") or self.allow_outside_paths):
+            raise ValueError(
+                f"{name} is {path!r:.200}, which may lead out of the data; expected a file of the Hub, or "
+                "`allow_outside_paths`."
+            )
+        with xopen(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"{name}, {path!r:.200}, has more than {MAX_BYTES:,} bytes; expected an image file.")
+        return data
 
 
 class _Reader:

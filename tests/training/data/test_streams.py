@@ -1,12 +1,15 @@
 """Streams: the same rows wherever one goes on, each reader its share of them, epoch after epoch."""
 
+import io
 import os
 import pickle
 from collections import Counter
+from zipfile import ZipFile
 
 import datasets
 import pytest
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+from datasets.utils import file_utils
 from image_bytes import png
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
@@ -122,6 +125,24 @@ def test_bad_rows_are_replaced_by_others_of_their_block():
     numbers = numbers_of(mixture)
     assert mixture.skipped.counts() == {"x": 11} and all(number % 3 for number in numbers)
     assert [number // 8 for number in numbers] == [position // 8 for position in range(32)]
+
+
+@pytest.mark.parametrize("place", ["zip://a.png::{}", "local://{}", "hf://datasets/o/n/a.png"])
+def test_paths_in_rows_of_a_stream_lead_nowhere_else(tmp_path, monkeypatch, place):
+    archive = tmp_path / "other.zip"
+    with ZipFile(archive, "w") as file:
+        file.writestr("a.png", png((9, 0, 0)))
+    row = {"image": {"bytes": None, "path": place.format(archive)}, "text": "0"}
+    source = StreamSource(datasets.IterableDataset.from_generator(lambda: iter([row])), "x")
+    if place.startswith("hf"):
+        monkeypatch.setattr(file_utils, "xopen", lambda path, mode: io.BytesIO(png((9, 0, 0))))
+        assert source[0]["image"].getpixel((0, 0)) == (9, 0, 0)
+        return
+    with pytest.raises(ValueError, match="which may lead out of the data; expected a file of the Hub"):
+        source[0]
+    if place.startswith("zip"):
+        source.allow_outside_paths = True
+        assert source[0]["image"].getpixel((0, 0)) == (9, 0, 0)
 
 
 def test_a_stream_that_breaks_ends_the_run():
