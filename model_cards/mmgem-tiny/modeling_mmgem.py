@@ -428,10 +428,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def _embed_visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., n, C) -> (..., D), or (..., k, D)"""
+        if tokens.ndim == 4:  # of boxes; layers of bitsandbytes take three dimensions at most
+            return self._embed_visual_tokens(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
         if self.config.embedding_prompt_ids is not None:
-            visual_embeds = self.token_projection(tokens).flatten(0, -3)  # (N, n, H)
-            outputs = self._embed_sequences(visual_embeds, visual_embeds.new_ones(visual_embeds.shape[:2]))
-            return outputs.pooler_output.unflatten(0, tokens.shape[:-2])
+            visual_embeds = self.token_projection(tokens)  # (B, n, H)
+            return self._embed_sequences(visual_embeds, visual_embeds.new_ones(visual_embeds.shape[:2])).pooler_output
         if self.image_vectors is not None:
             return self.image_projection(self.image_vectors(tokens))
         return self.image_projection(tokens.mean(dim=-2))

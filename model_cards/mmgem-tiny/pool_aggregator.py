@@ -146,8 +146,8 @@ class PoolAggregator(nn.Module):
         scores = torch.einsum("bnhd,bnwhd->bnhw", self._query(pooled), key)
         attention = self._attention(scores, valid).transpose(-1, -2)  # (B, n, W, heads)
         looked_up = (attention[..., None] * value).flatten(3)  # (B, n, W, A)
-        bias = self.output(torch.zeros_like(looked_up[0, 0, 0]))  # (C,)
-        return average[..., None] * windows + self.output(looked_up) - bias, patches, bias
+        bias = self.output(torch.zeros_like(looked_up[0, 0, :1]))[0]  # (C,)
+        return average[..., None] * windows + linear_of_rows(self.output, looked_up) - bias, patches, bias
 
     def _windows(self, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, C, h, w) -> (B, n, W, C) patches of each token's window, (n, W) False beyond it, (n, W) their numbers"""
@@ -167,12 +167,18 @@ class PoolAggregator(nn.Module):
 
     def _keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, n, W, C) -> twice (B, n, W, heads, d)"""
-        key_value = self.key_value(normed).unflatten(-1, (2, self.num_heads, -1))  # (B, n, W, 2, heads, d)
+        key_value = linear_of_rows(self.key_value, normed)  # (B, n, W, 2A)
+        key_value = key_value.unflatten(-1, (2, self.num_heads, -1))  # (B, n, W, 2, heads, d)
         return key_value[..., 0, :, :], key_value[..., 1, :, :]
 
     def _attention(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """(B, n, heads, W) and (n, W) -> (B, n, heads, W), the weight of each patch of the window"""
         return scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1, torch.float32).to(scores.dtype)
+
+
+def linear_of_rows(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """(B, n, W, C) -> (B, n, W, A); the 8-bit layers of bitsandbytes take from two to three dimensions."""
+    return linear(inputs.flatten(1, 2)).unflatten(1, inputs.shape[1:3])
 
 
 def _is_here(linear: nn.Linear, inputs: torch.Tensor) -> bool:

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from .pool_aggregator import linear_of_rows
+
 
 def similarity_map(
     model,
@@ -73,7 +75,8 @@ def _patch_embeds(model, grid: torch.Tensor) -> torch.Tensor:
     norm, linear = model.image_projection
     deviation = (by_patch.sum(dim=2).float().var(dim=-1, unbiased=False) + norm.eps).sqrt()  # (I, m)
     centred = (by_patch - by_patch.mean(dim=-1, keepdim=True)) / deviation[..., None, None].to(by_patch.dtype)
-    embeds = linear(centred * norm.weight) + linear(norm.bias) / num_patches  # (I, m, P, D)
+    bias = linear(norm.bias[None]) / num_patches  # (1, D)
+    embeds = linear_of_rows(linear, centred * norm.weight) + bias  # (I, m, P, D)
     embeds = _unit_sum(embeds.float())
     if model.calibrator is None:
         return embeds

@@ -41,6 +41,34 @@ def count_calls(module):
     return calls
 
 
+class OtherLinear(torch.nn.Linear):
+    """A layer that is more than its weights, as those of quantization and LoRA are."""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"num_embedding_tokens": 3, "embedding_pooling": "multi_vector"}, {"embedding_prompt_ids": [17, 5]}],
+    ids=["multi_vector", "prompt"],
+)
+def test_linear_layers_get_two_or_three_dimensions(config, text_batch, pixel_values):
+    """The 8-bit layers of bitsandbytes take no others."""
+    model = build_model(**config)
+    shapes: set[int] = set()
+    linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    for linear in linears:
+        linear.__class__ = OtherLinear
+        linear.register_forward_pre_hook(lambda module, inputs: shapes.add(inputs[0].ndim))
+    images = len(pixel_values)
+    boxes = torch.tensor([[0, 0, 0.5, 0.5], [0.2, 0.2, 1, 1]]).expand(images, 2, 4)
+    model.get_image_features(pixel_values, boxes=boxes)
+    model.generate(**prompts(model, images), pixel_values=pixel_values, max_new_tokens=1)
+    model.get_multimodal_features(**prompts(model, images), pixel_values=pixel_values)
+    if not config.get("embedding_prompt_ids"):
+        model(**text_batch, pixel_values=pixel_values, return_loss=True)
+        model.similarity_map(pixel_values, text_batch["input_ids"])
+    assert linears and shapes <= {2, 3}
+
+
 # Contract 1: an embedding depends on its input alone.
 
 
