@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from mmgem.training.inference import inference
+from mmgem.late_interaction import similarity
+from mmgem.training.inference import inference, to_model
 from mmgem.training.self_critical.caption_reward import CaptionReward
 from mmgem.training.trainer.trainer import MMGEMTrainer
 
@@ -23,6 +24,8 @@ class SelfCritical:
         reward_weight: The weight of the expected reward beside the joint loss, above 0.
         temperature: The temperature at which captions are drawn, and at which those of a high reward become more
             likely, above 0: the lower, the closer to what the model writes greedily.
+        retrieval_weight: The weight, 0 or more, of how well a caption finds its image among those of the batch, beside
+            CIDEr-D: the probability that the model gives to it. It keeps captions apart.
         max_new_tokens: The tokens at which a drawn caption is cut, 1 or more.
 
     Raises:
@@ -32,6 +35,7 @@ class SelfCritical:
     captions_drawn: int = 5
     reward_weight: float = 1.0
     temperature: float = 1.0
+    retrieval_weight: float = 0.0
     max_new_tokens: int = 30
 
     def __post_init__(self):
@@ -41,6 +45,8 @@ class SelfCritical:
         for name in ("reward_weight", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number above 0.")
+        if not 0 <= self.retrieval_weight < math.inf:
+            raise ValueError(f"`retrieval_weight` is {self.retrieval_weight}; expected 0 or more.")
 
 
 class SelfCriticalTrainer(MMGEMTrainer):
@@ -101,19 +107,27 @@ class SelfCriticalTrainer(MMGEMTrainer):
         num_described = self.accelerator.gather(num_described).sum().clamp(min=1)
         if described:
             visual_tokens = outputs.visual_tokens[described].detach()  # (I', n, C)
-            negative_reward = self._negative_reward(model, visual_tokens, [references[n] for n in described])
+            image_embeds = outputs.image_embeds[described].detach()  # (I', D) or (I', k, D)
+            negative_reward = self._negative_reward(
+                model, visual_tokens, image_embeds, [references[n] for n in described]
+            )
             share = self.accelerator.num_processes / num_described / self.current_gradient_accumulation_steps
             loss = loss + self.options.reward_weight * share * negative_reward
         return (loss, outputs) if return_outputs else loss
 
     def _negative_reward(
-        self, model, visual_tokens: torch.Tensor, references: Sequence[Sequence[str]]
+        self,
+        model,
+        visual_tokens: torch.Tensor,
+        image_embeds: torch.Tensor,
+        references: Sequence[Sequence[str]],
     ) -> torch.Tensor:
         """A scalar whose gradient is that of the expected reward, downwards, summed over images.
 
         Args:
             model: The model, perhaps wrapped.
             visual_tokens: (I, n, C).
+            image_embeds: (I, D) or (I, k, D) unit vectors.
             references: Of each image.
         """
         count = self.options.captions_drawn
@@ -122,10 +136,15 @@ class SelfCriticalTrainer(MMGEMTrainer):
         drawn_ids = self._draw(prompt_ids, repeated)  # (I * K, L)
         is_end = torch.isin(drawn_ids, self._end_ids())  # (I * K, L)
         is_drawn = (is_end.cumsum(1) - is_end.long()) == 0  # (I * K, L), up to the first end, with it
-        rewards = self._rewards(drawn_ids.where(is_drawn & ~is_end, self._pad_id), is_end.any(1), references)  # (I, K)
+        captions = self.processing_class.tokenizer.batch_decode(
+            drawn_ids.where(is_drawn & ~is_end, self._pad_id), skip_special_tokens=True
+        )
+        rewards = self._rewards(captions, is_end.any(1).tolist(), references)  # (I, K)
+        self._keep(caption_reward=rewards.mean())
+        if self.options.retrieval_weight:
+            rewards = rewards + self.options.retrieval_weight * self._found(captions, image_embeds)  # (I, K)
         others = (rewards.sum(1, keepdim=True) - rewards) / (count - 1)  # (I, K)
         advantages = rewards - others  # (I, K)
-        self._keep(caption_reward=rewards.mean())
 
         input_ids = torch.cat([prompt_ids, drawn_ids], dim=1)  # (I * K, P + L)
         logits = model(
@@ -160,17 +179,25 @@ class SelfCriticalTrainer(MMGEMTrainer):
         return drawn[:, prompt_ids.shape[1] :].clone()  # which is no tensor of inference mode
 
     def _rewards(
-        self, drawn_ids: torch.Tensor, are_whole: torch.Tensor, references: Sequence[Sequence[str]]
+        self, captions: Sequence[str], are_whole: Sequence[bool], references: Sequence[Sequence[str]]
     ) -> torch.Tensor:
-        """(I, K) rewards of captions (I * K, L)."""
+        """(I, K) rewards of I * K captions."""
         count = self.options.captions_drawn
-        captions = self.processing_class.tokenizer.batch_decode(drawn_ids, skip_special_tokens=True)
-        are_whole = are_whole.tolist()
         rewards = []
         for number, own in enumerate(references):
             part = slice(number * count, (number + 1) * count)
             rewards.append(self.reward(captions[part], are_whole[part], own))
-        return torch.tensor(rewards, device=drawn_ids.device)
+        return torch.tensor(rewards, device=self.args.device)
+
+    def _found(self, captions: Sequence[str], image_embeds: torch.Tensor) -> torch.Tensor:
+        """(I, K) probabilities of the own image of I * K captions, among all images."""
+        inputs = self.processing_class.tokenizer(list(captions), padding=True, return_tensors="pt")
+        with inference(self.model):
+            features = self.model.get_text_features(**to_model(self.model, inputs)).pooler_output
+            text_embeds = F.normalize(features.float(), dim=-1)  # (I * K, D) or (I * K, k, D)
+            scores = self.model._temperature() * similarity(text_embeds, image_embeds)  # (I * K, I)
+            shares = scores.softmax(-1).view(len(image_embeds), -1, len(image_embeds))  # (I, K, I)
+        return shares.diagonal(dim1=0, dim2=2).T.clone()
 
     def _prompt_ids(self) -> torch.Tensor:
         """(P,) tokens before a caption, with a placeholder for each visual token."""

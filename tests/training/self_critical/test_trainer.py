@@ -46,7 +46,7 @@ def test_the_gradient_is_that_of_the_expected_reward(tiny_processor, tmp_path):
     model = trainer.model
     tokens = model.get_image_features(batch_of(trainer)["pixel_values"][:2]).last_hidden_state.detach()
     head = [*model.token_projection.parameters()]
-    actual = torch.autograd.grad(trainer._negative_reward(model, tokens, [["a"], ["b"]]), head)
+    actual = torch.autograd.grad(trainer._negative_reward(model, tokens, tokens[:, 0], [["a"], ["b"]]), head)
     prompt_ids = trainer._prompt_ids().repeat(2, 1)
     logits = model(input_ids=prompt_ids, visual_tokens=tokens).logits[:, -1]
     logits = logits.index_fill(1, torch.tensor([model.config.image_token_id]), -torch.inf)
@@ -85,7 +85,7 @@ def test_what_is_alike_teaches_nothing_and_ends_are_ends(tiny_processor, tmp_pat
 
     trainer = build_trainer(tiny_processor, tmp_path, reward)
     model, tokens = trainer.model, torch.randn(3, 4, trainer.model.config.grid.hidden_size)
-    loss = trainer._negative_reward(model, tokens, [["a"]] * 3)
+    loss = trainer._negative_reward(model, tokens, tokens[:, 0], [["a"]] * 3)
     [gradient] = torch.autograd.grad(loss, [*model.token_projection.parameters()][:1])
     assert not gradient.any()
 
@@ -95,7 +95,7 @@ def test_what_is_alike_teaches_nothing_and_ends_are_ends(tiny_processor, tmp_pat
     trainer._draw = lambda prompt_ids, visual_tokens: drawn[: len(prompt_ids)]
     seen.clear()
     model.zero_grad()
-    trainer._negative_reward(model, tokens[:2], [["a"]] * 2).backward()
+    trainer._negative_reward(model, tokens[:2], tokens[:2, 0], [["a"]] * 2).backward()
     [(captions, are_whole), _] = seen
     assert are_whole == [True, False, True, False, True]
     one, three = (tiny_processor.tokenizer.decode([word] * count) for count in (1, 3))
@@ -106,7 +106,9 @@ def test_what_is_alike_teaches_nothing_and_ends_are_ends(tiny_processor, tmp_pat
 def test_a_step_adds_the_mean_reward_to_the_joint_loss(tiny_processor, tmp_path, steps):
     trainer = build_trainer(tiny_processor, tmp_path, options=SelfCritical(reward_weight=0.5))
     trainer.current_gradient_accumulation_steps = steps
-    trainer._negative_reward = lambda model, visual_tokens, references: 8.0 * torch.tensor(len(references))
+    trainer._negative_reward = lambda model, visual_tokens, image_embeds, references: (
+        8.0 * torch.tensor(len(references))
+    )
     batch = batch_of(trainer)
     assert batch["references"] == [[row["caption"]] for row in rows()]
     batch["references"][1] = []  # an image without captions has none to be compared with
@@ -116,6 +118,34 @@ def test_a_step_adds_the_mean_reward_to_the_joint_loss(tiny_processor, tmp_path,
     joint = plain.compute_loss(plain.model, without, num_items_in_batch=torch.tensor(9))
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(9))
     torch.testing.assert_close(loss - joint, torch.tensor(0.5 * 8.0 / steps))
+
+
+@pytest.mark.parametrize("vectors", [{}, {"num_embedding_tokens": 2, "embedding_pooling": "multi_vector"}])
+def test_a_caption_is_worth_how_well_it_finds_its_image(tiny_processor, tmp_path, vectors):
+    trainer = build_trainer(tiny_processor, tmp_path, model=build_model(**vectors))
+    captions = ["a red star", "two blue moons and a green heart", "nothing", "a star"]  # two of each image
+    inputs = tiny_processor.tokenizer(captions, padding=True, return_tensors="pt")
+    outputs = trainer.model(**inputs, pixel_values=batch_of(trainer)["pixel_values"][:2])
+    found = trainer._found(captions, outputs.image_embeds)
+    shares = outputs.logits_per_text.softmax(-1)  # (4, 2)
+    torch.testing.assert_close(found, torch.stack([shares[:2, 0], shares[2:, 1]]))
+
+    seen = []
+    trainer.options = SelfCritical(captions_drawn=2, max_new_tokens=3, retrieval_weight=2.0)
+    trainer.reward = lambda captions, are_whole, references: [5.0, 5.0]
+    trainer._found = lambda captions, image_embeds: torch.tensor([[0.75, 0.25]])
+    keep = trainer._keep
+    trainer._keep = lambda **figures: (seen.append(figures), keep(**figures))
+    drawn = torch.tensor([[7, 8, 9], [9, 8, 7]])
+    trainer._draw = lambda prompt_ids, visual_tokens: drawn
+    model, tokens = trainer.model, torch.randn(1, 4, trainer.model.config.grid.hidden_size)
+    loss = trainer._negative_reward(model, tokens, outputs.image_embeds[:1], [["a"]])
+    ids = torch.cat([trainer._prompt_ids().repeat(2, 1), drawn], dim=1)
+    logits = model(input_ids=ids, visual_tokens=tokens.repeat(2, 1, 1)).logits[:, -4:-1]
+    logits = logits.index_fill(2, torch.tensor([model.config.image_token_id]), -torch.inf)
+    likelihood = logits.log_softmax(-1).gather(2, drawn[..., None]).sum((1, 2))
+    torch.testing.assert_close(loss, -(likelihood[0] - likelihood[1]) / 2)  # advantages are 1 and -1
+    assert seen == [{"caption_reward": torch.tensor(5.0)}]
 
 
 def test_captions_become_what_is_rewarded(tiny_processor, tmp_path):
@@ -139,6 +169,8 @@ def test_what_cannot_be_is_refused(tiny_processor, tmp_path):
         SelfCritical(captions_drawn=1)
     with pytest.raises(ValueError, match="`reward_weight` is 0; expected a number above 0"):
         SelfCritical(reward_weight=0)
+    with pytest.raises(ValueError, match="`retrieval_weight` is -1; expected 0 or more"):
+        SelfCritical(retrieval_weight=-1)
     with pytest.raises(ValueError, match="`grad_cache_chunk_size` is 2; expected None"):
         build_trainer(tiny_processor, tmp_path, grad_cache_chunk_size=2)
     with pytest.raises(ValueError, match="nothing that writes trains"):
