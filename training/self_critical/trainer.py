@@ -108,24 +108,17 @@ class SelfCriticalTrainer(MMGEMTrainer):
         if described:
             visual_tokens = outputs.visual_tokens[described].detach()  # (I', n, C)
             image_embeds = outputs.image_embeds[described].detach()  # (I', D) or (I', k, D)
-            negative_reward = self._negative_reward(
-                model, visual_tokens, image_embeds, [references[n] for n in described]
-            )
+            negative_reward = self._negative_reward(visual_tokens, image_embeds, [references[n] for n in described])
             share = self.accelerator.num_processes / num_described / self.current_gradient_accumulation_steps
             loss = loss + self.options.reward_weight * share * negative_reward
         return (loss, outputs) if return_outputs else loss
 
     def _negative_reward(
-        self,
-        model,
-        visual_tokens: torch.Tensor,
-        image_embeds: torch.Tensor,
-        references: Sequence[Sequence[str]],
+        self, visual_tokens: torch.Tensor, image_embeds: torch.Tensor, references: Sequence[Sequence[str]]
     ) -> torch.Tensor:
         """A scalar whose gradient is that of the expected reward, downwards, summed over images.
 
         Args:
-            model: The model, perhaps wrapped.
             visual_tokens: (I, n, C).
             image_embeds: (I, D) or (I, k, D) unit vectors.
             references: Of each image.
@@ -147,7 +140,7 @@ class SelfCriticalTrainer(MMGEMTrainer):
         advantages = rewards - others  # (I, K)
 
         input_ids = torch.cat([prompt_ids, drawn_ids], dim=1)  # (I * K, P + L)
-        logits = model(
+        logits = self.model(  # not as DDP wraps it: a process without captions would be waited for
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             visual_tokens=repeated,

@@ -1,7 +1,10 @@
 import pytest
+import self_critical_step
 import torch
 from one_step import rows
+from self_critical_step import gradient_of_one_step, parts
 from tiny_models import build_model
+from torchrun import torchrun
 
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.self_critical.trainer import SelfCritical, SelfCriticalTrainer
@@ -46,7 +49,7 @@ def test_the_gradient_is_that_of_the_expected_reward(tiny_processor, tmp_path):
     model = trainer.model
     tokens = model.get_image_features(batch_of(trainer)["pixel_values"][:2]).last_hidden_state.detach()
     head = [*model.token_projection.parameters()]
-    actual = torch.autograd.grad(trainer._negative_reward(model, tokens, tokens[:, 0], [["a"], ["b"]]), head)
+    actual = torch.autograd.grad(trainer._negative_reward(tokens, tokens[:, 0], [["a"], ["b"]]), head)
     prompt_ids = trainer._prompt_ids().repeat(2, 1)
     logits = model(input_ids=prompt_ids, visual_tokens=tokens).logits[:, -1]
     logits = logits.index_fill(1, torch.tensor([model.config.image_token_id]), -torch.inf)
@@ -85,7 +88,7 @@ def test_what_is_alike_teaches_nothing_and_ends_are_ends(tiny_processor, tmp_pat
 
     trainer = build_trainer(tiny_processor, tmp_path, reward)
     model, tokens = trainer.model, torch.randn(3, 4, trainer.model.config.grid.hidden_size)
-    loss = trainer._negative_reward(model, tokens, tokens[:, 0], [["a"]] * 3)
+    loss = trainer._negative_reward(tokens, tokens[:, 0], [["a"]] * 3)
     [gradient] = torch.autograd.grad(loss, [*model.token_projection.parameters()][:1])
     assert not gradient.any()
 
@@ -95,11 +98,33 @@ def test_what_is_alike_teaches_nothing_and_ends_are_ends(tiny_processor, tmp_pat
     trainer._draw = lambda prompt_ids, visual_tokens: drawn[: len(prompt_ids)]
     seen.clear()
     model.zero_grad()
-    trainer._negative_reward(model, tokens[:2], tokens[:2, 0], [["a"]] * 2).backward()
+    trainer._negative_reward(tokens[:2], tokens[:2, 0], [["a"]] * 2).backward()
     [(captions, are_whole), _] = seen
     assert are_whole == [True, False, True, False, True]
     one, three = (tiny_processor.tokenizer.decode([word] * count) for count in (1, 3))
     assert [caption.strip() for caption in captions[:2]] == [one.strip(), three.strip()]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_processor, tmp_path_factory):
+    """What two processes made of every case."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
+    torchrun(self_critical_step, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", parts())
+def test_two_processes_step_as_one(folder, tiny_processor, tmp_path, case):
+    expected = gradient_of_one_step(tiny_processor, tmp_path, parts()[case], 2)
+    without = gradient_of_one_step(tiny_processor, tmp_path, parts()[case], 2, reward_weight=1e-9)
+    name = "language_model.model.embed_tokens.weight"
+    assert (expected[name] - without[name]).abs().max() > 1e-2
+    for rank in (0, 1):
+        gradients = torch.load(folder / f"gradients-{rank}.pt")[case]
+        for name, value in expected.items():
+            torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -139,7 +164,7 @@ def test_a_caption_is_worth_how_well_it_finds_its_image(tiny_processor, tmp_path
     drawn = torch.tensor([[7, 8, 9], [9, 8, 7]])
     trainer._draw = lambda prompt_ids, visual_tokens: drawn
     model, tokens = trainer.model, torch.randn(1, 4, trainer.model.config.grid.hidden_size)
-    loss = trainer._negative_reward(model, tokens, outputs.image_embeds[:1], [["a"]])
+    loss = trainer._negative_reward(tokens, outputs.image_embeds[:1], [["a"]])
     ids = torch.cat([trainer._prompt_ids().repeat(2, 1), drawn], dim=1)
     logits = model(input_ids=ids, visual_tokens=tokens.repeat(2, 1, 1)).logits[:, -4:-1]
     logits = logits.index_fill(2, torch.tensor([model.config.image_token_id]), -torch.inf)
