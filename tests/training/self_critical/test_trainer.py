@@ -131,9 +131,7 @@ def test_two_processes_step_as_one(folder, tiny_processor, tmp_path, case):
 def test_a_step_adds_the_mean_reward_to_the_joint_loss(tiny_processor, tmp_path, steps):
     trainer = build_trainer(tiny_processor, tmp_path, options=SelfCritical(reward_weight=0.5))
     trainer.current_gradient_accumulation_steps = steps
-    trainer._negative_reward = lambda model, visual_tokens, image_embeds, references: (
-        8.0 * torch.tensor(len(references))
-    )
+    trainer._negative_reward = lambda visual_tokens, image_embeds, references: 8.0 * torch.tensor(len(references))
     batch = batch_of(trainer)
     assert batch["references"] == [[row["caption"]] for row in rows()]
     batch["references"][1] = []  # an image without captions has none to be compared with
