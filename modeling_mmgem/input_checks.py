@@ -27,15 +27,27 @@ SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores"
 TOKEN_IDS = (*SPECIAL_TOKENS, "forced_bos_token_id", "forced_eos_token_id")
 
 
+def check_tensor(name: str, value: object):
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_nested:
+        is_tensor = isinstance(value, torch.Tensor) and value.layout is not torch.strided
+        kind = value.layout if is_tensor else f"a {type(value).__name__}"  # type: ignore[attr-defined]
+        raise TypeError(f"`{name}` is {kind}; expected a dense tensor.")
+
+
 def is_box(boxes: torch.Tensor) -> torch.Tensor:
     """(B, R, 4) -> (B, R), False for the rows of zeros that pad a batch."""
     return (boxes != 0).any(-1)
 
 
 def check_boxes(boxes: torch.Tensor | None, num_images: int):
-    if boxes is not None and (boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[2] != 4):
+    if boxes is None:
+        return
+    check_tensor("boxes", boxes)
+    if boxes.is_complex():
+        raise ValueError(f"`boxes` is {boxes.dtype}; expected floating point.")
+    if boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[2] != 4:
         raise ValueError(f"`boxes` has shape {tuple(boxes.shape)}; expected ({num_images}, R, 4).")
-    if boxes is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         real = boxes[is_box(boxes)]  # (N, 4)
         fits = ((real >= 0) & (real <= 1)).all(-1) & (real[:, :2] < real[:, 2:]).all(-1)  # (N,), not NaN either
         if not fits.all():
@@ -46,9 +58,11 @@ def check_boxes(boxes: torch.Tensor | None, num_images: int):
 
 
 def check_pixels(pixel_values: torch.Tensor):
-    if not pixel_values.is_floating_point():
+    check_tensor("pixel_values", pixel_values)
+    if not pixel_values.is_floating_point() or pixel_values.itemsize == 1:
         raise ValueError(
-            f"`pixel_values` is {pixel_values.dtype}; expected floating point, normalised as the processor does it."
+            f"`pixel_values` is {pixel_values.dtype}; expected floating point of 16 bits or more, normalised as the "
+            "processor does it."
         )
     if not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
         raise ValueError("`pixel_values` has values that are NaN or infinite; expected finite ones.")
@@ -56,8 +70,8 @@ def check_pixels(pixel_values: torch.Tensor):
 
 def check_ids(input_ids: torch.Tensor, vocabulary_size: int, image_token_id: int):
     """Tokens that there are; some VLMs have no row in their vocabulary for the placeholder."""
-    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise ValueError(f"`input_ids` is {input_ids.dtype}; expected whole numbers.")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`input_ids` is {input_ids.dtype}; expected whole numbers, of 64 or 32 bits.")
     if not torch.compiler.is_compiling():
         unknown = input_ids[((input_ids < 0) | (input_ids >= vocabulary_size)) & (input_ids != image_token_id)]  # (N,)
         if len(unknown):
@@ -67,15 +81,21 @@ def check_ids(input_ids: torch.Tensor, vocabulary_size: int, image_token_id: int
 def checked_mask(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, allow_empty: bool = False
 ) -> torch.Tensor:
+    check_tensor("input_ids", input_ids)
     if input_ids.ndim != 2 or (input_ids.shape[0] == 0 and not allow_empty):
         raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; expected (B, L) with B at least 1.")
     if attention_mask is None:
         return torch.ones_like(input_ids)
+    check_tensor("attention_mask", attention_mask)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}; expected that of `input_ids`, "
             f"{tuple(input_ids.shape)}."
         )
+    if not torch.compiler.is_compiling():
+        others = attention_mask[(attention_mask != 0) & (attention_mask != 1)]  # (N,), of a mask that is added
+        if len(others):
+            raise ValueError(f"`attention_mask` has {others[0].item()}; expected 1 for tokens and 0 for padding.")
     return attention_mask
 
 
@@ -91,6 +111,8 @@ def check_generation(arguments: Mapping[str, Any], vocabulary_size: int):
             fits, expected = is_number and 0 <= value <= 1, "a number from 0 to 1"
         elif name in FINITE:
             fits, expected = is_number, "a finite number"
+        elif name == "temperature" and is_number:  # the rest is checked by transformers
+            fits, expected = value <= 0 or value >= 1e-6, "a number from 1e-6 on, by which no logit becomes infinite"
         elif name in SWITCHES:
             fits, expected = isinstance(value, bool), "True or False"
         elif name in TOKEN_IDS:

@@ -33,12 +33,26 @@ def similarity(query_embeds: torch.Tensor, document_embeds: torch.Tensor) -> tor
         (Q, P), from -1 to 1.
 
     Raises:
-        ValueError: If one side has single vectors and the other several, or widths differ.
+        TypeError: If one side is no tensor, or of another type than the other.
+        ValueError: If one side has single vectors and the other several, there are none, or widths differ.
     """
+    sides = {"query_embeds": query_embeds, "document_embeds": document_embeds}
+    for name, embeds in sides.items():
+        if not isinstance(embeds, torch.Tensor):
+            raise TypeError(f"`{name}` is a {type(embeds).__name__}; expected a tensor.")
+    if query_embeds.dtype != document_embeds.dtype:
+        raise TypeError(
+            f"`query_embeds` is {query_embeds.dtype} and `document_embeds` {document_embeds.dtype}; expected one type."
+        )
     if query_embeds.ndim != document_embeds.ndim or query_embeds.ndim not in (2, 3):
         raise ValueError(
             f"`query_embeds` has shape {tuple(query_embeds.shape)} and `document_embeds` "
             f"{tuple(document_embeds.shape)}; expected (Q, D) and (P, D), or (Q, k, D) and (P, m, D)."
+        )
+    if 0 in (*query_embeds.shape[1:], *document_embeds.shape[1:]):
+        raise ValueError(
+            f"`query_embeds` has shape {tuple(query_embeds.shape)} and `document_embeds` "
+            f"{tuple(document_embeds.shape)}; expected vectors with at least one number."
         )
     if query_embeds.shape[-1] != document_embeds.shape[-1]:
         raise ValueError(

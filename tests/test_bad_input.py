@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -22,7 +23,13 @@ from transformers.utils import ModelOutput
 from mmgem.late_interaction import similarity
 from mmgem.pipeline_mmgem import MMGEMImageToTextPipeline
 from mmgem.processing import save_sentence_transformer
-from mmgem.training.inference import answer_from_memory, embed_fused, embed_texts
+from mmgem.training.inference import (
+    answer_from_memory,
+    embed_fused,
+    embed_images,
+    embed_texts,
+    generate_region_captions,
+)
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
 from mmgem.training.search.storage import MANIFEST
@@ -78,6 +85,10 @@ def hits_of_damaged(tools, file=None, damage=None) -> torch.Tensor:
     return torch.tensor([hit.score for hit in hits])
 
 
+def loaded_index(tools) -> SearchIndex:
+    return SearchIndex.load(tools.index, tools.model, tools.processor)
+
+
 def arguments(tools, **values):
     return MMGEMTrainingArguments(
         **({"output_dir": str(tools.folder / "out"), "use_cpu": True, "report_to": "none"} | values)
@@ -99,6 +110,13 @@ ENTRIES = {
     "answer_from_memory": lambda tools, **inputs: answer_from_memory(
         tools.model, tools.processor, max_new_tokens=2, **inputs
     ),
+    "embed_images": lambda tools, images: embed_images(tools.model, tools.processor, images),
+    "region captions": lambda tools, images, boxes: generate_region_captions(
+        tools.model, tools.processor, images, boxes
+    ),
+    "search": lambda tools, **given: loaded_index(tools).search(**given) and None,
+    "search_texts": lambda tools, texts: loaded_index(tools).search_texts(texts) and None,
+    "nearest": lambda tools, query: loaded_index(tools).nearest(query) and None,
     "similarity": lambda tools, **embeds: similarity(**embeds),
     "set_embedding_tokens": lambda tools, *given: build_model().set_embedding_tokens(*given),
     "set_embedding_prompt": lambda tools, prompt: build_model().set_embedding_prompt(prompt),
@@ -139,6 +157,25 @@ NO_PICTURES = [
     (np.zeros((4, 4, 3), dtype=complex), "pixels of type complex128; expected integers, floats or booleans"),
     (np.array([["a"]]), "expected integers, floats or booleans"),
     (torch.full((3, 4, 4), INF), "NaN or infinite"),
+    (torch.zeros(3, 4, 4, dtype=torch.complex64).conj(), "pixels of type complex64"),
+    (torch.zeros(3, 4, 4, device="meta"), "sparse, nested, quantized or on meta; expected a dense one"),
+    (torch.zeros(3, 4, 4).to_sparse(), "expected a dense one"),
+    (Image.new("RGB", (0, 5)), "is 0 x 5 pixels; expected at least one"),
+]
+NO_TENSORS = [  # where a tensor is expected
+    ([[1.0]], "is a list; expected a dense tensor"),
+    (np.zeros((2, 3)), "is a ndarray; expected a dense tensor"),
+    ("a", "is a str; expected a dense tensor"),
+    (torch.zeros(2, 3).to_sparse(), "is torch.sparse_coo; expected a dense tensor"),
+]
+NO_LISTS = [  # of images or texts
+    ("ab", "is a str; expected a list"),
+    (b"ab", "is a bytes; expected a list"),
+    ({"a": 1}, "is a dict; expected a list"),
+    (3, "is a int; expected a list"),
+    (None, "is a NoneType; expected a list"),
+    (np.zeros((4, 4, 3)), "is a ndarray; expected a list"),
+    (torch.zeros(3, 4, 4), "is a Tensor; expected a list"),
 ]
 NO_TEXTS = [
     ([], "`text` is an empty list; expected at least one text"),
@@ -182,6 +219,10 @@ NO_IDS = [
     ({"input_ids": torch.tensor([[300]])}, "`input_ids` has 300; expected 0 to 299"),
     ({"input_ids": torch.tensor([[-1]])}, "`input_ids` has -1; expected 0 to 299"),
     ({"input_ids": IDS, "attention_mask": torch.ones(2, 4)}, r"`attention_mask` has shape \(2, 4\); expected that of"),
+    ({"input_ids": IDS.short()}, "`input_ids` is torch.int16; expected whole numbers, of 64 or 32 bits"),
+    ({"input_ids": IDS, "attention_mask": torch.full((2, 3), 0.5)}, "`attention_mask` has 0.5; expected 1 for tokens"),
+    ({"input_ids": IDS, "attention_mask": torch.full((2, 3), -INF)}, "`attention_mask` has -inf; expected 1 for"),
+    ({"input_ids": IDS, "attention_mask": torch.full((2, 3), NAN)}, "`attention_mask` has nan; expected 1 for"),
     ({"input_ids": torch.full((1, 300), 20)}, "is 301 tokens long; the language model takes at most 256"),
     ({"input_ids": PLACES}, "`input_ids` holds image placeholders, but there are no `pixel_values`"),
     ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, None),
@@ -193,6 +234,11 @@ NO_PIXELS = [
     ({"pixel_values": torch.zeros(2, 1, 32, 32)}, r"`pixel_values` has shape \(2, 1, 32, 32\); expected"),
     ({"pixel_values": torch.zeros(0, 3, 32, 32)}, r"`pixel_values` has shape \(0, 3, 32, 32\); expected"),
     ({"pixel_values": torch.zeros(2, 3, 32, 32, dtype=torch.long)}, "`pixel_values` .*int64; expected floating point"),
+    ({"pixel_values": PIXELS.to(torch.float8_e4m3fn)}, "`pixel_values` is torch.float8_e4m3fn; expected floating poi"),
+    (
+        {"pixel_values": PIXELS, "boxes": torch.zeros(2, 1, 4).cfloat()},
+        "`boxes` is torch.complex64; expected float",
+    ),
     ({"pixel_values": torch.full((1, 3, 32, 32), NAN)}, "`pixel_values` .*NaN or infinite"),
     ({"pixel_values": PIXELS, "boxes": torch.zeros(2, 4)}, r"`boxes` has shape \(2, 4\); expected \(2, R, 4\)"),
     ({"pixel_values": PIXELS, "boxes": torch.rand(1, 1, 4)}, r"`boxes` has shape \(1, 1, 4\); expected \(2, R, 4\)"),
@@ -268,6 +314,7 @@ NO_GENERATION = [
     ({"do_sample": True, "typical_p": 2.0}, "`typical_p` is 2.0; expected"),
     ({"do_sample": True, "temperature": 0.0}, "`temperature`"),
     ({"do_sample": True, "temperature": NAN}, "`temperature`"),
+    ({"do_sample": True, "temperature": 1e-300}, "`temperature` is 1e-300; expected a number from 1e-6 on"),
     ({"num_beams": 2, "length_penalty": NAN}, "`length_penalty` is nan; expected a finite number"),
     ({"guidance_scale": NAN}, "`guidance_scale` is nan; expected a finite number"),
     ({"max_time": "long"}, "`max_time` is 'long'; expected a finite number"),
@@ -332,6 +379,35 @@ ROWS = [
     ("processor", {"text": "a", "return_tensors": "xx"}, "xx"),
     ("processor", {"videos": [1], "text": "a"}, "`videos` or `audio` was given; expected only images and texts"),
     *[("text features", inputs, outcome) for inputs, outcome in NO_IDS],
+    *[("text features", {"input_ids": value}, f"`input_ids` {outcome}") for value, outcome in NO_TENSORS],
+    *[("text features", {"input_ids": IDS, "attention_mask": value}, outcome) for value, outcome in NO_TENSORS],
+    *[("image features", {"pixel_values": value}, f"`pixel_values` {outcome}") for value, outcome in NO_TENSORS],
+    *[("image features", {"pixel_values": PIXELS, "boxes": value}, outcome) for value, outcome in NO_TENSORS],
+    *[("embed_images", {"images": value}, f"`images` {outcome}") for value, outcome in NO_LISTS],
+    *[("embed_texts", {"texts": value}, f"`texts` {outcome}") for value, outcome in NO_LISTS],
+    *[("search_texts", {"texts": value}, f"`texts` {outcome}") for value, outcome in NO_LISTS],
+    *[("embed_fused", {"images": value, "texts": ["a"]}, f"`images` {outcome}") for value, outcome in NO_LISTS],
+    ("embed_images", {"images": [np.asarray(PICTURE)[::-1, ::-1], np.asarray(PICTURE).astype(">u2")]}, None),
+    ("embed_images", {"images": iter([PICTURE])}, None),
+    ("embed_images", {"images": pandas.Series([PICTURE], index=[7])}, None),
+    ("embed_texts", {"texts": pandas.Series(["a"], index=[7])}, None),
+    ("embed_texts", {"texts": (text for text in "ab")}, None),
+    ("embed_texts", {"texts": np.array(["a", "b"])}, None),
+    ("embed_texts", {"texts": ["a", None]}, "`text` is a NoneType, None; expected a string"),
+    ("embed_texts", {"texts": [b"a"]}, "`text` is a bytes, b'a'; expected a string"),
+    ("region captions", {"images": [PICTURE], "boxes": []}, "`images` holds 1 entries; expected 0, one for each of"),
+    ("search", {"text": 3}, "`text` is a int, 3; expected a string"),
+    ("search", {"text": ["a"]}, r"`text` is a list, \['a'\]; expected a string"),
+    ("search", {"text": "a", "top": True}, "`top` is True; expected 1 or more"),
+    ("search", {"text": "a", "top": 2.0}, "`top` is 2.0; expected 1 or more"),
+    ("search", {"text": "a", "top": None}, "`top` is None; expected 1 or more"),
+    ("search", {"text": "a", "top": np.int64(2)}, None),
+    ("search_texts", {"texts": [None]}, "`text` is a NoneType, None; expected a string"),
+    ("nearest", {"query": 0}, r"`query` is a int; expected a finite tensor, \(1, 16\) or"),
+    ("nearest", {"query": torch.zeros(16)}, r"`query` is of shape \(16,\); expected"),
+    ("nearest", {"query": torch.zeros(1, 15)}, r"`query` is of shape \(1, 15\); expected"),
+    ("nearest", {"query": torch.full((1, 16), NAN)}, "expected a finite tensor"),
+    ("nearest", {"query": torch.ones(1, 16, dtype=torch.bfloat16) / 4}, None),
     *[("image features", inputs, outcome) for inputs, outcome in NO_PIXELS],
     ("fused features", {"input_ids": PLACES, "pixel_values": PIXELS[:1]}, "8 image placeholders, .* 4 in all"),
     ("fused features", {"input_ids": IDS, "pixel_values": PIXELS}, "0 image placeholders, .* 8 in all"),
@@ -423,6 +499,9 @@ ROWS = [
     ("answer_from_memory", {"memory": torch.zeros(1, 9, 32)}, r"`embedding_tokens` has shape \(1, 9, 32\); expected"),
     ("answer_from_memory", {"memory": torch.zeros(1, 1, 32), "questions": ["<image>\nwhat?"]}, None),
     ("similarity", {"query_embeds": torch.zeros(2, 3), "document_embeds": torch.zeros(2, 4)}, "3 dimensions, .* 4"),
+    ("similarity", {"query_embeds": np.zeros((2, 3)), "document_embeds": PIXELS}, "`query_embeds` is a ndarray; ex"),
+    ("similarity", {"query_embeds": torch.zeros(2, 3).double(), "document_embeds": torch.zeros(2, 3)}, "expected one"),
+    ("similarity", {"query_embeds": torch.zeros(2, 0, 3), "document_embeds": torch.zeros(2, 0, 3)}, "at least one n"),
     ("similarity", {"query_embeds": torch.zeros(2), "document_embeds": torch.zeros(2)}, r"has shape \(2,\) and"),
     ("similarity", {"query_embeds": torch.zeros(2, 3), "document_embeds": torch.zeros(1, 2, 3)}, "expected"),
     ("set_embedding_tokens", (0, "mean"), "`num_embedding_tokens` is 0; expected a whole number of at least 1"),

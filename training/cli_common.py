@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mmgem.training.json_text import to_json
+from mmgem.training.output_folder import check_writable, whole_file
 from mmgem.training.printable import printable
 
 KEPT = "search_index.json", "config.json"  # in folders none of whose files is replaced by a table
@@ -158,12 +159,13 @@ def write_table(rows: list[dict[str, Any]], file: Path | None) -> None:
     import pandas
 
     frame, kind = pandas.DataFrame(rows), file.suffix.lower()
-    if kind == ".csv":
-        frame.to_csv(file, index=False)
-    elif kind == ".parquet":
-        frame.to_parquet(file, index=False)
-    else:
-        frame.to_json(file, orient="records", lines=True, force_ascii=False)
+    with whole_file(file) as partial:
+        if kind == ".csv":
+            frame.to_csv(partial, index=False)
+        elif kind == ".parquet":
+            frame.to_parquet(partial, index=False)
+        else:
+            frame.to_json(partial, orient="records", lines=True, force_ascii=False)
 
 
 def check_table(file: Path | None) -> None:
@@ -175,13 +177,7 @@ def check_table(file: Path | None) -> None:
     if file.is_dir() or not file.parent.is_dir():
         what = "a folder" if file.is_dir() else "in a folder that is not there"
         raise ValueError(f"`--table` is {str(file)!r}, {what}; expected a file in one that is.")
-    is_new = not file.exists()
-    try:
-        open(file, "ab").close()
-    except OSError as error:
-        raise type(error)(f"`--table` is {str(file)!r:.300}, which cannot be written ({error.strerror}).") from error
-    if is_new:
-        file.unlink()
+    check_writable(file, "--table")
     if file.exists() and (file.stem == "metadata" or any((file.parent / name).is_file() for name in KEPT)):
         raise ValueError(
             f"`--table` is {str(file)!r}, which belongs to a gallery, an index or a checkpoint; expected another file."

@@ -29,6 +29,7 @@ from mmgem.training.cli_common import (
     write_table,
 )
 from mmgem.training.json_text import to_json
+from mmgem.training.output_folder import check_writable, whole_folder
 from mmgem.training.printable import printable
 
 IndexArgument = Annotated[Path, typer.Argument(parser=path, metavar="INDEX", help="Folder that `mmgem index` wrote.")]
@@ -239,6 +240,9 @@ def search(
             from mmgem.training.search.index import SearchIndex
 
             loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
+    if explain is not None:
+        explain.mkdir(parents=True, exist_ok=True)
+        check_writable(explain / "0001", "--explain")
     found = []
     for number, line in enumerate(_lines() if is_stream else [None], 1):
         of_line, query = line if text == "-" else text, line or text or ", ".join(image or where or kind or [])
@@ -277,12 +281,12 @@ def search(
 
 def _draw_maps(index, hits: list, query, vectors: int | None, folder: Path) -> list[Path]:
     """A heat map over each found image, as files by rank and name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{rank:03}-{hit.path.stem}.jpg" for rank, hit in enumerate(hits, 1)]
-    for hit, file in zip(hits, files, strict=True):
-        picture, similarity_map = index.explain(hit.row, query, vectors)
-        similarity_map.draw(picture).save(file, quality=90)
-    return files
+    names = [f"{rank:03}-{hit.path.stem[:50]}.jpg" for rank, hit in enumerate(hits, 1)]
+    with whole_folder(folder) as partial:
+        for hit, name in zip(hits, names, strict=True):
+            picture, similarity_map = index.explain(hit.row, query, vectors)
+            similarity_map.draw(picture).save(partial / name, quality=90)
+    return [folder / name for name in names]
 
 
 def _fit(index: Path, file: Path, prompt, vectors, query_vectors, kinds, where, model, as_json: bool) -> None:

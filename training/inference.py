@@ -4,7 +4,7 @@ An embedding is one vector (D,), or k vectors (k, D) of a model with `embedding_
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
@@ -66,6 +66,22 @@ def unit(embeddings: torch.Tensor) -> torch.Tensor:
     return normalize(embeddings.float(), dim=-1).cpu()
 
 
+def as_list(values: Iterable[Any], name: str) -> list[Any]:
+    """Several things, in whatever holds them.
+
+    Args:
+        values: The things.
+        name: What error messages call them.
+
+    Raises:
+        TypeError: If it is one thing, such as a text, whose letters would be taken for texts.
+    """
+    one = str, bytes, bytearray, memoryview, Mapping
+    if isinstance(values, one) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) in (0, 2, 3):
+        raise TypeError(f"`{name}` is a {type(values).__name__}; expected a list.")
+    return list(values)
+
+
 def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     """Embeds one batch of images.
 
@@ -77,7 +93,7 @@ def embed_images(model, processor, images: Sequence[Any]) -> torch.Tensor:
     Returns:
         (B, D) or (B, k, D), normalised, float32, on the CPU.
     """
-    inputs = to_model(model, processor(images=list(images), return_tensors="pt"))
+    inputs = to_model(model, processor(images=as_list(images, "images"), return_tensors="pt"))
     with inference(model):
         return unit(model.get_image_features(**inputs).pooler_output)
 
@@ -94,6 +110,8 @@ def embed_regions(model, processor, images: Sequence[Any], boxes: Sequence[Seque
     Returns:
         (N, D) or (N, k, D), N the number of all boxes, normalised, float32, on the CPU; image after image.
     """
+    images = as_list(images, "images")
+    _check_as_many(images, boxes, "lists of boxes")
     embeds: dict[tuple[int, int], torch.Tensor] = {}
     for parts in _in_batches(boxes):
         some, their_boxes = [images[part.image] for part in parts], [part.boxes for part in parts]
@@ -120,6 +138,7 @@ def embed_texts(model, processor, texts: Sequence[str], batch_tokens: int | None
     Raises:
         ValueError: If there are no texts.
     """
+    texts = as_list(texts, "texts")
     if not texts:
         raise ValueError("`texts` is empty; expected at least one text.")
     batch_tokens = tokens_at_a_time(model.device) if batch_tokens is None else batch_tokens
@@ -163,6 +182,7 @@ def embed_fused(
     Raises:
         ValueError: If there are not as many images as texts, or an image has no box where there are boxes.
     """
+    images, texts = as_list(images, "images"), as_list(texts, "texts")
     return unit(_fused_features(model, processor, images, texts, boxes).pooler_output)
 
 
@@ -254,6 +274,7 @@ def generate_region_captions(
 
     The model's prompt "region_caption" asks for it, if there is one.
     """
+    _check_as_many(images, boxes, "lists of boxes")
     question = (model.config.prompts or {}).get("region_caption", "")
     captions: dict[tuple[int, int], list[str]] = {}
     for parts in _in_batches(boxes):
@@ -430,7 +451,7 @@ def _generate(model, inputs, processor, max_new_tokens: int, **given: Any) -> li
     return [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
 
-def _check_as_many(images: Sequence[Any], texts: Sequence[str], name: str):
+def _check_as_many(images: Sequence[Any], texts: Sequence[Any], name: str):
     if len(images) != len(texts):
         raise ValueError(f"`images` holds {len(images)} entries; expected {len(texts)}, one for each of the {name}.")
 

@@ -1,9 +1,44 @@
 """Folders that appear under their names only once they are whole, whatever happens while they are written."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def check_writable(file: Path, argument: str) -> None:
+    """Refuse a file that cannot be written, before any work is done for it.
+
+    Args:
+        file: The file; it is left as it is.
+        argument: What names it, in errors.
+
+    Raises:
+        OSError: If it cannot.
+    """
+    is_new = not file.exists()
+    try:
+        open(file, "ab").close()
+    except OSError as error:
+        raise type(error)(
+            f"`{argument}` is {str(file)!r:.300}, which cannot be written ({error.strerror}); expected a "
+            "place that can."
+        ) from error
+    if is_new:
+        file.unlink()
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Gives a file to write into, which takes the place of `file` at the end; nothing is left of it after an error."""
+    file = file.resolve()
+    partial = file.with_suffix(".partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -81,6 +81,8 @@ def load_image(
     """
     label = f"`{name}`"
     if isinstance(source, Image.Image):
+        if 0 in source.size:
+            raise ValueError(f"{label} is {source.width} x {source.height} pixels; expected at least one.")
         return _reduce(_to_rgb(_upright(source, label), label, _tags(source)), shorter_side)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _reduce(_from_array(source, label), shorter_side)
@@ -310,7 +312,9 @@ def _from_array(source: np.ndarray | torch.Tensor, label: str) -> Image.Image:
     channel_axes = (2, 0)
     if isinstance(source, torch.Tensor):
         channel_axes = (0, 2)
-        source = source.detach().cpu()
+        if source.layout is not torch.strided or source.is_nested or source.is_quantized or source.is_meta:
+            raise TypeError(f"{label} is a tensor that is sparse, nested, quantized or on meta; expected a dense one.")
+        source = source.detach().cpu().resolve_conj()
         source = (source.float() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
     pixels = _to_uint8(_channels_last(source, channel_axes, label), label)
     return _to_rgb(

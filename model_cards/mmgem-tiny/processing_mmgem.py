@@ -319,7 +319,12 @@ class MMGEMProcessor(ProcessorMixin):
         Args:
             text: Questions of LLaVA's data begin or end with a placeholder; there it goes, with the space around it.
                 Anywhere else it becomes the word in it.
+
+        Raises:
+            TypeError: If it is no string.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"`text` is a {type(text).__name__}, {text!r:.80}; expected a string.")
         if self.image_token not in text:
             return text
         place = re.escape(self.image_token)

@@ -1,6 +1,8 @@
 """Nothing half written is left where a folder should be, and a second attempt is like the first."""
 
 import json
+import os
+from contextlib import suppress
 
 import pytest
 from safetensors import SafetensorError
@@ -9,7 +11,7 @@ from typer.testing import CliRunner
 
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 from mmgem.training import cli, soup
-from mmgem.training.output_folder import whole_folder
+from mmgem.training.output_folder import check_writable, whole_file, whole_folder
 
 
 def write(folder, text):
@@ -36,6 +38,28 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path, before, error):
         write(folder, "new")
     assert (out / "file.txt").read_text() == (out / "sub" / "inner.txt").read_text() == "new"
     assert not list(tmp_path.rglob("*partial*")) and (out / "own.txt").exists() == (before == "full")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file, link = tmp_path / "table.csv", tmp_path / "link.csv"
+    link.symlink_to(file)
+    for error in (None, OSError):
+        with suppress(OSError), whole_file(link) as partial:
+            partial.write_text(f"{error}")
+            if error:
+                raise error
+    assert file.read_text() == "None" and link.is_symlink() and len(os.listdir(tmp_path)) == 2
+
+
+def test_a_file_that_cannot_be_written_is_refused_and_one_that_can_stays_as_it_is(tmp_path):
+    file = tmp_path / "table.csv"
+    check_writable(file, "--table")
+    assert not file.exists()
+    file.write_text("old")
+    check_writable(file, "--table")
+    assert file.read_text() == "old"
+    with pytest.raises(IsADirectoryError, match="`--table` is '.*', which cannot be written .Is a directory"):
+        check_writable(tmp_path, "--table")
 
 
 @pytest.fixture

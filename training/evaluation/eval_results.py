@@ -8,11 +8,14 @@ from pathlib import Path
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
+from mmgem.training.output_folder import check_writable
+
 
 def check_results_place(folder: str | Path, dataset_id: str) -> None:
     """Refuse what `write_eval_results` cannot use, before anything is measured.
 
     Raises:
+        OSError: If nothing can be written there.
         ValueError: If `folder` is none, or `dataset_id` cannot be one on the Hub.
     """
     if not Path(folder).is_dir():
@@ -21,6 +24,8 @@ def check_results_place(folder: str | Path, dataset_id: str) -> None:
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", dataset_id, re.ASCII):
         raise ValueError(f"`dataset_id` is {dataset_id!r}; expected OWNER/NAME of a dataset on the Hub.")
+    results = Path(folder) / EVAL_RESULTS_FOLDER
+    check_writable((results if results.is_dir() else Path(folder)) / f"{EVAL_RESULTS_FOLDER}.partial", "folder")
 
 
 def write_eval_results(folder: str | Path, dataset_id: str, figures: Mapping[str, float]) -> Path:
@@ -37,7 +42,7 @@ def write_eval_results(folder: str | Path, dataset_id: str, figures: Mapping[str
         The file.
 
     Raises:
-        ValueError: As `check_results_place`.
+        OSError, ValueError: As `check_results_place`.
     """
     check_results_place(folder, dataset_id)
     date = datetime.now(UTC).isoformat(timespec="seconds")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmgem.processing.image_loading import load_image
 from mmgem.training.data.image_files import shorter_side_for
-from mmgem.training.inference import Box, embed_fused, embed_images, embed_regions, embed_texts
+from mmgem.training.inference import Box, as_list, embed_fused, embed_images, embed_regions, embed_texts
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.search.conditions import Condition
 from mmgem.training.search.fingerprint import Fingerprint
@@ -130,6 +130,7 @@ class SearchIndex(RowSearch):
 
         Arguments, answers and errors are those of [`search`], which finds the same.
         """
+        texts = as_list(texts, "texts")
         if not texts:
             raise ValueError("`texts` is empty; expected at least one text.")
         limits = self._limits(texts[0], top, kinds, where, vectors, lexical_weight)
@@ -152,8 +153,16 @@ class SearchIndex(RowSearch):
         Args:
             query: (1, D) or (1, k, D), of unit length, as wide as the vectors of the index.
             top, kinds, where: As for [`search`].
+
+        Raises:
+            ValueError: If `query` is none such; and as [`search`].
         """
-        return self._answer(query[0], None, *self._limits(None, top, kinds, where, None, None))
+        width, is_query = self.facts.settings.dimensions, isinstance(query, torch.Tensor)
+        fits = is_query and query.ndim in (2, 3) and (len(query), query.shape[-1]) == (1, width)
+        if not (fits and query.isfinite().all()):
+            what = f"of shape {tuple(query.shape)}" if is_query else f"a {type(query).__name__}"
+            raise ValueError(f"`query` is {what}; expected a finite tensor, (1, {width}) or (1, k, {width}).")
+        return self._answer(query[0].float().cpu(), None, *self._limits(None, top, kinds, where, None, None))
 
     def query(
         self,
@@ -217,7 +226,7 @@ class SearchIndex(RowSearch):
             raise ValueError(
                 f"the index of {self.facts.folder!r} has no memory; expected one that was made `--with-memory`."
             )
-        if bad := [row for row in rows if row >= len(self.rows.arrays.get("memory", ()))]:
+        if bad := [row for row in rows if not 0 <= row < len(self.rows.arrays.get("memory", ()))]:
             raise ValueError(f"`rows` holds {bad[0]}, which is no whole image; expected rows that have a memory.")
         return torch.tensor(self.rows.arrays["memory"][rows])
 

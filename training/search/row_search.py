@@ -160,12 +160,14 @@ def read_finished(path: str | Path) -> StoredIndex:
 
 
 def check_top(top: int) -> None:
-    """Refuses a number of answers below 1."""
-    if top < 1:
-        raise ValueError(f"`top` is {top}; expected 1 or more.")
+    """Refuses what is no number of answers, or one below 1."""
+    if isinstance(top, bool) or not hasattr(top, "__index__") or top < 1:
+        raise ValueError(f"`top` is {top!r:.80}; expected 1 or more, a whole number.")
 
 
 def check_says_something(text: str) -> None:
-    """Refuses a text without a word."""
+    """Refuses what is no text, or one without a word."""
+    if not isinstance(text, str):
+        raise TypeError(f"`text` is a {type(text).__name__}, {text!r:.80}; expected a string.")
     if not text.strip():
         raise ValueError(f"`text` is {text!r}; expected something to look for.")

@@ -54,7 +54,7 @@ class VectorSearch:
             Scores and numbers of the images, best first, both (top,). A score is the cosine, or the mean of the
             largest cosine of each vector of the query, with the vectors as they are decoded.
         """
-        top = min(top, len(self) if rows is None else len(rows))
+        top = int(min(top, len(self) if rows is None else len(rows)))  # FAISS takes no number of numpy
         if self.lists is not None and (rows is None or len(rows) > COMPARED_ALL):
             rows = self.lists.candidates(query, top, vectors, rows)
         if self._is_several or rows is not None:

@@ -60,6 +60,10 @@ def create_app(name: str, model, processor, index: SearchIndex | None = None, li
     async def fail(request: Request, error: Exception) -> JSONResponse:
         headers = dict(error.headers or {}) if isinstance(error, HTTPException) else None
         status, sentence = _status_of(error)
+        if status == 400:  # from FastAPI, which says no more
+            sentence = (
+                "the body cannot be read; expected a JSON object in UTF-8, without deep nesting or huge numbers."
+            )
         if status in (404, 405) and sentence == HTTPStatus(status).phrase:  # from whoever looks for the route
             paths = [route.path for route in app.routes if isinstance(route, APIRoute)]
             sentence = f"{request.method} {request.url.path} is not known here; expected {', '.join(paths)}."

@@ -194,7 +194,7 @@ class ChatCompletions(Request):
         messages: The conversation. What the model was trained to read of it, its chat template says.
         model: The name of the served model; may be left out.
         max_completion_tokens, max_tokens: At how many tokens the answer is cut; by default 128.
-        temperature: 0, the default, takes the likeliest token; above it, tokens are sampled.
+        temperature: 0, the default, takes the likeliest token, as does less than 0.001; above it, tokens are sampled.
         top_p: Of the sampled ones, the likeliest that have this probability together.
         seed: Of the sampling.
         stream: Whether the answer comes in pieces, as server-sent events.
@@ -209,7 +209,7 @@ class ChatCompletions(Request):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1

@@ -22,6 +22,7 @@ from mmgem.training.serving.inputs import InputReader, ModelInput
 from mmgem.training.serving.limits import Limits
 from mmgem.training.serving.schemas import ChatCompletions, EmbeddingInput, Search
 
+LEAST_TEMPERATURE = 1e-3  # of sampling; by less, logits become infinite
 READERS = 2  # threads that decode pictures, each at most one of `max_pixels`
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -148,7 +149,8 @@ class Server:
                 self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=limits.timeout
             )
         length = asked or min(room, CAPTION_TOKENS, limits.max_new_tokens)
-        return read, ChatSettings(length, request.temperature, request.top_p, request.seed, streamer)
+        temperature = request.temperature if request.temperature >= LEAST_TEMPERATURE else 0.0
+        return read, ChatSettings(length, temperature, request.top_p, request.seed, streamer)
 
     async def write(self, read: ModelInput, settings: ChatSettings) -> Answer:
         """Answers a conversation.

@@ -3,7 +3,7 @@ import yaml
 from huggingface_hub import EvalResultEntry
 from huggingface_hub._eval_results import parse_eval_result_entries
 
-from mmgem.training.evaluation.eval_results import write_eval_results
+from mmgem.training.evaluation.eval_results import check_results_place, write_eval_results
 from mmgem.training.hub_push import _files
 
 
@@ -29,6 +29,11 @@ def test_what_cannot_be_a_dataset_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match="`dataset_id` is .*; expected OWNER/NAME"):
         write_eval_results(tmp_path, name, {})
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured():
+    with pytest.raises(OSError, match="`folder` is '/proc/.*', which cannot be written"):
+        check_results_place("/proc", "owner/photos")
 
 
 def test_a_model_on_the_hub_has_no_folder_to_keep_results_in(tmp_path):

@@ -252,6 +252,8 @@ def test_chat_answers_as_the_model_does(client, model, tiny_processor):
     ]
     first, again, other = (answer["choices"][0]["message"]["content"] for answer in sampled)
     assert first == again != other
+    coldest = client.post("/v1/chat/completions", json=asked | {"temperature": 1e-300}).json()
+    assert coldest["choices"][0]["message"]["content"] == body["choices"][0]["message"]["content"]
 
 
 def test_chats_at_one_time_are_written_together(model, tiny_processor):
@@ -420,6 +422,13 @@ def test_bad_chats_are_refused_by_a_sentence(client, body, expected):
 
 def test_other_errors_are_json_too(client):
     assert "no JSON" in sentence(client.post("/v1/embeddings", content=b"{", headers=JSON), 422)
+    for content in (b"[" * 100_000, b'{"input": "\xff"}', b'{"input": ' + b"9" * 5000 + b"}"):
+        answer = client.post("/v1/embeddings", content=content, headers=JSON)
+        assert "expected a JSON object in UTF-8, without deep nesting" in sentence(answer, 400)
+    seeded = {"messages": [{"role": "user", "content": "a"}], "seed": 1 << 70}
+    assert "`seed` is 1180591620717411303424; expected" in sentence(
+        client.post("/v1/chat/completions", json=seeded), 422
+    )
     typed = {"content": b"a", "headers": {"Content-Type": "text/plain"}}
     assert "Content-Type" in sentence(client.post("/v1/embeddings", **typed), 422)
     assert "GET /nowhere is not known here; expected /health" in sentence(client.get("/nowhere"), 404)
