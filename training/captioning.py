@@ -7,8 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
 from mmgem.processing.image_loading import MAX_PIXELS
 from mmgem.training.data.image_files import (
     FoundImages,
@@ -22,6 +20,7 @@ from mmgem.training.data.image_files import (
 from mmgem.training.data.image_folder import find_metadata, read_metadata
 from mmgem.training.inference import generate_captions, generate_region_captions, tower_runs_once
 from mmgem.training.output_lock import one_writer
+from mmgem.training.progress import progress
 
 
 class CaptionReport(NamedTuple):
@@ -98,7 +97,7 @@ def caption_folder(
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(out, "a", encoding="utf-8") as lines,
-        tqdm(total=len(file_names), initial=len(file_names) - len(todo), desc="captions", unit="image") as progress,
+        progress(total=len(file_names), initial=len(file_names) - len(todo), desc="captions", unit="image") as bar,
     ):
         for batch in reader.read_batches(todo, batch_size, skipped):
             captions = apply_to_batch(write_lines, batch, skipped)
@@ -106,7 +105,7 @@ def caption_folder(
             lines.flush()
             os.fsync(lines.fileno())
             captioned += len(captions)
-            progress.update(len(batch))
+            bar.update(len(batch))
     if skipped and not done and not captioned:
         out.unlink()  # it has no line
         raise ValueError(

@@ -30,16 +30,19 @@ from mmgem.training.cli_common import (
     Table,
     Wait,
     answer,
+    check_model,
     check_table,
     folder_and_names,
     load_model,
     path,
     report_skipped,
+    set_up_torch,
     start,
     table,
     work,
     write_table,
 )
+from mmgem.training.output_lock import only_writer
 from mmgem.training.printable import printable
 
 # Errors that a user can cause and mend take a line; any other is a defect and comes with its traceback.
@@ -124,12 +127,19 @@ def _version(is_asked: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but the answer, and errors.")] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ):
-    """One model that embeds images and text for search, and writes about images."""
+    """One model that embeds images and text for search, and writes about images.
+
+    Begin with `mmgem index PHOTOGRAPHS --model MODEL --out INDEX`, then `mmgem search INDEX "two dogs in the snow"`;
+    or with `mmgem caption PHOTOGRAPHS --model MODEL --out captions.jsonl`. `mmgem COMMAND --help` says more.
+    """
     start(quiet)
+    if context.invoked_subcommand != "train":  # whose steps keep all threads busy
+        set_up_torch()
     for stream in (sys.stdout, sys.stderr):  # so that no name of a file costs the result
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -500,9 +510,14 @@ def caption(
     wait: Wait = False,
     as_json: AsJson = False,
 ):
-    """Caption every image below a folder."""
+    """Caption every image below a folder; again, to bring the file up to date.
+
+    For example `mmgem caption PHOTOGRAPHS --model MODEL --out captions.jsonl`. A job that was killed goes on by the
+    same command.
+    """
     folder, names = folder_and_names(folder)
-    with work(wait):
+    check_model(model)
+    with work(wait), only_writer(out):  # whoever cannot write learns it before a model is loaded
         import torch
 
         from mmgem.training.captioning import caption_folder

@@ -1,6 +1,7 @@
 """Options and answers that the commands of `mmgem` share. Nothing heavy is imported before a command runs."""
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -9,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from mmgem.training.data.paths import check_folder, no_checkpoint
 from mmgem.training.json_text import to_json
 from mmgem.training.output_folder import check_writable, whole_file
-from mmgem.training.printable import printable
+from mmgem.training.printable import is_utf8, printable
+from mmgem.training.progress import shown
 
 KEPT = "search_index.json", "config.json"  # in folders none of whose files is replaced by a table
 CARDS = Path(__file__).parent.parent / "model_cards"
@@ -46,6 +49,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 notes = {"are_said": True}  # of `--quiet`
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def start(is_quiet: bool) -> None:
@@ -54,6 +58,7 @@ def start(is_quiet: bool) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed: a file that is opened would get its number, and what is printed
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    shown["as"] = "nothing" if is_quiet else None
     if is_quiet or not sys.stderr.isatty():
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -90,9 +95,11 @@ def folder_and_names(folder: Path) -> tuple[Path, list[str] | None]:
     Names stand on lines, or end in NUL as those of `find -print0`.
 
     Raises:
-        ValueError: If one is not below the current folder.
+        FileNotFoundError: If FOLDER is not there.
+        ValueError: If it is a file, or a name is not below the current folder.
     """
     if str(folder) != "-":
+        check_folder(folder)
         return folder, None
     here, data = Path.cwd(), sys.stdin.buffer.read()
     names: dict[str, None] = {}
@@ -105,12 +112,20 @@ def folder_and_names(folder: Path) -> tuple[Path, list[str] | None]:
     return here, list(names)
 
 
-def load_model(model: str) -> tuple[Any, Any]:
-    """Loads model and processor; raises what `load_checkpoint` does."""
+def check_model(model: str) -> None:
+    """Refuses what is surely no checkpoint, before anything heavy is imported; raises what `load_checkpoint` does."""
     if not model:
         raise ValueError("`model` is ''; expected the folder of a checkpoint, or a name on the Hub.")
     if model == str(TINY) and not TINY.exists():
         raise FileNotFoundError("`model` is mmgem-tiny, which comes with a source checkout only; expected --model.")
+    may_be_there = Path(model, "config.json").is_file() if Path(model).is_dir() else _HUB_NAME.fullmatch(model)
+    if not may_be_there and is_utf8(model):  # of other names `load_config` says what is wrong with them
+        raise no_checkpoint(model)
+
+
+def load_model(model: str) -> tuple[Any, Any]:
+    """Loads model and processor; raises what `load_checkpoint` does."""
+    check_model(model)
     from mmgem.training.loading import load_checkpoint
 
     return load_checkpoint(model)

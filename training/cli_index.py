@@ -19,17 +19,18 @@ from mmgem.training.cli_common import (
     Table,
     Wait,
     answer,
+    check_model,
     check_table,
     folder_and_names,
     load_model,
     path,
     report_skipped,
-    set_up_torch,
     work,
     write_table,
 )
 from mmgem.training.json_text import to_json
 from mmgem.training.output_folder import check_writable, whole_folder
+from mmgem.training.output_lock import only_writer
 from mmgem.training.printable import printable
 
 IndexArgument = Annotated[Path, typer.Argument(parser=path, metavar="INDEX", help="Folder that `mmgem index` wrote.")]
@@ -96,12 +97,14 @@ def index(
 ):
     """Embed every image below a folder into a search index; again, to bring it up to date.
 
-    Captions, boxes and what `search --where` compares come from the folder's metadata.jsonl or metadata.csv.
+    For example `mmgem index PHOTOGRAPHS --model MODEL --out INDEX`. Captions, boxes and what `search --where` compares
+    come from the folder's metadata.jsonl or metadata.csv, a line for each image: {"file_name": "a.jpg", "captions":
+    ["..."], "boxes": [[X0, Y0, X1, Y1]], "year": 2020, ...}. A job that was killed goes on by the same command.
     """
     memory, parts = _memory(with_memory), _regions(regions)
     folder, names = folder_and_names(folder)
-    set_up_torch()
-    with work(wait):
+    check_model(model)
+    with work(wait), only_writer(out):  # whoever cannot write learns it before a model is loaded
         from mmgem.training.search.building import build_index
 
         report = build_index(
@@ -224,7 +227,6 @@ def search(
     if explain is not None and explain.exists() and (not explain.is_dir() or any(explain.iterdir())):
         raise FileExistsError(f"`--explain` is {str(explain)!r}, which is there; expected a new or an empty folder.")
     parts, is_stream = [_box(box) for box in boxes or []], text == "-" or "-" in (image or [])
-    set_up_torch()
     is_by_rows = not image and not boxes and (is_listing or weight == 1) and not any(for_model.values())
     loaded: Any
     with work():
@@ -237,9 +239,7 @@ def search(
 
             loaded = RowSearch.load(index)
         else:
-            from mmgem.training.search.index import SearchIndex
-
-            loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
+            loaded = _load_index(index, model, kinds, conditions)
     if explain is not None:
         explain.mkdir(parents=True, exist_ok=True)
         check_writable(explain / "0001", "--explain")
@@ -273,10 +273,23 @@ def search(
         if is_stream and as_json:
             typer.echo(to_json({"query": query, "hits": rows}))
         elif not hits and not is_stream and not as_json:
-            typer.secho("nothing was found", err=True)
+            where_words_are = ": no text, caption or name of a file has a word of it" if weight == 1 else ""
+            typer.secho(f"nothing was found{where_words_are}", err=True)
         else:
             answer(rows, as_json, [query, *answers, ""] if is_stream else answers)
     write_table(found, table_file)
+
+
+def _load_index(index: Path, model: str | None, kinds: list[str] | None = None, conditions: Any = None) -> Any:
+    """Loads an index with its model; what is no finished index, or has no such rows, is refused before that."""
+    from mmgem.training.search.row_search import RowSearch, check_finished
+
+    check_finished(index)
+    if kinds or conditions:
+        RowSearch.load(index).list_rows(1, kinds, conditions)
+    from mmgem.training.search.index import SearchIndex
+
+    return SearchIndex.load(index, *(() if model is None else load_model(model)))
 
 
 def _draw_maps(index, hits: list, query, vectors: int | None, folder: Path) -> list[Path]:
@@ -295,7 +308,6 @@ def _fit(index: Path, file: Path, prompt, vectors, query_vectors, kinds, where, 
         from mmgem.training.data.records import read_records
         from mmgem.training.search.conditions import Condition
         from mmgem.training.search.hybrid import LabelledQuery, fit_lexical_weight
-        from mmgem.training.search.index import SearchIndex
 
         if not file.is_file():
             raise FileNotFoundError(f"`--fit-on` is {str(file)!r}, which is no file; expected one of JSON lines.")
@@ -312,7 +324,7 @@ def _fit(index: Path, file: Path, prompt, vectors, query_vectors, kinds, where, 
                 )
             queries.append(LabelledQuery(text, relevant))
         conditions = [Condition.parse(condition) for condition in where or []] or None
-        loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
+        loaded = _load_index(index, model, kinds, conditions)
         limits = {"prompt": prompt, "vectors": vectors, "query_vectors": query_vectors}
         fitted = fit_lexical_weight(loaded, queries, **limits, kinds=kinds or None, where=conditions)
     best, reached, dense, lexical = fitted
@@ -377,10 +389,9 @@ def ask(
     if image and top is not None:
         raise typer.BadParameter("--top is how many images --search finds; with --image it has nothing to say")
     with work():
+        loaded = _load_index(index, model)
         from mmgem.training.search.asking import ask as ask_index
-        from mmgem.training.search.index import SearchIndex
 
-        loaded = SearchIndex.load(index, *(() if model is None else load_model(model)))
         answers = ask_index(loaded, question, image or None, search, top or 1, prompt)
     rows = [
         {"path": str(path), "answer": text, "score": None if score is None else round(score, 4)}

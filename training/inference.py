@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.token_batches import batches_of_tokens, restore, tokens_at_a_time
 from mmgem.training.distributed import is_sharded, reshard
+from mmgem.training.progress import progress
 
 Box = Sequence[float]
 BOXES_AT_A_TIME = 256  # of all images of a batch together
@@ -146,7 +146,7 @@ def embed_texts(model, processor, texts: Sequence[str], batch_tokens: int | None
     batches = list(batches_of_tokens([len(own) for own in ids], batch_tokens))
     parts = []
     with inference(model):
-        for batch in batches if len(batches) == 1 else tqdm(batches, desc="texts", unit="batch", leave=False):
+        for batch in batches if len(batches) == 1 else progress(batches, desc="texts", unit="batch", leave=False):
             inputs = padded([ids[row] for row in batch], processor.tokenizer.pad_token_id or 0)
             parts.append(unit(model.get_text_features(**to_model(model, inputs)).pooler_output))
     return restore(parts, batches)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor  # from the package itself, which registers them
+from mmgem.training.data.paths import no_checkpoint
 from mmgem.training.printable import is_utf8
 
 
@@ -56,7 +57,4 @@ def load_config(name: str | Path) -> MMGEMConfig:
             raise ValueError(
                 f"`model` is {name!r}, which cannot be read ({reason}); expected a checkpoint."
             ) from error
-        raise FileNotFoundError(
-            f"`model` is {name!r}, neither a folder with a config.json nor a model on the Hub that can be reached; "
-            "expected one of them."
-        ) from error
+        raise no_checkpoint(name) from error

@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
+from filelock import FileLock
 from image_folders import build_multi_vector_model
 from PIL import Image
 from typer.testing import CliRunner
 
 import mmgem
+from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing import image_loading
 from mmgem.training import captioning, cli_common, dtypes
@@ -30,6 +32,7 @@ from mmgem.training.recipes.check import StageCheck
 from mmgem.training.recipes.run import TrainingReport
 from mmgem.training.recipes.step_memory import StepMemory
 from mmgem.training.search.index import SearchIndex
+from mmgem.training.search.storage import MANIFEST, UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("short_answers")
 
@@ -110,7 +113,37 @@ def test_what_was_indexed_is_found(checkpoint, gallery, tmp_path):
     assert len(run(*both, "--top", 3).stdout.splitlines()) == 3
 
 
-def test_torch_is_set_up_where_an_index_is_made_unless_the_user_has(tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["index", "caption"])
+def test_who_cannot_write_learns_it_before_a_model_is_loaded(command, gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_common, "load_model", None)
+    with FileLock(tmp_path / "out.lock"):  # as another job does
+        error = run(command, gallery, "--model", "nobody/nothing", "--out", tmp_path / "out", exit_code=1).stderr
+    assert "expected no other job at it" in error
+
+
+@pytest.mark.parametrize("model", ["no/such/folder", "/nowhere", "../nowhere", "FOLDER"])
+def test_what_is_no_checkpoint_is_refused_before_a_model_is_loaded(model, gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(MMGEMConfig, "from_pretrained", None)
+    model = str(tmp_path) if model == "FOLDER" else model
+    error = run("index", gallery, "--model", model, "--out", tmp_path / "index", exit_code=1).stderr
+    assert f"`model` is '{model}', neither a folder with a config.json" in error
+    assert not (tmp_path / "index").exists()
+
+
+def test_what_cannot_be_searched_is_refused_before_a_model_is_loaded(gallery, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(SearchIndex, "load", None)
+    for command in (("search", tmp_path, "a star"), ("ask", tmp_path, "--image", "a.png")):
+        assert "is no index" in run(*command, exit_code=1).stderr
+    run("index", gallery, "--model", checkpoint, "--out", tmp_path / "index")
+    for limit in (("--kind", "caption"), ("--where", "year=2020")):
+        error = run("search", tmp_path / "index", "a star", *limit, exit_code=1).stderr
+        assert limit[1].partition("=")[0] in error and "; expected" in error
+    (tmp_path / UNFINISHED).mkdir()
+    (tmp_path / UNFINISHED / MANIFEST).touch()
+    assert "still being made" in run("search", tmp_path, "a star", exit_code=1).stderr
+
+
+def test_torch_is_set_up_unless_the_user_has(tmp_path, monkeypatch):
     """Before torch is imported, which reads it once; see also that `--help` does not import it."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
@@ -119,6 +152,11 @@ def test_torch_is_set_up_where_an_index_is_made_unless_the_user_has(tmp_path, mo
         run("index", tmp_path / "nowhere", "--model", "m", "--out", tmp_path / "index", exit_code=1)
         assert os.environ["OMP_WAIT_POLICY"] == policy and os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
         monkeypatch.delenv("OMP_WAIT_POLICY")
+    run("caption", tmp_path / "nowhere", "--model", "m", "--out", tmp_path / "file", exit_code=1)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    run("train", tmp_path / "nowhere.yaml", "--out", tmp_path / "run", exit_code=1)
+    assert "OMP_WAIT_POLICY" not in os.environ
 
 
 @pytest.fixture
@@ -379,7 +417,7 @@ def test_soup_averages_models(checkpoint, tiny_model, tmp_path):
 
 def test_a_users_mistake_takes_one_line_and_exit_code_1(gallery, tmp_path):
     for arguments, part in [
-        (("index", tmp_path / "nowhere", "--model", tmp_path, "--out", tmp_path / "index"), "`model` is"),
+        (("index", gallery, "--model", tmp_path, "--out", tmp_path / "index"), "`model` is"),
         (("evaluate", "no/such-model", tmp_path / "nowhere"), "nowhere"),
         (("search", tmp_path / "nowhere", "a star"), "`path` is"),
         (("train", tmp_path / "nowhere.yaml", "--out", tmp_path / "out"), "nowhere.yaml"),

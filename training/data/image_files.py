@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from PIL import Image
 
 from mmgem.processing.image_loading import MAX_PIXELS, open_picture, read_file
+from mmgem.training.data.paths import check_folder
 from mmgem.training.printable import is_utf8
 
 # Of all pictures that are decoded ahead, and of one batch; 4 bytes each, or 8 while they are decoded.
@@ -103,8 +104,7 @@ def find_images(
         OSError: If it cannot be listed.
         ValueError: If it is a file, or there are no images, and no such other files, below it.
     """
-    if not str(folder):
-        raise ValueError("`folder` is ''; expected a folder of images.")
+    check_folder(folder)
     if sys.getfilesystemencoding() != "utf-8":  # every other name would seem to be gone
         raise ValueError(
             f"The names of files are read as {sys.getfilesystemencoding()} here; expected utf-8. Set PYTHONUTF8=1, or "
@@ -112,10 +112,6 @@ def find_images(
         )
     suffixes = (*SUFFIXES, *text_suffixes)
     folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"`folder` is {str(folder)!r}, which is not there; expected a folder of images.")
-    if not folder.is_dir():
-        raise ValueError(f"`folder` is {str(folder)!r}, a file; expected a folder of images.")
     found = FoundImages({}, {}, set(), Counter())
     for name in names or ():
         _look_at_named(folder / name, name, suffixes, found)

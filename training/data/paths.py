@@ -2,9 +2,27 @@
 
 import glob
 import re
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse what is no folder of images; `find_images` says with which errors."""
+    if not str(folder):
+        raise ValueError("`folder` is ''; expected a folder of images.")
+    if not Path(folder).exists():
+        raise FileNotFoundError(f"`folder` is {str(folder)!r}, which is not there; expected a folder of images.")
+    if not Path(folder).is_dir():
+        raise ValueError(f"`folder` is {str(folder)!r}, a file; expected a folder of images.")
+
+
+def no_checkpoint(name: str | Path) -> FileNotFoundError:
+    """Makes the error for a name by which there is no checkpoint."""
+    return FileNotFoundError(
+        f"`model` is {str(name)!r}, neither a folder with a config.json nor a model on the Hub that can be reached; "
+        "expected one of them."
+    )
 
 
 def expand_paths(patterns: str | list[str], where: str) -> list[str]:

@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mmgem.processing.boxes import is_in_view, model_views
 from mmgem.processing.image_loading import load_image
@@ -25,6 +24,7 @@ from mmgem.training.inference import (
     generate_region_captions,
     tower_runs_once,
 )
+from mmgem.training.progress import progress
 from mmgem.training.similarity_maps import similarity_map
 
 _PICTURES = (*IMAGE_COLUMNS, "edited_image")
@@ -325,6 +325,6 @@ def _rows_of(embeds: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _batches(rows: Iterable, batch_size: int) -> Iterator[list]:
-    remaining = iter(tqdm(rows, desc="images", unit="image"))
+    remaining = iter(progress(rows, desc="images", unit="image"))
     while batch := list(islice(remaining, batch_size)):
         yield batch

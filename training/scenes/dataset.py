@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from mmgem.training.data.image_folder import METADATA_NAME
 from mmgem.training.data.sources import DatasetSource
 from mmgem.training.output_lock import one_writer
+from mmgem.training.progress import progress
 from mmgem.training.scenes.captions import (
     write_captions,
     write_edit,
@@ -184,7 +184,7 @@ def write_scene_folder(out: str | Path, seed: int, count: int, image_size: int =
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     with open(partial / METADATA_NAME, "w", encoding="utf-8") as metadata:
-        for row in tqdm(range(count), desc=f"scenes to {out}", unit="scene"):
+        for row in progress(range(count), desc=f"scenes to {out}", unit="scene"):
             fields = scenes[row]
             fields.pop("image").save(partial / fields["file_name"])
             twin = fields.pop("edited_image")

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from mmgem.processing.image_loading import MAX_PIXELS
 from mmgem.training.data.image_files import FoundImages, ImageReader, Skipped, find_images, shorter_side_for
 from mmgem.training.data.image_folder import METADATA_NAMES
 from mmgem.training.output_lock import one_writer
+from mmgem.training.progress import progress
 from mmgem.training.search.checked_files import DamagedFileError
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.inverted_lists import is_large
@@ -309,7 +309,7 @@ def _embed_texts(
                 of_image = items_of_image(file_name, version, descriptions.get(file_name), settings)
                 yield from (item for item in of_image if item.kind == "caption")
 
-    for item in tqdm(items(), desc="texts", unit="text", disable=not settings.has_texts):
+    for item in progress(items(), desc="texts", unit="text") if settings.has_texts else items():
         content = content_of(item, settings)
         if place := earlier.unchanged(item) or earlier.same(item, content):
             rows[item.key] = place
@@ -365,7 +365,7 @@ def _embed_images(
         return all(earlier.same(item, content_of(item, settings, content)) for item in todo[file_name])
 
     reader.is_known = is_known
-    with tqdm(total=len(images), initial=len(images) - len(todo), desc="images", unit="image") as progress:
+    with progress(total=len(images), initial=len(images) - len(todo), desc="images", unit="image") as bar:
         for files in reader.read_batches(list(todo), batch_size, skipped):
             new: list[ReadItem] = []
             for file in files:
@@ -376,7 +376,7 @@ def _embed_images(
                     else:
                         new.append(ReadItem(item, content, file.image, file.size, file.inputs))
             embedder.embed(new)
-            progress.update(len(files))
+            bar.update(len(files))
     for file_name, content in reader.recognized.items():
         for item in todo[file_name]:
             rows[item.key] = earlier.same(item, content_of(item, settings, content))  # type: ignore[assignment]

@@ -57,8 +57,8 @@ def fuse_ranks(rankings: Sequence[np.ndarray], weights: Sequence[float], top: in
         top: The number of answers.
 
     Returns:
-        Scores and numbers, best first, both (top,) at most. A score is the sum of weight * 61 / (60 + rank), so that
-        it is 1 where all rankings have the same first.
+        Scores and numbers, best first, both (top,) at most; of equal scores those of an earlier ranking first. A score
+        is the sum of weight * 61 / (60 + rank), so that it is 1 where all rankings have the same first.
     """
     scores: dict[int, float] = {}
     for ranking, weight in zip(rankings, weights, strict=True):
@@ -123,11 +123,11 @@ def fit_lexical_weight(index, queries: Sequence[LabelledQuery], **limits) -> Fit
             )
         rankings = [
             np.array([hit.row for hit in index.search(query.text, top=RANKED, lexical_weight=weight, **limits)], int)
-            for weight in (0.0, 1.0)
+            for weight in (1.0, 0.0)
         ]
         is_relevant = np.isin(names, list(query.relevant))
         for row, weight in enumerate(_WEIGHTS):
-            _, found = fuse_ranks(rankings, (1 - weight, weight), len(names))
+            _, found = fuse_ranks(rankings, (weight, 1 - weight), len(names))
             places = np.flatnonzero(is_relevant[found])
             ranks[row, number] = 1 / (1 + places[0]) if len(places) else 0
     means = ranks.mean(axis=1)

@@ -260,8 +260,8 @@ class SearchIndex(RowSearch):
         depth = top if lexical_weight is None else max(top, RANKED)
         scores, rows = self.vectors.search(query.numpy(), depth, vectors, selected)
         if lexical_weight is not None:
-            rankings = (rows, self._lexical_search.rank(text or "", depth, selected))
-            scores, rows = fuse_ranks(rankings, (1 - lexical_weight, lexical_weight), top)
+            rankings = (self._lexical_search.rank(text or "", depth, selected), rows)
+            scores, rows = fuse_ranks(rankings, (lexical_weight, 1 - lexical_weight), top)
         return [self._hit(float(score), int(row)) for score, row in zip(scores, rows, strict=True)]
 
     def _check(self, *kinds: str) -> None:

@@ -9,7 +9,15 @@ import numpy as np
 
 from mmgem.training.search.conditions import Condition, select_rows
 from mmgem.training.search.hybrid import LexicalSearch, fuse_ranks
-from mmgem.training.search.storage import UNFINISHED, IndexFacts, IndexRows, StoredIndex, is_index, read_index
+from mmgem.training.search.storage import (
+    UNFINISHED,
+    IndexFacts,
+    IndexRows,
+    StoredIndex,
+    check_is_index,
+    is_index,
+    read_index,
+)
 
 
 class Hit(NamedTuple):
@@ -143,8 +151,8 @@ class RowSearch:
         return Hit(score, self.path(row), row, kind, part, text, box)
 
 
-def read_finished(path: str | Path) -> StoredIndex:
-    """Reads an index that has rows; errors are those of `RowSearch.load`."""
+def check_finished(path: str | Path) -> None:
+    """Refuses what is no finished index, without reading it; errors are those of `RowSearch.load`."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"`path` is {str(path)!r}, which is not there; expected an index.")
@@ -153,6 +161,13 @@ def read_finished(path: str | Path) -> StoredIndex:
             f"`path` is {str(path)!r}, an index that is still being made, or whose making was interrupted and "
             "goes on when it is started again; expected a finished one."
         )
+    check_is_index(path, "path")
+
+
+def read_finished(path: str | Path) -> StoredIndex:
+    """Reads an index that has rows; errors are those of `RowSearch.load`."""
+    path = Path(path)
+    check_finished(path)
     stored = read_index(path, "path")
     if stored.rows is None:
         raise ValueError(f"`path` is {str(path)!r}, which holds parts of an index; expected the folder it is in.")

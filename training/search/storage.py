@@ -215,6 +215,12 @@ def is_index(place: Path) -> bool:
     return (place / MANIFEST).is_file()
 
 
+def check_is_index(place: Path, name: str) -> None:
+    """Refuses a folder without an index; the argument `name` is it."""
+    if not is_index(place):
+        raise ValueError(f"`{name}` is {str(place)!r}, which is no index; expected a folder with {MANIFEST}.")
+
+
 def is_free(place: Path) -> bool:
     """Whether an index may be made there: nobody else's files are there, and no index."""
     if not place.exists():
@@ -287,8 +293,7 @@ def read_index(place: Path, name: str) -> StoredIndex:
     Raises:
         ValueError: If the folder is not an index, one of another format, or damaged in more than its arrays.
     """
-    if not is_index(place):
-        raise ValueError(f"`{name}` is {str(place)!r}, which is no index; expected a folder with {MANIFEST}.")
+    check_is_index(place, name)
     try:
         while True:
             manifest = _read_manifest(place, name)

@@ -64,6 +64,11 @@ def test_vectors_words_and_metadata_each_fail_alone_and_find_it_together(index):
     assert names(index.search("AX200", kinds=["text"], lexical_weight=0.5)) == ["manual.txt"]
 
 
+def test_a_word_that_one_row_has_comes_before_what_looks_alike(index, monkeypatch):
+    monkeypatch.setattr(index_module, "RANKED", 1)  # so that neither ranking has the other's
+    assert names(index.search("valve", lexical_weight=0.5, top=1)) == ["valve.png"]
+
+
 def test_weights_0_and_1_are_each_search_alone(index):
     assert names(index.search("AX200", lexical_weight=0)) == names(index.search("AX200"))
     words = names(index.search("AX200", lexical_weight=1))
@@ -101,6 +106,11 @@ def test_ranks_are_fused_by_their_reciprocals():
     np.testing.assert_allclose(scores, [61 * (0.5 / 61 + 0.5 / 62), 61 * (0.5 / 63 + 0.5 / 61)])
     scores, numbers = fuse_ranks([np.array([7]), np.array([7])], (0.2, 0.8), 5)
     assert (scores.tolist(), numbers.tolist()) == ([pytest.approx(1)], [7])
+    # Of equals the one in the first ranking comes first.
+    assert fuse_ranks([np.array([9]), np.array([2])], (0.5, 0.5), 2)[1].tolist() == [
+        9,
+        2,
+    ]  # of equals the first ranking
     assert fuse_ranks([np.array([], int), np.array([], int)], (0.5, 0.5), 3)[1].tolist() == []
 
 

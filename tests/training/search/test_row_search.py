@@ -79,4 +79,8 @@ def test_the_command_needs_no_model_and_no_torch(place, query, found):
 
 def test_that_nothing_was_found_is_said_beside_the_answer(place):
     result = CliRunner().invoke(app, ["search", str(place), "sun", "--lexical-weight", "1"])
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "nothing was found\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        0,
+        "",
+        "nothing was found: no text, caption or name of a file has a word of it\n",
+    )
