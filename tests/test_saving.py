@@ -91,6 +91,57 @@ for name in names:
     }
 print(json.dumps(answers))
 """
+OPTIONS = """
+import shutil, sys
+from pathlib import Path
+import accelerate, torch
+from packaging.version import Version
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel, AutoProcessor
+
+source, image, out = sys.argv[1:]
+trust = {"trust_remote_code": True}
+inputs = AutoProcessor.from_pretrained(source, **trust)(images=[image], text=["a red star"], return_tensors="pt")
+
+
+@torch.no_grad()
+def scores(model):
+    return model.eval()(**inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}).logits_per_image.float()
+
+
+model = AutoModel.from_pretrained(source, **trust)
+expected = scores(model)
+shutil.copytree(source, f"{out}/root/weights")
+for code in Path(source).glob("*.py"):
+    shutil.copy(code, f"{out}/root")  # where transformers looks for it
+ways = {
+    "device_map": (source, {"device_map": "cpu"}),
+    "on disk": (source, {"device_map": "auto", "max_memory": {"cpu": "200KB"}, "offload_folder": f"{out}/disk"}),
+    "subfolder": (f"{out}/root", {"subfolder": "weights"}),
+    "attention": (source, {"attn_implementation": "eager", "low_cpu_mem_usage": True, "revision": "main"}),
+}
+if Version(accelerate.__version__) < Version("1.15"):
+    del ways["on disk"]  # it confuses weights that it has read
+found = {}
+for name, (folder, options) in ways.items():
+    loaded = AutoModel.from_pretrained(folder, **options, **trust)
+    found[name] = (scores(loaded) - expected).abs().max().item()
+    assert name != "on disk" or "disk" in loaded.hf_device_map.values()
+half = AutoModel.from_pretrained(source, dtype="bfloat16", **trust)
+assert half.dtype == torch.bfloat16
+found["bfloat16"] = (scores(half) / expected - 1).abs().max().item() / 1000
+
+tuned = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+expected, before = scores(tuned), expected
+assert (expected - before).abs().max() > 1e-3
+tuned.save_pretrained(f"{out}/lora")
+loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(source, **trust), f"{out}/lora")
+found["LoRA"] = (scores(loaded) - expected).abs().max().item()
+loaded.merge_and_unload().save_pretrained(f"{out}/merged")
+found["merged"] = (scores(AutoModel.from_pretrained(f"{out}/merged", **trust)) - expected).abs().max().item()
+print(found)
+assert max(found.values()) < 1e-4, found
+"""
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +220,12 @@ def test_every_way_of_pushing_with_every_way_of_loading(source, image, tmp_path)
         answers = load(image, [source, *different(hub.repositories)], tmp_path, hub.connect())
     expected = answers.pop(source)
     check_equal(expected, answers)
+
+
+@pytest.mark.pages
+@pytest.mark.slow
+def test_options_of_loading_and_peft_by_hand_change_nothing(source, image, tmp_path):
+    fresh_process.run(OPTIONS, source, image, tmp_path, cwd=tmp_path, installed=False)
 
 
 def test_the_folder_requires_what_the_package_does():

@@ -12,6 +12,10 @@ from mmgem.training.recipes.recipe import Recipe
 from mmgem.training.recipes.stage_kinds import stage_kind
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+ONLY_SCENES = (
+    "\n\nIt has seen drawn scenes of colored shapes alone, with captions in a few forms of English: it shows and tests "
+    "what the package does, and what it says of photographs means nothing."
+)
 
 
 def write_model_card(
@@ -30,6 +34,9 @@ def write_model_card(
     data = "Not measured: the recipe has no `eval_data`."
     if metrics and recipe.eval_data is not None:
         data = f"Measured on {_data_name(recipe.eval_data)}."
+        if scenes := recipe.eval_data.get("scenes"):
+            data += f" `mmgem scenes DATA --seed {scenes['seed']} --count {scenes['count']}` draws them."
+    train_data = [section for stage in recipe.stages for section in stage.train_data]
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=name,
         vision=model.config.vision_config.model_type,
@@ -38,7 +45,9 @@ def write_model_card(
         embedding=_describe_embedding(model.config),
         prompts=_describe_prompts(model.config.prompts),
         visual_tokens=model.config.num_visual_tokens,
+        limits=ONLY_SCENES if all("scenes" in section for section in train_data) else "",
         data=data,
+        train_data="; ".join(dict.fromkeys(map(_data_name, train_data))),
         results="\n".join(f"| {measure} | {value:.3f} |" for measure, value in metrics.items()),
         steps=" + ".join(str(stage.training.get("max_steps", "all")) for stage in recipe.stages),
         losses=_describe_losses(recipe, log_history),
@@ -71,7 +80,7 @@ def write_model_card(
 def _data_name(section: Mapping[str, Any]) -> str:
     """What a person calls a data section: its folder or name, or what is drawn."""
     if "scenes" in section:
-        return "drawn scenes, " + ", ".join(f"{name} {value}" for name, value in section["scenes"].items())
+        return "{count} drawn scenes of seed {seed}".format_map(section["scenes"])
     where = next(iter(section.values()), "")
     parts = [where, *(section[name] for name in ("name", "split") if name in section)]
     return ", ".join(Path(part).name if isinstance(part, Path) else str(part) for part in parts)

@@ -74,7 +74,7 @@ def test_a_kind_chooses_the_arguments_the_trainer_and_the_words_of_the_card(sect
 @pytest.mark.parametrize(
     ("section", "name"),
     [
-        ({"scenes": {"seed": 1, "count": 5}}, "drawn scenes, seed 1, count 5"),
+        ({"scenes": {"seed": 1, "count": 5}}, "5 drawn scenes of seed 1"),
         ({"folder": "photos/held-out"}, "photos/held-out"),
         (
             {"dataset": "nlphuji/flickr30k", "split": "test", "columns": {"captions": "caption"}},
