@@ -13,8 +13,8 @@ from mmgem.training.recipes.stage_kinds import stage_kind
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 ONLY_SCENES = (
-    "\n\nIt has seen drawn scenes of colored shapes alone, with captions in a few forms of English: it shows and tests "
-    "what the package does, and what it says of photographs means nothing."
+    "\n\nIt has seen drawn scenes of colored shapes alone, with captions in a few forms of English: it shows and "
+    "tests what the package does, and what it says of photographs means nothing."
 )
 
 
