@@ -70,7 +70,7 @@ def evaluate_mixed_corpus(
     Raises:
         ValueError: If there are fewer than `CUTOFF` rows, or a row lacks an image or three different captions.
         ImportError: If scikit-learn, which comes with sentence-transformers, is not installed
-            (`pip install mmgem[train]`).
+            (the extra `train`).
     """
     return mixed_corpus_figures(embed_mixed_corpus(model, processor, rows, batch_size))
 

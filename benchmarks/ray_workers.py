@@ -1,6 +1,6 @@
 """What one worker of Ray Data embeds, what two do, and what it costs when one of them is killed.
 
-    pip install "mmgem[ray]"
+    pip install -e '.[ray]'
     python -m benchmarks.ray_workers [--images 512] [--model MODEL]
 
 Draws scenes as PNG files, and embeds them into shards as `docs/search_a_million_pictures.md` does: with one worker,

@@ -1,4 +1,4 @@
-"""The links of all pages lead somewhere, and what `docs/field.md` names is there."""
+"""The links of all pages lead somewhere, what they install is there, and what `docs/field.md` names is there."""
 
 import re
 from pathlib import Path
@@ -21,6 +21,12 @@ def test_links_lead_somewhere(page):
         if place:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             assert place in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_package_is_installed_from_the_checkout(page):
+    """It is not on PyPI, where somebody else may take the name."""
+    assert not re.search(r"pip install [^`\n]*mmgem", page.read_text())
 
 
 def test_every_option_of_the_field_is_in_the_code():

@@ -303,7 +303,7 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> "Mean
 
     Raises:
         ValueError: If there are fewer than two images: every word is then in all of them, and weighs nothing.
-        ImportError: If pycocoevalcap is not installed (`pip install mmgem[eval]`).
+        ImportError: If pycocoevalcap is not installed (the extra `eval`).
     """
     candidates, originals = _as_coco(captions, references)
     if len(captions) < 2:
@@ -326,7 +326,7 @@ def bleu4(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float
         That of all captions together, 0 to 1.
 
     Raises:
-        ImportError: If pycocoevalcap is not installed (`pip install mmgem[eval]`).
+        ImportError: If pycocoevalcap is not installed (the extra `eval`).
     """
     candidates, originals = _as_coco(captions, references)
     from pycocoevalcap.bleu.bleu import Bleu
@@ -346,7 +346,7 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> floa
 
     Raises:
         FileNotFoundError: If there is no Java, in which METEOR is written.
-        ImportError: If pycocoevalcap is not installed (`pip install mmgem[eval]`).
+        ImportError: If pycocoevalcap is not installed (the extra `eval`).
     """
     candidates, originals = _as_coco(captions, references)
     if shutil.which("java") is None:

@@ -83,7 +83,7 @@ def _import_mteb():
         import mteb
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"mteb cannot be imported ({error}); expected it for --mteb: pip install 'mmgem[mteb]'."
+            f"mteb cannot be imported ({error}); expected it for --mteb: pip install mteb."
         ) from error
     return mteb
 
