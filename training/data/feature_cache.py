@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
+import uuid
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,10 @@ class FeatureCache:
     def add(self, features: Mapping[str, torch.Tensor]) -> None:
         """Keep features by key in a file of their own."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # By all keys: a run that was killed writes the same file again, other processes never do.
+        # By all keys: a run that was killed writes the same file again, as does another run that shares the folder.
         name = hashlib.blake2b(" ".join(features).encode(), digest_size=16).hexdigest()
         path = self.folder / f"{name}.safetensors"
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # of this process alone
         save_file({key: value.contiguous() for key, value in features.items()}, partial, metadata=self.made_by)
         partial.replace(path)
         self._file_of |= dict.fromkeys(features, path)

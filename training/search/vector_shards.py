@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -192,7 +192,7 @@ def index_shards(shards: str | Path, model, processor, out: str | Path) -> Index
         version = stored.version + 1
     skipped: list[Skipped] = []
     kept = _choose_rows(shards, model_hash(facts), skipped)
-    count = sum(int(rows.sum()) for rows in kept.values())
+    count = sum(int(shard.rows.sum()) for shard in kept.values())
     if not count:
         raise ValueError(f"`shards` is {str(shards)!r}, where no vector is; expected some Parquet files with vectors.")
     if facts.settings.precision == "int8":
@@ -226,14 +226,27 @@ def _check_same(facts: IndexFacts, fingerprint: Fingerprint, model: str, place: 
         )
 
 
-def _choose_rows(shards: Path, model: str, skipped: list[Skipped]) -> dict[Path, np.ndarray]:
+class _Shard(NamedTuple):
+    """Which rows of a shard an index has, and what changes when its file does."""
+
+    rows: np.ndarray
+    version: tuple[int, ...]
+
+
+def _version_of(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _choose_rows(shards: Path, model: str, skipped: list[Skipped]) -> dict[Path, _Shard]:
     """Which rows of each shard an index has: those with a vector, each name once."""
-    kept: dict[Path, np.ndarray] = {}
+    kept: dict[Path, _Shard] = {}
     names: set[str] = set()
     failed: dict[str, str] = {}
     repeated: Counter[str] = Counter()
     for path in sorted(shards.glob("*.parquet")):
         try:
+            version = _version_of(path)
             table = pq.read_table(path, columns=["file_name", "model", "error"])
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
@@ -254,22 +267,32 @@ def _choose_rows(shards: Path, model: str, skipped: list[Skipped]) -> dict[Path,
             else:
                 names.add(name)
                 is_kept[row] = True
-        kept[path] = is_kept
+        kept[path] = _Shard(is_kept, version)
     skipped += [Skipped(name, reason) for name, reason in failed.items() if name not in names]
     skipped += [Skipped(name, f"{count} of its images are in other rows already") for name, count in repeated.items()]
     return kept
 
 
-def _batches(kept: dict[Path, np.ndarray], facts: IndexFacts) -> Iterator[dict[str, Any]]:
-    """Batches of rows as for `write_index`, with vectors that are not encoded."""
+def _batches(kept: dict[Path, _Shard], facts: IndexFacts) -> Iterator[dict[str, Any]]:
+    """Batches of rows as for `write_index`, with vectors that are not encoded; a shard that was written since its rows
+    were chosen is refused."""
     settings = facts.settings
     shape = (settings.dimensions,) if settings.vectors is None else (settings.vectors, settings.dimensions)
-    for path, is_kept in kept.items():
+    for path, shard in kept.items():
+        _check_unchanged(path, shard)
         start = 0
         for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_A_TIME, columns=[*_TYPES, "file_name", "embedding"]):
-            chosen = batch.filter(pa.array(is_kept[start : start + len(batch)]))
+            chosen = batch.filter(pa.array(shard.rows[start : start + len(batch)]))
             start += len(batch)
             if len(chosen):
                 columns: dict[str, Any] = {name: chosen[name].to_pylist() for name in ("file_name", *_TYPES)}
                 values = chosen["embedding"].flatten().to_numpy()
                 yield columns | {"embedding": values.reshape(-1, *shape)}
+        _check_unchanged(path, shard)
+
+
+def _check_unchanged(path: Path, shard: _Shard) -> None:
+    if not path.exists() or _version_of(path) != shard.version:
+        raise ValueError(
+            f"`shards` has {path.name}, which was written while it was read; expected shards that nobody writes."
+        )

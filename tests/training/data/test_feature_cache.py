@@ -4,12 +4,14 @@ import pickle
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_models import build_model
 from torch.utils.data import DataLoader
 from transformers import EfficientNetConfig, EfficientNetModel, SiglipImageProcessorPil
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.patch_grid import image_size_of
+from mmgem.training.data import feature_cache
 from mmgem.training.data.augmentation import Augmentation
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.feature_cache import (
@@ -108,6 +110,23 @@ def test_what_there_is_is_not_computed_again(model, tiny_processor, rows, tmp_pa
     assert asked == 2 * 2 and files < set(tmp_path.iterdir())  # the rows, which come twice, are computed once
     assert len(views.cache) == 5
     assert filled(tmp_path, model, tiny_processor, rows)[1] == 0
+
+
+def test_two_runs_fill_one_cache(tmp_path, monkeypatch):
+    made_by = {"weights": ""}
+    first, second = FeatureCache(tmp_path, made_by), FeatureCache(tmp_path, made_by)
+    features = {"a": torch.arange(6.0), "b": torch.ones(2)}
+
+    def save_late(tensors, path, metadata):
+        monkeypatch.undo()
+        save_file(tensors, path, metadata)
+        second.add(features)  # which is there before the first has moved its own
+
+    monkeypatch.setattr(feature_cache, "save_file", save_late)
+    first.add(features)
+    assert len(list(tmp_path.iterdir())) == 1
+    for cache in (first, second, FeatureCache(tmp_path, made_by)):
+        assert all(torch.equal(cache[key], value) for key, value in features.items())
 
 
 def test_features_are_read_in_workers_and_after_pickling(model, tiny_processor, rows, tmp_path):

@@ -110,6 +110,25 @@ def test_images_that_cannot_be_read_are_reported_and_cost_nothing_else(
     assert report.images == 7 and [name for name, _ in report.skipped] == ["1.parquet"]
 
 
+def test_a_shard_that_is_written_while_it_is_read_is_refused(
+    folder, out, tiny_model, tiny_processor, make, shards, monkeypatch
+):
+    make(tiny_model)
+    choose = vector_shards._choose_rows
+
+    def choose_and_write(*arguments):
+        kept = choose(*arguments)
+        table = pq.read_table(shards / "0.parquet")
+        pq.write_table(table.take(list(range(len(table)))[::-1]), shards / "0.parquet")
+        return kept
+
+    monkeypatch.setattr(vector_shards, "_choose_rows", choose_and_write)
+    with pytest.raises(ValueError, match="`shards` has 0.parquet, which was written while it was read; expected"):
+        index_shards(shards, tiny_model, tiny_processor, out)
+    monkeypatch.undo()
+    assert index_shards(shards, tiny_model, tiny_processor, out).images == 7
+
+
 def test_a_shard_that_is_cut_is_named_and_the_others_are_indexed(
     folder, out, tiny_model, tiny_processor, make, shards
 ):
