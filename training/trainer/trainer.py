@@ -1,6 +1,7 @@
 """The joint training loop: a contrastive loss and captioning in one forward call, on transformers' Trainer."""
 
 import errno
+import gc
 import math
 import os
 import shutil
@@ -115,6 +116,18 @@ class MMGEMTrainer(Trainer):
         self.data_position = DataPosition(self.train_dataset)
         self._row_keys: list[str] = []
         self._figures: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def train(self, *args, **kwargs):
+        """As of every trainer; with workers, memory stays shared with them. A collection of garbage writes into every
+        object, by which the pages of all would be copied; those that are there before the workers are left out."""
+        if not self.args.dataloader_num_workers:
+            return super().train(*args, **kwargs)
+        gc.collect()
+        gc.freeze()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            gc.unfreeze()
 
     def _freeze_unused(self, model):
         freeze_unused(model)

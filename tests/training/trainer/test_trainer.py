@@ -1,10 +1,12 @@
+import gc
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from one_step import gradient_of_one_step, rows
 from tiny_models import build_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.data.collator import MMGEMCollator
@@ -278,3 +280,13 @@ def test_evaluation_judges_captions_where_a_judge_is_given(tiny_processor, tmp_p
         figures = trainer.evaluate()
         assert ("eval_caption_fidelity" in figures) == (judge is not None)
         assert "eval_text_to_image_recall@1" in figures
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_collections_of_garbage_copy_no_memory_that_workers_share(monkeypatch, workers):
+    monkeypatch.setattr(Trainer, "train", lambda trainer: gc.get_freeze_count())
+    gc.unfreeze()
+    trainer = object.__new__(MMGEMTrainer)
+    trainer.args = SimpleNamespace(dataloader_num_workers=workers)
+    assert (trainer.train() > 10_000) == bool(workers)
+    assert gc.get_freeze_count() == 0
