@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import CLIPModel, LlavaForConditionalGeneration
+from transformers import CLIPModel, DynamicCache, LlavaForConditionalGeneration
 
 from benchmarks.setting import FIRST_WORD_ID, IMAGE_TOKEN_ID, Setting, build_batch, build_model
 from benchmarks.two_model_stack import build_clip, build_llava, clip_inputs
@@ -16,6 +16,7 @@ from mmgem.training.inference import read_prefix
 OURS, OURS_16 = "MM-GEM", "MM-GEM, 16 vectors of each"
 CLIP, LLAVA = "CLIPModel", "LlavaForConditionalGeneration"
 EMBEDDER = "embedder on the language model"  # that of LLaVA, without its vocabulary, read at the last token
+BARE = "its towers in a bare loop"  # of forward passes: what no way of writing with them falls below
 TEXTS = 128
 NEW_TOKENS = 20
 PER_IMAGE = 4  # regions, and questions
@@ -130,6 +131,7 @@ def build_tasks(contestants: Contestants, setting: Setting) -> list[Task]:
             {
                 OURS: lambda: write(ours, nothing, visual, pixel_values=pixels),
                 LLAVA: lambda: write(llava, nothing, patches, pixel_values=pixels),
+                BARE: lambda: write_bare(ours, pixels),
             },
         ),
         Task(
@@ -151,6 +153,18 @@ def build_tasks(contestants: Contestants, setting: Setting) -> list[Task]:
             },
         ),
     ]
+
+
+def write_bare(model: MMGEMModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The vision tower, and `NEW_TOKENS` forward passes of the language model, with nothing around them."""
+    tokens = model.get_image_features(pixel_values).last_hidden_state  # (I, n, C)
+    reads: dict[str, torch.Tensor] = {"inputs_embeds": model.token_projection(tokens)}  # (I, n, H)
+    cache, written = DynamicCache(config=model.config.text_config), []
+    for _ in range(NEW_TOKENS):
+        logits = model.language_model(**reads, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        written.append(logits[:, -1].argmax(-1, keepdim=True))  # (I, 1)
+        reads = {"input_ids": written[-1]}
+    return torch.cat(written, dim=1)
 
 
 def embed_texts(model: MMGEMModel, texts: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -91,7 +91,10 @@ def test_inference(tmp_path):
         expected = contestants.ours.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
     torch.testing.assert_close(texts, expected)
     written = {key: value for key, value in found.items() if key not in vectors}
-    assert len(written) == 6 and all(len(value) == counts[name] for (name, _), value in written.items())
+    name = f"captions of {inference_tasks.NEW_TOKENS} tokens"
+    bare, ours = written[name, inference_tasks.BARE], written[name, inference_tasks.OURS]
+    assert torch.equal(bare, ours[:, -inference_tasks.NEW_TOKENS :])
+    assert len(written) == 7 and all(len(value) == counts[name] for (name, _), value in written.items())
     for name, task in measured["tasks"].items():
         rows = rows_of(inference.task_table(task, measured["gemm_flops_per_second"]))
         assert [row[0] for row in rows] == list(task["by"]) and rows[0][2] == "1.00", name
