@@ -46,11 +46,8 @@ def inference(model) -> Iterator[None]:
 @contextmanager
 def uncalibrated(model) -> Iterator[None]:
     """Leaves out the model's calibrator, if it has one, from the embeddings within."""
-    calibrator, model.calibrator = model.calibrator, None
-    try:
+    with nullcontext() if model.calibrator is None else model.calibrator.set_aside():
         yield
-    finally:
-        model.calibrator = calibrator
 
 
 def to_model(model, inputs) -> dict[str, torch.Tensor]:
@@ -482,4 +479,4 @@ def tower_runs_once(model) -> Iterator[None]:
     try:
         yield
     finally:
-        del owner._patch_grid
+        owner.__dict__.pop("_patch_grid", None)  # which another thread may have done

@@ -1,3 +1,6 @@
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny_models import build_model
@@ -34,6 +37,15 @@ def test_means_and_embeddings_equal_a_plain_reference(fitted, embeds):
         torch.testing.assert_close(fitted.mean(modality), mean)
         expected = torch.stack([(unit - mean) / (unit - mean).square().sum().sqrt() for unit in units])
         torch.testing.assert_close(fitted(rows, modality), expected)
+
+
+def test_what_one_thread_leaves_out_others_do_not(fitted, embeds):
+    expected = fitted(embeds["text"], "text")
+    with fitted.set_aside(), ThreadPoolExecutor(1) as other:
+        assert fitted(embeds["text"], "text") is embeds["text"]
+        assert torch.equal(other.submit(fitted, embeds["text"], "text").result(), expected)
+        assert torch.equal(copy.deepcopy(fitted)(embeds["text"], "text"), expected)  # another calibrator
+    assert torch.equal(fitted(embeds["text"], "text"), expected)
 
 
 def test_two_opposite_directions_by_hand():

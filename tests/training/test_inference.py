@@ -3,6 +3,7 @@
 import pytest
 import torch
 from knowing_model import KnowingModel, KnowingProcessor, knowable_rows
+from PIL import Image
 from tiny_models import build_model
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
@@ -368,3 +369,14 @@ def test_regions_come_without_padding(rows):
     boxes = [row["boxes"] for row in rows]
     embeddings = embed_regions(KnowingModel(rows), KnowingProcessor(), [row["image"] for row in rows], boxes)
     assert len(embeddings) == sum(map(len, boxes)) and torch.allclose(embeddings.norm(dim=-1), torch.tensor(1.0))
+
+
+def test_the_tower_runs_once_for_threads_that_end_at_any_time(tiny_model, tiny_processor):
+    pictures = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
+    expected = embed_images(tiny_model, tiny_processor, pictures)
+    first, second = inference.tower_runs_once(tiny_model), inference.tower_runs_once(tiny_model)
+    for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+        step()
+        assert torch.equal(embed_images(tiny_model, tiny_processor, pictures), expected)
+    second.__exit__(None, None, None)
+    assert "_patch_grid" not in vars(tiny_model)
