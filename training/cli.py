@@ -535,5 +535,14 @@ def caption(
     answer(result, as_json, [summary])
 
 
+def _unwrapped(text: str) -> str:
+    """A docstring with each paragraph as one line, for a terminal of any width."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+for _command in [app.registered_callback, *app.registered_commands]:
+    _command.help = _unwrapped(_command.callback.__doc__ or "")  # type: ignore[union-attr]
+
+
 if __name__ == "__main__":  # torchrun -m mmgem.training.cli train ...
     app(prog_name="mmgem")
