@@ -4,7 +4,9 @@ import json
 import sys
 
 import pytest
-from encoders import multi_vector_model, picture
+import torch
+from encoders import close, multi_vector_model, picture
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from tiny_models import build_model
 from typer.testing import CliRunner
 
@@ -77,6 +79,19 @@ def test_the_command_runs_tasks_of_mteb(photographs, tiny_processor, tmp_path, m
     assert run()["tasks"] == [score]
     save_sentence_transformer(build_model(), tiny_processor, model)  # whose results are not those of the other weights
     assert wrap_model(model).mteb_model_meta.revision not in file.parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("all_vectors", "encoder"), [(False, SentenceTransformer), (True, MultiVectorEncoder)])
+def test_mteb_gets_the_vectors_of_the_encoders(tiny_processor, tmp_path, all_vectors, encoder):
+    pytest.importorskip("mteb")
+    save_sentence_transformer(multi_vector_model(prompts=None), tiny_processor, tmp_path)
+    ours, stock = wrap_model(tmp_path, all_vectors).model, encoder(str(tmp_path), trust_remote_code=True, device="cpu")
+    inputs = ["a red star", picture(1), {"image": picture(2), "text": "in green"}]
+    for one, other in ((ours.encode_query, stock.encode_query), (ours.encode_document, stock.encode_document)):
+        for vectors, expected in zip(one(inputs), other(inputs), strict=True):  # of an image that asks there is one
+            assert close(vectors, torch.as_tensor(expected))
+    assert ours.similarity_fn_name == stock.similarity_fn_name
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
 from mmgem.processing.sentence_transformers_mmgem import MMGEMTransformer, NestedVectors
 from mmgem.training.loading import load_config
@@ -112,7 +114,11 @@ def wrap_model(model: str | Path, all_vectors: bool = False) -> Any:
         raise ValueError(f"`model` is {str(model)!r}, which has one vector of an input; expected several of each.")
     transformer = MMGEMTransformer.load(str(model), trust_remote_code=False)
     modules = [transformer, NestedVectors.load(str(model), subfolder="1_NestedVectors")]
-    encoder = (MultiVectorEncoder if all_vectors else SentenceTransformer)(modules=modules)
+    if all_vectors:  # with what `MultiVectorEncoder` adds to the modules of a folder
+        modules += [MultiVectorMask(), Normalize(module_input_name="token_embeddings")]
+        encoder = MultiVectorEncoder(modules=modules, similarity_fn_name="meanmaxsim")
+    else:
+        encoder = SentenceTransformer(modules=modules)
     # `query` and `document` are mteb's names for them, too.
     prompts = {name: text for name, text in (config.prompts or {}).items() if name in ("query", "document")}
     if edit := (config.prompts or {}).get("edit"):
