@@ -85,6 +85,18 @@ def test_equal_queries_look_at_different_places():
     assert first.argmax() == 4 and second.argmin() == 4
 
 
+@pytest.mark.parametrize("name", ["query_embeds", "document_embeds"])
+def test_what_is_no_vectors_is_refused_by_its_name(name):
+    sides = {"query_embeds": vectors(2, 3), "document_embeds": vectors(2, 3)}
+    with pytest.raises(TypeError, match=f"`{name}` is a list; expected a tensor"):
+        similarity(**sides | {name: [[1.0]]})
+    for shape in [(2, 0), (2, 0, 3)]:
+        other = (2, 3) if len(shape) == 2 else (2, 1, 3)
+        sides = {"query_embeds": torch.zeros(other), "document_embeds": torch.zeros(other)}
+        with pytest.raises(ValueError, match="expected vectors with at least one number"):
+            similarity(**sides | {name: torch.zeros(shape)})
+
+
 @pytest.mark.parametrize("make", ["config", "set_embedding_tokens"])
 def test_vectors_of_a_new_model_differ(make):
     torch.manual_seed(0)
