@@ -105,14 +105,19 @@ def test_the_recipes_of_the_repository_run_from_beginning_to_end(name, pytestcon
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["recipe.yaml", "recipe_gpu.yaml"])
 def test_the_recipes_of_mmgem_photo_run_on_any_folder_of_the_same_form(name, pytestconfig, tmp_path):
-    text = Path(pytestconfig.rootpath, "model_cards", "mmgem-photo", name).read_text()
-    text = text.replace("../shared/photos", str(tmp_path)).replace("runs/towers", str(tmp_path / "towers"))
-    recipe = yaml.safe_load(text)
-    for stage in recipe["stages"]:
-        stage["training"] |= UNSAVED | {"warmup_steps": 0, "logging_steps": 1, "dataloader_num_workers": 0}
-        stage["training"].pop("bf16", None)
+    def shortened(name):
+        text = Path(pytestconfig.rootpath, "model_cards", "mmgem-photo", name).read_text()
+        for old, new in {"../shared/photos": "", "runs/towers": "towers", "runs/mmgem-photo-mean": "out"}.items():
+            text = text.replace(old, str(tmp_path / new))
+        recipe = yaml.safe_load(text)
+        for stage in recipe["stages"]:
+            stage["training"] |= UNSAVED | {"warmup_steps": 0, "logging_steps": 1, "dataloader_num_workers": 0}
+            stage["training"].pop("bf16", None)
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return recipe
+
+    recipe = shortened(name)
     (tmp_path / "captions.txt").write_text("a dog runs\na cat sleeps\n")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     vision, language = Path(recipe["model"]["vision"]), Path(recipe["model"]["text"])
     build_towers()[0].save_pretrained(vision)
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(vision)
@@ -140,6 +145,10 @@ def test_the_recipes_of_mmgem_photo_run_on_any_folder_of_the_same_form(name, pyt
     assert config.text_config.num_hidden_layers == recipe["model"]["num_hidden_layers"]
     keeps_features = any(stage.get("cache_features") for stage in recipe["stages"])
     assert not report.skipped and any((tmp_path / "out").glob("feature_cache/*/*")) == keeps_features
+    if name == "recipe_gpu.yaml":
+        shortened("recipe_gpu_rewarded.yaml")
+        report = train(tmp_path / "recipe.yaml", tmp_path / "rewarded")
+        assert "caption_reward" in (report.model / "training_log.json").read_text() and not report.skipped
 
 
 @pytest.mark.slow
