@@ -21,14 +21,10 @@ def rows() -> list[dict]:
     return data
 
 
-def gradient_of_one_step(
-    processor, output_dir: str, train_dataset=None, data_collator=None, model=None, **arguments
-) -> dict[str, torch.Tensor]:
-    """Parameter by parameter, what one optimizer step with learning rate 1 subtracts; by default on `rows()`."""
-    model = build_model() if model is None else model
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    arguments = MMGEMTrainingArguments(
-        output_dir=output_dir,
+def arguments_of_one_step(output_dir, **arguments) -> MMGEMTrainingArguments:
+    """Of one SGD step with learning rate 1, whose change of a parameter is its gradient."""
+    return MMGEMTrainingArguments(
+        output_dir=str(output_dir),
         max_steps=1,
         optim="sgd",
         learning_rate=1.0,
@@ -40,9 +36,17 @@ def gradient_of_one_step(
         disable_tqdm=True,
         **arguments,
     )
-    MMGEMTrainer(
-        model, arguments, processor, data_collator, train_dataset=rows() if train_dataset is None else train_dataset
-    ).train()
+
+
+def gradient_of_one_step(
+    processor, output_dir: str, train_dataset=None, data_collator=None, model=None, **arguments
+) -> dict[str, torch.Tensor]:
+    """Parameter by parameter, what one optimizer step with learning rate 1 subtracts; by default on `rows()`."""
+    model = build_model() if model is None else model
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train_dataset = rows() if train_dataset is None else train_dataset
+    arguments = arguments_of_one_step(output_dir, **arguments)
+    MMGEMTrainer(model, arguments, processor, data_collator, train_dataset=train_dataset).train()
     return {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
 
 

@@ -113,6 +113,17 @@ class StageKind(ABC):
             batch: A batch from the collator of the trainer.
         """
 
+    def _check_options(self, options: type) -> None:
+        """Refuse a section of the kind that is not of these options, a dataclass, or that it refuses."""
+        from mmgem.training.argument_checks import check_arguments
+
+        where = f"`{self.stage.kind}` of stage `{self.stage.name}`"
+        check_arguments(self.stage.options, options, where)
+        try:
+            options(**self.stage.options)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
     def _select_trained(self, model: "MMGEMModel") -> "nn.Module":
         """Freeze parts of a model and add LoRA, as the training arguments say."""
         from mmgem.training.trainer.lora import add_lora

@@ -7,7 +7,6 @@ from torch import nn
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.text_rows import IGNORED_LABEL
-from mmgem.training.argument_checks import check_arguments
 from mmgem.training.recipes.batch_preview import Preview
 from mmgem.training.recipes.stage_kinds import StageKind
 from mmgem.training.reconstruction.masking import Reconstruction
@@ -22,14 +21,12 @@ class ReconstructionStage(StageKind):
     losses = {"text_loss": "loss of masked text", "patch_loss": "loss of masked patches"}
 
     def check(self) -> None:
-        where = f"of stage `{self.stage.name}`"
-        check_arguments(self.stage.options, Reconstruction, f"`reconstruction` {where}")
-        try:
-            Reconstruction(**self.stage.options)
-        except ValueError as error:
-            raise ValueError(f"`reconstruction` {where}: {error}") from error
+        self._check_options(Reconstruction)
         if unused := [name for name in UNUSED_ARGUMENTS if name in self.stage.training]:
-            raise ValueError(f"`reconstruction` and `{unused[0]}` {where} exclude each other; expected one of them.")
+            raise ValueError(
+                f"`reconstruction` and `{unused[0]}` of stage `{self.stage.name}` exclude each other; expected one of "
+                "them."
+            )
 
     def arguments(self) -> dict[str, Any]:
         return {"contrastive_loss_weight": 0.0}  # nothing is compared, so a batch of 1 will do

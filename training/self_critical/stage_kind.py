@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.training.argument_checks import check_arguments
 from mmgem.training.data.rows import captions_of, images_of
 from mmgem.training.data.skipped import readable_texts
 from mmgem.training.recipes.joint_stage import JointStage
@@ -20,15 +19,11 @@ class SelfCriticalStage(JointStage):
     """A stage of the joint loss and the reward of drawn captions. Its options are those of [`SelfCritical`]."""
 
     def check(self) -> None:
-        where = f"of stage `{self.stage.name}`"
-        check_arguments(self.stage.options, SelfCritical, f"`self_critical` {where}")
-        try:
-            SelfCritical(**self.stage.options)
-        except ValueError as error:
-            raise ValueError(f"`self_critical` {where}: {error}") from error
+        self._check_options(SelfCritical)
         if "grad_cache_chunk_size" in self.stage.training:
             raise ValueError(
-                f"`self_critical` and `grad_cache_chunk_size` {where} exclude each other; expected one of them."
+                f"`self_critical` and `grad_cache_chunk_size` of stage `{self.stage.name}` exclude each other; "
+                "expected one of them."
             )
 
     def arguments(self) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from one_step import read_processor, rows
+from one_step import arguments_of_one_step, read_processor, rows
 from tiny_models import build_model
 from torchrun import leave
 
 from mmgem.training.reconstruction.masking import Reconstruction
 from mmgem.training.reconstruction.model import MMGEMForReconstruction
 from mmgem.training.reconstruction.trainer import ReconstructionTrainer
-from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 
 OPTIONS = Reconstruction(text_mask_ratio=0.3, patch_mask_ratio=0.6, patch_loss_weight=0.5)
 
@@ -38,17 +37,8 @@ def gradient_of_one_step(processor, folder, items: list[list[dict]], per_batch: 
 
     torch.manual_seed(0)
     model = build_model(text_attention="bidirectional")
-    arguments = MMGEMTrainingArguments(
-        output_dir=str(folder),
-        max_steps=1,
-        optim="sgd",
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
+    arguments = arguments_of_one_step(
+        folder,
         contrastive_loss_weight=0.0,
         per_device_train_batch_size=per_batch,
         train_sampling_strategy="sequential",

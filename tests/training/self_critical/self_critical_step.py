@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from one_step import read_processor, rows
+from one_step import arguments_of_one_step, read_processor, rows
 from tiny_models import build_model
 from torchrun import leave
 
 from mmgem.training.self_critical.trainer import SelfCritical, SelfCriticalTrainer
-from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 
 
 def parts() -> dict[str, list[list[dict]]]:
@@ -32,17 +31,8 @@ def reward(captions, are_whole, references) -> list[float]:
 def gradient_of_one_step(processor, folder, items: list[list[dict]], per_batch: int, reward_weight=1.0) -> dict:
     """Parameter by parameter, what one step with learning rate 1 subtracts; on items that are lists of rows."""
     torch.manual_seed(0)
-    arguments = MMGEMTrainingArguments(
-        output_dir=str(folder),
-        max_steps=1,
-        optim="sgd",
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
+    arguments = arguments_of_one_step(
+        folder,
         per_device_train_batch_size=per_batch,
         train_sampling_strategy="sequential",
     )
