@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from mmgem.late_interaction import similarity
+from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.inference import inference, to_model
 from mmgem.training.self_critical.caption_reward import CaptionReward
 from mmgem.training.trainer.trainer import MMGEMTrainer
@@ -94,6 +95,8 @@ class SelfCriticalTrainer(MMGEMTrainer):
         self.options = SelfCritical() if options is None else options
         super().__init__(model, args, processing_class, data_collator, **kwargs)
         check_can_draw(self.model)
+        # Without LoRA around it, which would keep settings of its own that `generate` does not read.
+        self._writer = next(module for module in self.model.modules() if isinstance(module, MMGEMModel))
         if self.is_fsdp_enabled:
             raise ValueError("`fsdp` is on; expected DDP, since a sharded model would draw captions layer by layer.")
         self.data_collator.gives_references = True
@@ -111,6 +114,8 @@ class SelfCriticalTrainer(MMGEMTrainer):
             negative_reward = self._negative_reward(visual_tokens, image_embeds, [references[n] for n in described])
             share = self.accelerator.num_processes / num_described / self.current_gradient_accumulation_steps
             loss = loss + self.options.reward_weight * share * negative_reward
+        else:
+            self._keep(caption_reward=math.nan)  # which the log leaves out
         return (loss, outputs) if return_outputs else loss
 
     def _negative_reward(
@@ -152,8 +157,8 @@ class SelfCriticalTrainer(MMGEMTrainer):
 
     def _draw(self, prompt_ids: torch.Tensor, visual_tokens: torch.Tensor) -> torch.Tensor:
         """(S, L) tokens after prompts (S, P), by the temperature alone, whatever the model usually writes."""
-        usual = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
+        usual = self._writer.generation_config
+        self._writer.generation_config = GenerationConfig(
             do_sample=True,
             temperature=self.options.temperature,
             top_k=0,
@@ -164,11 +169,11 @@ class SelfCriticalTrainer(MMGEMTrainer):
         )
         try:
             with inference(self.model):
-                drawn = self.model.generate(
+                drawn = self._writer.generate(
                     input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids), visual_tokens=visual_tokens
                 )
         finally:
-            self.model.generation_config = usual
+            self._writer.generation_config = usual
         return drawn[:, prompt_ids.shape[1] :].clone()  # which is no tensor of inference mode
 
     def _rewards(

@@ -35,6 +35,7 @@ def gradient_of_one_step(processor, folder, items: list[list[dict]], per_batch: 
         folder,
         per_device_train_batch_size=per_batch,
         train_sampling_strategy="sequential",
+        logging_steps=1,
     )
     options = SelfCritical(captions_drawn=3, reward_weight=reward_weight)
     trainer = SelfCriticalTrainer(

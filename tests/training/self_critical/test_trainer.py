@@ -59,9 +59,12 @@ def test_the_gradient_is_that_of_the_expected_reward(tiny_processor, tmp_path):
         assert own.norm() / other.norm() == pytest.approx(1, abs=0.15)
 
 
-def test_captions_are_drawn_from_what_the_loss_thinks_of_them(tiny_processor, tmp_path):
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_captions_are_drawn_from_what_the_loss_thinks_of_them(tiny_processor, tmp_path, lora):
     """Whatever the model usually writes, and the prompt is that of captions."""
-    trainer = build_trainer(tiny_processor, tmp_path, options=SelfCritical(temperature=0.5, max_new_tokens=2))
+    trainer = build_trainer(
+        tiny_processor, tmp_path, options=SelfCritical(temperature=0.5, max_new_tokens=2), lora=lora
+    )
     model = trainer.model
     model.generation_config.update(num_beams=3, no_repeat_ngram_size=1, min_new_tokens=4, temperature=0.01)
     usual = model.generation_config
