@@ -33,7 +33,7 @@ def check_writable(file: Path, argument: str) -> None:
 def whole_file(file: Path) -> Iterator[Path]:
     """Gives a file to write into, which takes the place of `file` at the end; nothing is left of it after an error."""
     file = file.resolve()
-    partial = file.with_suffix(".partial")
+    partial = file.with_name(f"{file.name}.partial")
     try:
         yield partial
         os.replace(partial, file)

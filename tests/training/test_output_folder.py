@@ -51,6 +51,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert file.read_text() == "None" and link.is_symlink() and len(os.listdir(tmp_path)) == 2
 
 
+def test_a_file_that_is_written_leaves_its_neighbours(tmp_path):
+    (tmp_path / "table.partial").write_text("of the user")
+    with whole_file(tmp_path / "table.csv") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "table.partial").read_text() == "of the user"
+
+
 def test_a_file_that_cannot_be_written_is_refused_and_one_that_can_stays_as_it_is(tmp_path):
     file = tmp_path / "table.csv"
     check_writable(file, "--table")
