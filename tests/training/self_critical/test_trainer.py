@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import self_critical_step
 import torch
@@ -7,7 +9,7 @@ from tiny_models import build_model
 from torchrun import torchrun
 
 from mmgem.training.data.collator import MMGEMCollator
-from mmgem.training.self_critical.trainer import SelfCritical, SelfCriticalTrainer
+from mmgem.training.self_critical.trainer import SelfCritical, SelfCriticalTrainer, check_can_draw
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer.trainer import MMGEMTrainer
 
@@ -199,5 +201,8 @@ def test_what_cannot_be_is_refused(tiny_processor, tmp_path):
         SelfCritical(retrieval_weight=-1)
     with pytest.raises(ValueError, match="`grad_cache_chunk_size` is 2; expected None"):
         build_trainer(tiny_processor, tmp_path, grad_cache_chunk_size=2)
+    began_as_vlm = SimpleNamespace(config=SimpleNamespace(vlm_config=object()))
+    with pytest.raises(ValueError, match="came with a model that began as a VLM; expected one composed of towers"):
+        check_can_draw(began_as_vlm)
     with pytest.raises(ValueError, match="nothing that writes trains"):
         build_trainer(tiny_processor, tmp_path, freeze=["language_model", "token_projection"])
