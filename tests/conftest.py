@@ -31,7 +31,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)  # of those that are left
 def pytest_collection_modifyitems(items):
-    """Long files first, so that at the end no worker waits for another."""
+    """Long files first, so that at the end no worker waits for another. All workers must collect the same names."""
+    if addresses := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"names of tests that hold addresses differ between processes: {addresses}")
     slow: dict = {}
     for item in items:
         slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)

@@ -4,6 +4,7 @@ A row is an entry point, what it is given, and what comes of it: None, if that i
 out is finite, or what the error says, which names the argument, its value and what was expected.
 """
 
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -546,8 +547,13 @@ ROWS = [
 def name_of(row) -> str:
     entry, given, _ = row
     values = given.values() if isinstance(given, dict) else given
-    shown = [str(tuple(v.shape)) if isinstance(v, torch.Tensor | np.ndarray) else repr(v)[:30] for v in values]
-    return f"{entry}-{'-'.join(shown)}".encode("ascii", "backslashreplace").decode()
+    return f"{entry}-{'-'.join(map(shown, values))}".encode("ascii", "backslashreplace").decode()
+
+
+def shown(value) -> str:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return str(tuple(value.shape))
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))[:30]  # each process has its own addresses
 
 
 def numbers_in(result):
