@@ -94,8 +94,7 @@ print(json.dumps(answers))
 OPTIONS = """
 import shutil, sys
 from pathlib import Path
-import accelerate, torch
-from packaging.version import Version
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor
 
@@ -120,8 +119,6 @@ ways = {
     "subfolder": (f"{out}/root", {"subfolder": "weights"}),
     "attention": (source, {"attn_implementation": "eager", "low_cpu_mem_usage": True, "revision": "main"}),
 }
-if Version(accelerate.__version__) < Version("1.15"):
-    del ways["on disk"]  # it confuses weights that it has read
 found = {}
 for name, (folder, options) in ways.items():
     loaded = AutoModel.from_pretrained(folder, **options, **trust)

@@ -59,7 +59,7 @@ from .vision_language_model import (
     read_prompt,
     without_layers,
 )
-from .weight_checks import check_room, check_whole, loading
+from .weight_checks import check_offloaded, check_room, check_whole, loading
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -269,8 +269,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If weights are missing, left over, of another shape or not finite, files are damaged, the
-                vision tower does not answer as `vision_grid` says, or arguments of `generate` that are kept with the
-                model are out of their range.
+                vision tower does not answer as `vision_grid` says, arguments of `generate` that are kept with the
+                model are out of their range, or accelerate is too old to keep these weights on the disk.
         """
         kwargs |= {"output_loading_info": True}
         kwargs["ignore_mismatched_sizes"] = ignore_mismatched_sizes or not output_loading_info
@@ -280,6 +280,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         if output_loading_info:
             return model, report
         check_whole(name, model, report, ignore_mismatched_sizes)
+        check_offloaded(model)
         check_grid(model.vision_tower, model.config.grid)
         generation = model.generation_config.to_diff_dict()  # of a file that may have been written by hand
         kept = {  # some families say with -1 that they have no such token

@@ -8,8 +8,10 @@ from json import JSONDecodeError
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 SHOWN = 3  # names in an error message
+OFFLOADING_ACCELERATE = "1.15.0"  # older versions take all tied weights on the disk for one
 # What libraries raise while they build a model by a configuration of impossible values, or read damaged files.
 DAMAGES = (SafetensorError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
@@ -87,6 +89,24 @@ def check_room(model: PreTrainedModel, missing: set[str]):
         raise ValueError(
             f"`config` asks for {lacking:,} numbers that the checkpoint does not have, among them "
             f"{', '.join(sorted(missing)[:SHOWN])}; expected the configuration of this checkpoint."
+        )
+
+
+def check_offloaded(model: PreTrainedModel):
+    """Refuses tied weights that accelerate keeps on the disk and would confuse with others.
+
+    Args:
+        model: The model that was loaded.
+
+    Raises:
+        ValueError: If there are such weights, and accelerate is too old for them.
+    """
+    on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
+    tied = [name for name in model.all_tied_weights_keys if model.get_parameter(name).is_meta] if on_disk else []
+    if tied and not is_accelerate_available(OFFLOADING_ACCELERATE):
+        raise ValueError(
+            f"`device_map` puts {tied[0]} on the disk, which is tied to another weight; expected accelerate "
+            f">= {OFFLOADING_ACCELERATE}, as older versions read other weights in its place."
         )
 
 

@@ -12,7 +12,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor  # from the package itself, which registers them
+from mmgem import (  # from the package itself, which registers them
+    MMGEMConfig,
+    MMGEMModel,
+    MMGEMProcessor,
+    weight_checks,
+)
 from mmgem.training.loading import load_checkpoint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -289,3 +294,18 @@ def test_a_checkpoint_whose_parts_do_not_fit(tiny_model, tiny_processor, tmp_pat
         file.write_text(change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new", "old"])
+def test_tied_weights_are_kept_on_the_disk_by_an_accelerate_that_reads_them_back(whole, tmp_path, monkeypatch, is_new):
+    monkeypatch.setattr(weight_checks, "is_accelerate_available", lambda version: is_new)
+    options = {"device_map": "auto", "max_memory": {"cpu": "200KB"}, "offload_folder": tmp_path}
+    ids = torch.arange(2, 7)[None]
+    if is_new:
+        expected = MMGEMModel.from_pretrained(whole).eval().get_text_features(ids).pooler_output
+        model = MMGEMModel.from_pretrained(whole, **options).eval()
+        assert model.language_model.lm_head.weight.is_meta
+        torch.testing.assert_close(model.get_text_features(ids).pooler_output, expected)
+    else:
+        with pytest.raises(ValueError, match=r"puts language_model\.lm_head\.weight on the disk, .* >= 1\.15"):
+            MMGEMModel.from_pretrained(whole, **options)
