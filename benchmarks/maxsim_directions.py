@@ -116,7 +116,7 @@ def train(config: MMGEMConfig, states: States, objective: InfoNCE, seed: int, st
             target_ids=own,
             query_modality=modality,
             target_modality=modality,
-            logit_scale=model._temperature(),
+            logit_scale=model.inverse_temperature(),
         )
         loss = objective(batch)
         optimizer.zero_grad()

@@ -49,7 +49,7 @@ class JointStep:
     _run_decoder: Any
     _check_length: Any
     _check_reading: Any
-    _temperature: Any
+    inverse_temperature: Any
     _pair_output: Any
 
     @torch.compiler.disable(recursive=False)
@@ -103,7 +103,7 @@ class JointStep:
             target_ids=torch.cat([image_ids, region_ids, row_ids[rows.is_document]]),
             query_modality=query_modality,
             target_modality=torch.cat([image_ids.new_full((count,), modality) for modality, count in modalities]),
-            logit_scale=self._temperature(),
+            logit_scale=self.inverse_temperature(),
             logit_bias=None if self.logit_bias is None else self.logit_bias.squeeze(),
         )
         contrastive, loss = None, caption_loss

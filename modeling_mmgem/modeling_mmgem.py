@@ -1017,12 +1017,16 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 f"`visual_tokens` has shape {tuple(visual_tokens.shape)}; expected (units, {n}, {width})."
             )
 
-    def _temperature(self) -> torch.Tensor:
-        """Inverse temperature, at most 100."""
+    def inverse_temperature(self) -> torch.Tensor:
+        """The factor of similarities where they are compared, as in CLIP.
+
+        Returns:
+            A scalar, at most 100: the exponential of `logit_scale`.
+        """
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().squeeze()
 
     def _pair_output(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, **fields) -> MMGEMOutput:
-        logits_per_image = self._temperature() * similarity(text_embeds, image_embeds).T  # (I, T)
+        logits_per_image = self.inverse_temperature() * similarity(text_embeds, image_embeds).T  # (I, T)
         if self.logit_bias is not None:
             logits_per_image = logits_per_image + self.logit_bias
         return MMGEMOutput(

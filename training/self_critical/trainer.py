@@ -193,7 +193,7 @@ class SelfCriticalTrainer(MMGEMTrainer):
         with inference(self.model):
             features = self.model.get_text_features(**to_model(self.model, inputs)).pooler_output
             text_embeds = F.normalize(features.float(), dim=-1)  # (I * K, D) or (I * K, k, D)
-            scores = self.model._temperature() * similarity(text_embeds, image_embeds)  # (I * K, I)
+            scores = self.model.inverse_temperature() * similarity(text_embeds, image_embeds)  # (I * K, I)
             shares = scores.softmax(-1).view(len(image_embeds), -1, len(image_embeds))  # (I, K, I)
         return shares.diagonal(dim1=0, dim2=2).T.clone()
 
