@@ -19,6 +19,7 @@ from mmgem.training.data.image_files import (
 )
 from mmgem.training.data.image_folder import find_metadata, read_metadata
 from mmgem.training.inference import generate_captions, generate_region_captions, tower_runs_once
+from mmgem.training.output_folder import whole_file
 from mmgem.training.output_lock import one_writer
 from mmgem.training.progress import progress
 
@@ -162,12 +163,10 @@ def _is_stale(folder: Path, found: FoundImages, name: str, version: str | None) 
 def _take_out(out: Path, names: set[str]) -> None:
     """Writes the file of captions again, at once, without the lines of some images."""
     lines = out.read_bytes().splitlines(keepends=True)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    with open(unfinished, "wb") as file:
+    with whole_file(out.resolve()) as partial, open(partial, "wb") as file:
         file.writelines(line for line in lines if json.loads(line)["file_name"] not in names)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, out)
 
 
 def _read_done(out: Path, with_boxes: bool) -> dict[str, str | None]:

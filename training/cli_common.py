@@ -174,7 +174,7 @@ def write_table(rows: list[dict[str, Any]], file: Path | None) -> None:
     import pandas
 
     frame, kind = pandas.DataFrame(rows), file.suffix.lower()
-    with whole_file(file) as partial:
+    with whole_file(file.resolve()) as partial:  # a link stays one
         if kind == ".csv":
             frame.to_csv(partial, index=False)
         elif kind == ".parquet":

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mmgem.training.output_folder import whole_file
+
 
 def to_json(value: Any, **options: Any) -> str:
     """Returns a value as JSON text; options as for `json.dumps`."""
@@ -29,9 +31,8 @@ def from_json(text: str | bytes) -> Any:
 
 def write_json(path: Path, content: dict | list) -> None:
     """Write a file of JSON that people can read, and that is there at once or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

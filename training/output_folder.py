@@ -1,4 +1,4 @@
-"""Folders that appear under their names only once they are whole, whatever happens while they are written."""
+"""Files and folders that appear under their names only once they are whole, whatever happens meanwhile."""
 
 import os
 import shutil
@@ -26,13 +26,15 @@ def check_writable(file: Path, argument: str) -> None:
             "place that can."
         ) from error
     if is_new:
-        file.unlink()
+        file.resolve().unlink()  # not the link to it
 
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Gives a file to write into, which takes the place of `file` at the end; nothing is left of it after an error."""
-    file = file.resolve()
+    """Gives a file to write into, which takes the place of `file`, or of a link, at the end.
+
+    Nothing is left of it after an error.
+    """
     partial = file.with_name(f"{file.name}.partial")
     try:
         yield partial

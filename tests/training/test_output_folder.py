@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 from mmgem.training import cli, soup
+from mmgem.training.cli_common import write_table
+from mmgem.training.json_text import write_json
 from mmgem.training.output_folder import check_writable, whole_file, whole_folder
 
 
@@ -41,14 +43,23 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path, before, error):
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    file, link = tmp_path / "table.csv", tmp_path / "link.csv"
-    link.symlink_to(file)
+    file = tmp_path / "table.csv"
     for error in (None, OSError):
-        with suppress(OSError), whole_file(link) as partial:
+        with suppress(OSError), whole_file(file) as partial:
             partial.write_text(f"{error}")
             if error:
                 raise error
-    assert file.read_text() == "None" and link.is_symlink() and len(os.listdir(tmp_path)) == 2
+    assert file.read_text() == "None" and os.listdir(tmp_path) == [file.name]
+
+
+def test_a_table_is_written_through_a_link_whose_place_a_file_of_the_run_takes(tmp_path):
+    file, link = tmp_path / "table.csv", tmp_path / "link.csv"
+    link.symlink_to(file)
+    write_table([{"score": 1}], link)
+    assert link.is_symlink() and file.read_text() == "score\n1\n"
+    write_json(link, {"loss": float("nan")})
+    assert not link.is_symlink() and json.loads(link.read_text()) == {"loss": None}
+    assert file.read_text() == "score\n1\n" and len(os.listdir(tmp_path)) == 2
 
 
 def test_a_file_that_is_written_leaves_its_neighbours(tmp_path):

@@ -16,7 +16,7 @@ from mmgem.training.data.sources import Source
 from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.json_text import write_json
 from mmgem.training.loading import load_checkpoint
-from mmgem.training.output_folder import whole_folder
+from mmgem.training.output_folder import whole_file, whole_folder
 from mmgem.training.output_lock import only_writer
 from mmgem.training.recipes.model_card import write_model_card
 from mmgem.training.recipes.recipe import Recipe, first_difference, load_recipe, read_yaml
@@ -144,9 +144,8 @@ def _claim(out: Path, recipe_path: str | Path, recipe: Recipe, numbers: list[int
         )
     if PartialState().is_main_process and not has_begun:
         out.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f"{kept.name}.partial")
-        partial.write_bytes(Path(recipe_path).read_bytes())
-        partial.replace(kept)
+        with whole_file(kept) as partial:
+            partial.write_bytes(Path(recipe_path).read_bytes())
     PartialState().wait_for_everyone()  # until all have looked at `out`
 
 
