@@ -4,13 +4,13 @@ jittered colours. The image processor then resizes a view as it does any image."
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageEnhance, ImageOps
 
-from mmgem.training.data.rows import COLUMNS, ID_COLUMNS, IMAGE_COLUMNS, edit_of, images_of
+from mmgem.training.data.rows import edit_of, images_of, texts_of
 
 # Words for the two sides in English, German, French and Czech, and characters in Chinese.
 _SIDES = re.compile(
@@ -21,7 +21,6 @@ _SIDES = re.compile(
     r"|[左右]",
     re.IGNORECASE,
 )
-_NOT_WORDS = (*IMAGE_COLUMNS, *ID_COLUMNS, "edited_image", "boxes", "prompt_name")
 
 
 @dataclass(frozen=True)
@@ -156,15 +155,4 @@ def may_be_augmented(row: Mapping[str, Any]) -> bool:
 
 def names_a_side(row: Mapping[str, Any]) -> bool:
     """Tell whether any text of a row says "left" or "right", in one of the languages of [`Augmentation`]."""
-    columns = [column for column in COLUMNS if column not in _NOT_WORDS and row.get(column)]
-    return any(_SIDES.search(text) for column in columns for text in _texts(row[column]))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _texts(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+    return any(map(_SIDES.search, texts_of(row)))

@@ -1,6 +1,6 @@
 """The columns of a row of training data. Sources and collator ask here, so that they agree on what can be trained."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
@@ -14,6 +14,7 @@ COLUMNS = (
     *("queries", "long_caption", "boxes", "region_captions", "label", "qa", "hard_negatives"),
     *("edit", "edited_image", "instructions", "prompt_name"),
 )
+_WITHOUT_TEXTS = (*IMAGE_COLUMNS, *ID_COLUMNS, "boxes", "edit", "edited_image", "prompt_name")
 
 ColumnName = str | list[str] | None  # of the data, for a column of ours
 
@@ -22,6 +23,24 @@ def captions_of(row: Mapping[str, Any]) -> list[str]:
     """The captions of a row that `check_row` has passed, from whichever of `CAPTION_COLUMNS` holds them; or []."""
     captions: str | list[str] = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), [])
     return [captions] if isinstance(captions, str) else list(captions)
+
+
+def texts_of(row: Mapping[str, Any]) -> Iterator[str]:
+    """Every text of a row that a model may read or write, whichever column holds it; a name of a file is none."""
+    for column in COLUMNS:
+        if column not in _WITHOUT_TEXTS:
+            yield from _texts_in(row.get(column))
+    yield from _texts_in((row.get("edit") or {}).get("instruction"))
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts_in(item)
 
 
 def images_of(row: Mapping[str, Any]) -> list:

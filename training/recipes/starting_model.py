@@ -1,6 +1,6 @@
 """The model and processor that a recipe starts from, and what a stage changes about them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipImageProcessorPil
@@ -10,7 +10,7 @@ from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.training.data.mixture import Mixture
-from mmgem.training.data.rows import CAPTION_COLUMNS
+from mmgem.training.data.rows import texts_of
 from mmgem.training.data.skipped import readable_texts
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.recipes.recipe import Recipe, Stage
@@ -18,16 +18,6 @@ from mmgem.training.recipes.tokenizer import train_tokenizer
 from mmgem.training.recipes.trimming import keep_first_layers, trim_tokenizer, trim_vocabulary
 
 TOKENIZER_TRAINING_ROWS = 4000
-_TEXT_COLUMNS = (
-    *CAPTION_COLUMNS,
-    "queries",
-    "long_caption",
-    "region_captions",
-    "label",
-    "qa",
-    "hard_negatives",
-    "instructions",
-)
 
 
 def build_model(recipe: Recipe, rows: Mixture | None = None) -> tuple[MMGEMModel, MMGEMProcessor]:
@@ -174,16 +164,20 @@ def _composed_model(recipe: Recipe, rows: Mixture | None) -> tuple[MMGEMModel, M
 def _all_texts(rows: Mixture) -> Iterator[str]:
     """The texts of all rows of the sources of a mixture, or, of a stream, those of its first rows."""
     if rows.has_streams:
-        return _texts(rows.texts(row) for row in range(min(len(rows), TOKENIZER_TRAINING_ROWS)))
-    return _texts(row for source in rows.sources for row in readable_texts(source))
+        return _first_texts(rows)
+    return (text for source in rows.sources for row in readable_texts(source) for text in texts_of(row))
+
+
+def _first_texts(rows: Mixture) -> Iterator[str]:
+    numbers = range(min(len(rows), TOKENIZER_TRAINING_ROWS))
+    return (text for number in numbers for text in texts_of(rows.texts(number)))
 
 
 def _fresh_model(recipe: Recipe, rows: Mixture | None) -> tuple[MMGEMModel, MMGEMProcessor]:
     """Random weights, and a tokenizer that learns from the rows."""
     section = recipe.model
     assert rows is not None and recipe.tokenizer is not None and section.text_config is not None
-    texts = _texts(rows.texts(row) for row in range(min(len(rows), TOKENIZER_TRAINING_ROWS)))
-    tokenizer = train_tokenizer(texts, **recipe.tokenizer)
+    tokenizer = train_tokenizer(_first_texts(rows), **recipe.tokenizer)
     text_config = dict(section.text_config) | {
         "vocab_size": len(tokenizer),
         "bos_token_id": None,
@@ -206,20 +200,3 @@ def _leave_room(tokenizer, config: MMGEMConfig) -> None:
     if limit is not None:
         room = limit - config.num_visual_tokens - config.num_embedding_tokens
         tokenizer.model_max_length = min(tokenizer.model_max_length, room)
-
-
-def _texts(rows) -> Iterator[str]:
-    for row in rows:
-        for column in _TEXT_COLUMNS:
-            yield from _strings(row.get(column))
-        yield from _strings((row.get("edit") or {}).get("instruction"))
-
-
-def _strings(value) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _strings(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)

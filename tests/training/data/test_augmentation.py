@@ -87,7 +87,9 @@ def test_an_image_is_not_mirrored_where_a_text_names_a_side(text, column):
     "text", ["two brights dogs in a cleft", "ein rechteckiger Tisch", "zwei Hunde", "le chien", "pravda", "两只狗"]
 )
 def test_other_texts_let_it_be_mirrored(text):
-    assert not names_a_side({"captions": [text], "file_name": "left.jpg", "image_id": "right"})
+    edit = {"instruction": "add a moon", "file_name": "left.jpg"}
+    assert not names_a_side({"captions": [text], "file_name": "left.jpg", "image_id": "right", "edit": edit})
+    assert names_a_side({"captions": [text], "edit": edit | {"instruction": "add a moon on the left"}})
     assert Augmentation(flip_probability=1.0).draw({"captions": [text]}, (8, 8), 0).flipped
 
 
