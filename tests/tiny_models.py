@@ -6,6 +6,7 @@ import pickle
 from typing import NamedTuple
 
 import torch
+from language_models import LLAMA
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -39,18 +40,6 @@ _VISION = {
     "image_size": IMAGE_SIZE,
     "patch_size": 8,
 }
-_TEXT = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
 VISION_CONFIGS = {
     "clip": lambda: CLIPVisionConfig(**_VISION),
     "siglip": lambda: SiglipVisionConfig(**_VISION),
@@ -61,12 +50,12 @@ VISION_CONFIGS = {
     "dinov3": lambda: DINOv3ViTConfig(**_VISION),
 }
 TEXT_CONFIGS = {
-    "llama": lambda: LlamaConfig(**_TEXT, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**_TEXT, head_dim=8),
-    "gemma3": lambda: Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=16),
-    "gemma2": lambda: Gemma2Config(**_TEXT, head_dim=8, final_logit_softcapping=0.5),
-    "granite": lambda: GraniteConfig(**_TEXT, logits_scaling=3.0),
-    "cohere": lambda: CohereConfig(**_TEXT, logit_scale=0.25),
+    "llama": lambda: LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**LLAMA, head_dim=8),
+    "gemma3": lambda: Gemma3TextConfig(**LLAMA, head_dim=8, sliding_window=16),
+    "gemma2": lambda: Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=0.5),
+    "granite": lambda: GraniteConfig(**LLAMA, logits_scaling=3.0),
+    "cohere": lambda: CohereConfig(**LLAMA, logit_scale=0.25),
     "gpt2": lambda: GPT2Config(
         vocab_size=300, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     ),

@@ -1,6 +1,7 @@
 """Tiny random vision-language models of each family, their processors, and inputs of their form."""
 
 import torch
+from language_models import LLAMA
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AriaConfig,
@@ -62,18 +63,7 @@ _VISION = {
     "image_size": SIDE,
     "patch_size": PATCH,
 }
-_TEXT = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 2,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+_TEXT = LLAMA | {"max_position_embeddings": 512, "bos_token_id": 2}
 _TIED = {"tie_word_embeddings": True}
 _TILES = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0}

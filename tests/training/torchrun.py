@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import fresh_process
+import torch
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -35,6 +36,22 @@ def torchrun(script: ModuleType, *arguments: str | Path):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def run_on_two(script: ModuleType, processor, folder: Path) -> Path:
+    """Run a module that reads its tokenizer in a folder, and leaves there what it made; returns the folder."""
+    processor.tokenizer.save_pretrained(folder / "tokenizer")
+    torchrun(script, folder)
+    return folder
+
+
+def assert_both_step(folder: Path, case: str, expected: dict[str, torch.Tensor]):
+    """That each of two processes of `run_on_two` took the step of a case that one process takes."""
+    assert sum(value.abs().max() > 1e-4 for value in expected.values()) > 30
+    for rank in (0, 1):
+        actual = torch.load(folder / f"gradients-{rank}.pt")[case]
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def torchrun_command(script: ModuleType, *arguments: str | Path) -> int:

@@ -6,7 +6,7 @@ import torch
 from one_step import rows
 from reconstruction_step import OPTIONS, gradient_of_one_step, parts, seeded_rows
 from tiny_models import build_model
-from torchrun import torchrun
+from torchrun import assert_both_step, run_on_two
 
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.recipes.recipe import Stage
@@ -26,10 +26,10 @@ def arguments_in(folder, **kwargs):
     return MMGEMTrainingArguments(output_dir=str(folder), **fixed, **kwargs)
 
 
-def assert_same(actual, expected, rtol=1e-4, atol=1e-6):
+def assert_same(actual, expected):
     assert sum(value.abs().max() > 1e-4 for value in expected.values()) > 50
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_step_is_the_gradient_of_both_losses(tiny_processor, tmp_path):
@@ -56,19 +56,13 @@ def test_accumulated_steps_are_one_of_all_rows(tiny_processor, tmp_path, case):
 
 @pytest.fixture(scope="module")
 def folder(tiny_processor, tmp_path_factory):
-    """What two processes made of every case."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
-    torchrun(reconstruction_step, folder)
-    return folder
+    return run_on_two(reconstruction_step, tiny_processor, tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", parts())
 def test_two_processes_step_as_one(folder, tiny_processor, tmp_path, case):
-    expected = gradient_of_one_step(tiny_processor, tmp_path, parts()[case], 2)
-    for rank in (0, 1):
-        assert_same(torch.load(folder / f"gradients-{rank}.pt")[case], expected, atol=1e-5)
+    assert_both_step(folder, case, gradient_of_one_step(tiny_processor, tmp_path, parts()[case], 2))
 
 
 @pytest.mark.parametrize("setting", [{"gradient_checkpointing": True}, {"ema_decay": 0.5}])

@@ -6,7 +6,7 @@ import torch
 from one_step import rows
 from self_critical_step import gradient_of_one_step, parts
 from tiny_models import build_model
-from torchrun import torchrun
+from torchrun import assert_both_step, run_on_two
 
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.self_critical.trainer import SelfCritical, SelfCriticalTrainer, check_can_draw
@@ -112,11 +112,7 @@ def test_what_is_alike_teaches_nothing_and_ends_are_ends(tiny_processor, tmp_pat
 
 @pytest.fixture(scope="module")
 def folder(tiny_processor, tmp_path_factory):
-    """What two processes made of every case."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    tiny_processor.tokenizer.save_pretrained(folder / "tokenizer")
-    torchrun(self_critical_step, folder)
-    return folder
+    return run_on_two(self_critical_step, tiny_processor, tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.slow
@@ -126,10 +122,7 @@ def test_two_processes_step_as_one(folder, tiny_processor, tmp_path, case):
     without = gradient_of_one_step(tiny_processor, tmp_path, parts()[case], 2, reward_weight=1e-9)
     name = "language_model.model.embed_tokens.weight"
     assert (expected[name] - without[name]).abs().max() > 1e-2
-    for rank in (0, 1):
-        gradients = torch.load(folder / f"gradients-{rank}.pt")[case]
-        for name, value in expected.items():
-            torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_both_step(folder, case, expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
