@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmgem.processing.image_loading import MAX_PIXELS
+from mmgem.training.data.descriptions import read_descriptions
 from mmgem.training.data.image_files import (
     FoundImages,
     ImageFile,
@@ -17,7 +18,6 @@ from mmgem.training.data.image_files import (
     find_images,
     shorter_side_for,
 )
-from mmgem.training.data.image_folder import find_metadata, read_metadata
 from mmgem.training.inference import generate_captions, generate_region_captions, tower_runs_once
 from mmgem.training.output_folder import whole_file
 from mmgem.training.output_lock import one_writer
@@ -30,7 +30,7 @@ class CaptionReport(NamedTuple):
     Args:
         images: Images in the file.
         captioned: How many of them it had to caption.
-        skipped: The files it left out, and folders it could not look into.
+        skipped: The files it left out, folders it could not look into, and lines of metadata it could not use.
         passed_over: How many files and links there are that are not read, by kind, see `FoundImages`.
     """
 
@@ -79,13 +79,16 @@ def caption_folder(
     found = find_images(folder, names=names)
     folder, out = Path(folder), Path(out)
     file_names = list(found.versions)
-    boxes = _read_boxes(folder) if with_boxes else None
+    skipped = [Skipped(name, reason) for name, reason in found.unseen.items()]
+    boxes, lines_left_out = None, list[Skipped]()
+    if with_boxes:
+        descriptions = read_descriptions(folder, found, lines_left_out, {"boxes": "captions of boxes are asked for"})
+        boxes = {file_name: description.boxes for file_name, description in descriptions.items()}
     done = _read_done(out, with_boxes)
     if stale := {name for name, version in done.items() if _is_stale(folder, found, name, version)}:
         _take_out(out, stale)
         done = {name: version for name, version in done.items() if name not in stale}
     todo = [file_name for file_name in file_names if file_name not in done]
-    skipped = [Skipped(name, reason) for name, reason in found.unseen.items()]
     captioned = 0
     # Boxes are pixels of the image as it is, and what is in them may be small.
     reader = ImageReader(folder, None if with_boxes else shorter_side_for(processor), max_pixels)
@@ -113,7 +116,7 @@ def caption_folder(
             f"`folder` is {str(folder)!r}, where no image can be read, such as {skipped[0].file_name!r}: "
             f"{skipped[0].reason}"
         )
-    return CaptionReport(len(done) + captioned, captioned, skipped, found.passed_over)
+    return CaptionReport(len(done) + captioned, captioned, skipped + lines_left_out, found.passed_over)
 
 
 def _caption(model, processor, files: list[ImageFile], boxes: dict[str, list] | None) -> list[dict[str, Any]]:
@@ -133,24 +136,6 @@ def _caption(model, processor, files: list[ImageFile], boxes: dict[str, list] | 
         for line in lines:
             line["region_captions"] = [next(region_captions) for _ in line["boxes"]]
     return lines
-
-
-def _read_boxes(folder: Path) -> dict[str, list]:
-    """File name to boxes, of the rows that have any."""
-    metadata = find_metadata(folder)
-    boxes: dict[str, list] = {}
-    for where, fields in read_metadata(metadata):
-        if isinstance(fields, str):
-            raise ValueError(fields)
-        name, own = fields.get("file_name", fields.get("image")), fields.get("boxes") or []
-        if not isinstance(name, str):
-            raise ValueError(f"`file_name` of {where} is {name!r:.80}; expected the name of an image.")
-        if not isinstance(own, list) or not all(isinstance(box, list) and len(box) == 4 for box in own):
-            raise ValueError(f"`boxes` of {where} is {own!r:.80}; expected a list of [x0, y0, x1, y1] in pixels.")
-        boxes[PurePosixPath(name).as_posix()] = own
-    if not any(boxes.values()):
-        raise ValueError(f"`boxes` is in no line of {str(metadata)!r}; expected [[x0, y0, x1, y1], ...] in pixels.")
-    return boxes
 
 
 def _is_stale(folder: Path, found: FoundImages, name: str, version: str | None) -> bool:

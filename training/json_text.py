@@ -21,12 +21,21 @@ def from_json(text: str | bytes) -> Any:
         text: UTF-8.
 
     Raises:
-        ValueError: If it is no JSON, or nested more deeply than Python reads.
+        ValueError: If it is no JSON, has an object with a key twice, or is nested more deeply than Python reads.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_once)
     except RecursionError as error:
         raise ValueError("is nested too deeply; expected JSON that can be read.") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):  # of which Python alone would keep the last
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice; expected it once.")
+    return values
 
 
 def write_json(path: Path, content: dict | list) -> None:

@@ -92,7 +92,8 @@ def test_captions_of_boxes_go_to_their_image(folder, out, echo, batch_size):
     for line in read(out):
         color = str(Image.open(folder / line["file_name"]).getpixel((0, 0)))
         assert line["caption"] == color
-        assert line["region_captions"] == [f"{color} {box}" for box in BOXES.get(line["file_name"], [])]
+        assert line["region_captions"] == [f"{color} {box}" for box in line["boxes"]]
+        assert line["boxes"] == BOXES.get(line["file_name"], [])
 
 
 def test_a_killed_run_goes_on_where_it_stopped(folder, out, echo):
@@ -176,18 +177,33 @@ def test_bad_files_and_bad_boxes_are_left_out_and_reported(folder, out, tiny_mod
 
 def test_boxes_need_metadata_that_has_them(folder, out, echo):
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
-    with pytest.raises(ValueError, match="`boxes` is in no line of"):
-        caption_folder(folder, None, None, out, with_boxes=True)
-    (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"boxes": []}\n')
-    with pytest.raises(ValueError, match="`file_name` of .*line 2 of .* is None; expected the name"):
+    with pytest.raises(ValueError, match="captions of boxes are asked for, but no line of .*jsonl' has any; expected"):
         caption_folder(folder, None, None, out, with_boxes=True)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "boxes": [5, 5, 20, 20]}\n')
-    with pytest.raises(ValueError, match=r"`boxes` of .*line 1 of .*; expected a list of \[x0, y0, x1, y1\]"):
+    with pytest.raises(ValueError, match=r"Left out are 1 lines: 1 has `boxes` with 5; expected a list of \[x0, y0,"):
         caption_folder(folder, None, None, out, with_boxes=True)
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):
         caption_folder(folder, None, None, out, with_boxes=True)
     assert not out.exists()
+
+
+def test_lines_about_one_image_are_joined_and_a_bad_one_costs_itself(folder, out, echo):
+    first, second = [1, 2, 9, 8], [3, 3, 7, 7]
+    lines: list = [
+        {"file_name": "0.png", "boxes": [first]},
+        {"boxes": [first]},
+        {"file_name": "1.png", "boxes": "all"},
+    ]
+    lines += [{"file_name": "0.png", "text": "a star"}, {"file_name": "./0.png", "boxes": [first, second]}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report = caption_folder(folder, torch.nn.Identity(), None, out, with_boxes=True)
+    boxes = {line["file_name"]: line["boxes"] for line in read(out)}
+    assert boxes["0.png"] == [first, second] and boxes["1.png"] == []
+    [(name, reason)] = report.skipped
+    assert (
+        name == "metadata.jsonl" and "2 lines: 2 has no `file_name`; it has boxes. 3 has `boxes` with 'all'" in reason
+    )
 
 
 def test_a_file_that_is_something_else_is_not_appended_to(folder, out, echo):

@@ -1,11 +1,14 @@
 """The columns of a row of training data. Sources and collator ask here, so that they agree on what can be trained."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
 IMAGE_COLUMNS = ("image", "images")
 ID_COLUMNS = ("image_id", "scene_id", "file_name")
+LANGUAGE_PREFIX = "captions_"  # of columns with captions in other languages
 TEXT_COLUMNS = ("long_caption", "region_captions", "label", "qa", "edit")  # beside captions
 COLUMNS = (
     *IMAGE_COLUMNS,
@@ -43,6 +46,20 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
+def checked_captions(fields: Mapping[str, Any]) -> list[str]:
+    """The captions in fields that others wrote, from whichever of `CAPTION_COLUMNS` is filled; or [].
+
+    Raises:
+        ValueError: If they are no texts; the error is the end of a sentence that begins with the name of the row.
+    """
+    column = next((column for column in CAPTION_COLUMNS if fields.get(column)), None)
+    if column is None:
+        return []
+    captions = [fields[column]] if isinstance(fields[column], str) else fields[column]
+    check_texts(captions, f"has `{column}`")
+    return list(captions)
+
+
 def images_of(row: Mapping[str, Any]) -> list:
     """The images of a row: those in `images`, or the one in `image`; or []."""
     if row.get("images"):
@@ -65,52 +82,88 @@ def edited_file_of(row: Mapping[str, Any]) -> str | None:
 
 
 def row_name(row: Mapping[str, Any], number: int) -> str:
-    """The name of a row in error messages: its `row_key` where it has one, else its number in the batch."""
-    return f"row {row['row_key']!r}" if row.get("row_key") is not None else f"row {number}"
+    """The name of a row in error messages: its `row_key` where it has one, else its number, and its file."""
+    if row.get("row_key") is not None:
+        return f"row {row['row_key']!r}"
+    return f"row {number}" + (f" ({row['file_name']!r})" if isinstance(row.get("file_name"), str) else "")
 
 
-def check_row(row: Mapping[str, Any], name: str) -> None:
+def check_row(row: Mapping[str, Any], name: str, needs_region_captions: bool = True) -> None:
     """Refuse a row that cannot be trained. It may be a pair, an image alone or a text alone.
 
     Args:
         row: Its columns, see [`MMGEMCollator`]; images need not be loaded.
         name: The name of the row in errors.
+        needs_region_captions: Whether boxes may not be there without their captions.
 
     Raises:
-        ValueError: If there is neither image nor text; a text is empty or no text; boxes are without their image or
-            their captions; an instruction names no box; or an edited image has no instruction, or not exactly one
-            image that it came from.
+        ValueError: If there is neither image nor text; a text is empty or no text; a label or an id is neither a text
+            nor a number; where a list is expected there is none; boxes are none, or without their image or their
+            captions; an instruction names no box; or an edited image has no instruction, or not exactly one image that
+            it came from.
     """
+    _list_in(row, "images", name)
     captions = [column for column in CAPTION_COLUMNS if row.get(column) is not None]
     if captions:
         filled = next((column for column in captions if row[column]), captions[0])
-        _check_texts([row[filled]] if isinstance(row[filled], str) else row[filled], f"{name} has `{filled}`")
+        check_texts([row[filled]] if isinstance(row[filled], str) else row[filled], f"{name} has `{filled}`")
     if not images_of(row) and not captions and not row.get("qa"):
         raise ValueError(f"{name} has columns {sorted(row)}; expected an `image`, one of {CAPTION_COLUMNS}, or both.")
 
-    if isinstance(row.get("label"), str):
-        _check_texts([row["label"]], f"{name} has `label`")
+    for column in ("label", *ID_COLUMNS):
+        _check_name(row.get(column), f"{name} has `{column}`")
     if row.get("prompt_name") is not None:
-        _check_texts([row["prompt_name"]], f"{name} has `prompt_name`")
+        check_texts([row["prompt_name"]], f"{name} has `prompt_name`")
     if row.get("long_caption"):
-        _check_texts([row["long_caption"]], f"{name} has `long_caption`")
-    for column in ("queries", "region_captions", "hard_negatives"):
+        check_texts([row["long_caption"]], f"{name} has `long_caption`")
+    languages = [column for column in row if column.startswith(LANGUAGE_PREFIX)]
+    for column in ("queries", "region_captions", "hard_negatives", *languages):
         if row.get(column):
-            _check_texts(row[column], f"{name} has `{column}`")
-    for turn in row.get("qa") or []:
+            check_texts(row[column], f"{name} has `{column}`")
+    for turn in _list_in(row, "qa", name):
         if not isinstance(turn, Mapping) or not {"question", "answer"} <= set(turn):
             raise ValueError(f"{name} has {turn!r:.80} in `qa`; expected a `question` and an `answer`.")
-        _check_texts([turn["question"], turn["answer"]], f"{name} has `qa`")
+        check_texts([turn["question"], turn["answer"]], f"{name} has `qa`")
 
-    boxes, region_captions = row.get("boxes") or [], row.get("region_captions") or []
-    if len(boxes) != len(region_captions):
+    boxes, region_captions = _list_in(row, "boxes", name), row.get("region_captions") or []
+    if odd := [box for box in boxes if not is_box(box)]:
+        raise ValueError(f"{name} has {odd[0]!r:.80} in `boxes`; expected lists of [x0, y0, x1, y1], in pixels.")
+    if len(boxes) != len(region_captions) and (region_captions or needs_region_captions):
         raise ValueError(
             f"{name} has {len(boxes)} `boxes` and {len(region_captions)} `region_captions`; expected as many of each."
         )
     if boxes and len(images_of(row)) != 1:
         raise ValueError(f"{name} has `boxes` and {len(images_of(row))} images; expected the one they lie in.")
-    _check_instructions(row.get("instructions") or [], len(boxes), name)
+    _check_instructions(_list_in(row, "instructions", name), len(boxes), name)
     _check_edit(row, name)
+
+
+def is_box(box: object) -> bool:
+    """Whether something is four finite numbers: a list, an array or a tensor of them."""
+    edges = box.tolist() if hasattr(box, "tolist") else box
+    return isinstance(edges, list | tuple) and len(edges) == 4 and all(map(_is_coordinate, edges))
+
+
+def _is_coordinate(edge: object) -> bool:
+    is_number = isinstance(edge, Real) and not isinstance(edge, bool)
+    return is_number and abs(edge) < 2**63  # type: ignore[arg-type]  # which NaN is not
+
+
+def _list_in(row: Mapping[str, Any], column: str, name: str) -> Sequence:
+    """The list in a column, or []."""
+    value = row.get(column) or []
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} has `{column}` {value!r:.80}; expected a list.")
+    return value
+
+
+def _check_name(value: object, found: str) -> None:
+    """Refuse a label or an id that is none: what is missing in a table may be NaN, which all rows would share."""
+    is_number = isinstance(value, Integral) or (isinstance(value, Real) and math.isfinite(value))
+    if value is not None and not is_number and not isinstance(value, str):
+        raise ValueError(f"{found} {value!r:.80}; expected a text or a number.")
+    if isinstance(value, str):
+        check_texts([value], found)
 
 
 def _check_instructions(instructions: Sequence, num_boxes: int, name: str) -> None:
@@ -121,7 +174,7 @@ def _check_instructions(instructions: Sequence, num_boxes: int, name: str) -> No
                 f"{name} has {one!r:.80} in `instructions` and {num_boxes} `boxes`; expected a `text` and the number "
                 "of the `box` it names."
             )
-        _check_texts([one.get("text")], f"{name} has `instructions`")
+        check_texts([one.get("text")], f"{name} has `instructions`")
 
 
 def _check_edit(row: Mapping[str, Any], name: str) -> None:
@@ -129,7 +182,7 @@ def _check_edit(row: Mapping[str, Any], name: str) -> None:
     if edit and not isinstance(edit, Mapping):
         raise ValueError(f"{name} has `edit` {edit!r:.80}; expected a mapping with an `instruction`.")
     if edit and edit.get("instruction") is not None:
-        _check_texts([edit["instruction"]], f"{name} has `edit` with an `instruction`")
+        check_texts([edit["instruction"]], f"{name} has `edit` with an `instruction`")
     if row.get("edited_image") is None:
         return
     if edit_of(row) is None:
@@ -138,11 +191,23 @@ def _check_edit(row: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"{name} has an `edited_image` and no image; expected those that it came of.")
 
 
-def _check_texts(texts: object, found: str) -> None:
-    is_list = isinstance(texts, list | tuple) and len(texts) > 0
-    if not is_list or not all(isinstance(text, str) and text.strip() for text in texts):  # type: ignore[attr-defined]
-        raise ValueError(f"{found} {texts!r:.80}; expected text that is not empty.")
-    for text in texts:  # type: ignore[attr-defined]
+def check_texts(texts: object, found: str) -> None:
+    """Refuse what is no list of texts that say something.
+
+    Args:
+        texts: The list.
+        found: The beginning of the error, up to the value.
+
+    Raises:
+        ValueError: If it is no list, is empty, or one of it is no text, is empty, or has half a surrogate pair.
+    """
+    if not isinstance(texts, list | tuple):
+        raise ValueError(f"{found} {texts!r:.80}; expected text, in a list.")
+    if not texts:
+        raise ValueError(f"{found} {texts!r}; expected text that is not empty.")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{found} {text!r:.80}; expected text that is not empty.")
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmgem.training.data.rows import captions_of
+from mmgem.training.data.rows import LANGUAGE_PREFIX, captions_of
 
 logger = logging.getLogger(__name__)
 
@@ -13,7 +13,6 @@ MOST_TOKENS = 1.0  # for a character: with more of them characters are spelled i
 MOST_UNKNOWN = 0.05  # of all tokens
 TEXTS_READ = 200  # of each column
 _COLUMNS = ("queries", "region_captions")
-_LANGUAGE_PREFIX = "captions_"
 
 
 class Coverage(NamedTuple):
@@ -60,10 +59,11 @@ def warn_uncovered(tokenizer, rows: Iterable[Mapping[str, Any]], name: str) -> d
     """
     texts: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        columns = {column: row[column] for column in row if column in _COLUMNS or column.startswith(_LANGUAGE_PREFIX)}
+        columns = {column: row[column] for column in row if column in _COLUMNS or column.startswith(LANGUAGE_PREFIX)}
         for column, own in {"captions": captions_of(row), **columns}.items():
             if len(texts[column]) < TEXTS_READ:
-                texts[column] += [text for text in own or [] if isinstance(text, str) and _is_readable(text)]
+                own = own if isinstance(own, list | tuple) else []
+                texts[column] += [text for text in own if isinstance(text, str) and _is_readable(text)]
     measured = {column: measure_coverage(tokenizer, own) for column, own in texts.items() if own}
     for column, coverage in measured.items():
         if not coverage.is_enough:

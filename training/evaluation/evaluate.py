@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmgem.late_interaction import similarity
-from mmgem.training.data.rows import captions_of
+from mmgem.training.data.rows import LANGUAGE_PREFIX, captions_of
 from mmgem.training.data.skipped import SkippedLog, readable_rows
 from mmgem.training.distributed import Share
 from mmgem.training.evaluation.metrics import (
@@ -25,11 +25,16 @@ from mmgem.training.evaluation.metrics import (
     retrieval_ranks,
     right_answers,
 )
-from mmgem.training.evaluation.row_outputs import RowOutputs, RowPredictor, instructions_of, region_texts_of
+from mmgem.training.evaluation.row_outputs import (
+    RowOutputs,
+    RowPredictor,
+    check_measurable,
+    instructions_of,
+    region_texts_of,
+)
 from mmgem.training.inference import CAPTION_TOKENS, embed_texts
 
 RECALL_AT = (1, 5, 10)
-LANGUAGE_PREFIX = "captions_"  # of columns with captions in other languages
 Embed = Callable[[list[str]], torch.Tensor]
 Figures = dict[str, Mean | float | None]
 
@@ -103,23 +108,22 @@ def evaluate_model(
             of the captions of the rows, no `_fidelity` is measured.
         intervals: If given, receives for each recall, for `cider` and for answers a 95% confidence interval, by
             bootstrap over images.
-        skipped: Where to note rows that cannot be read, or whose pictures cannot, which are left out; they are logged
-            in any case.
+        skipped: Where to note rows that are left out: they cannot be read, or their pictures cannot, they have not one
+            image, or [`mmgem.training.data.rows.check_row`] refuses them, though not for boxes without captions. They
+            are logged in any case.
 
     Returns:
         Metric name to value.
 
     Raises:
-        ValueError: If there are fewer than two rows, so that there is nothing to choose from, a row has not one image,
-            not as many `boxes` as `region_captions`, a question without its answer, or an instruction for a box that
-            is not there.
+        ValueError: If there are fewer than two rows that can be read, so that there is nothing to choose from.
     """
     share = Share.for_model(model)
     # Captions of boxes are long to write, and of no use to anybody if nobody reads them.
     writes_regions = samples is not None
     predictor = RowPredictor(model, processor, batch_size, max_new_tokens, caption_judge, writes_regions)
     skipped = SkippedLog() if skipped is None else skipped
-    rows = readable_rows(dataset, processor, skipped, share=share)
+    rows = readable_rows(dataset, processor, skipped, check_measurable, share)
     outputs = [output for output in share.gather(predictor.predict(rows)) if output is not None]
     if len(outputs) < 2:
         raise ValueError(f"`dataset` has {len(outputs)} rows that can be read; expected 2 or more.")
@@ -263,7 +267,7 @@ def _label_figures(outputs: Sequence[RowOutputs], embed: Embed, judge: CaptionJu
     if judge is not None and set(labels) <= set(judge.classes):
         classes, prompts = list(judge.classes), [judge.label_prompt(label) for label in judge.classes]
     else:
-        classes = sorted(set(labels))
+        classes = sorted(set(labels), key=str)  # some may be numbers
         prompts = [f"a picture of {label}" for label in classes]
     scores = similarity(_image_embeds(outputs), embed(prompts))  # (I, classes)
     return {"zero_shot_accuracy": agreement([classes[best] for best in scores.argmax(dim=1).tolist()], labels)}

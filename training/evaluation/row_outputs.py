@@ -10,7 +10,15 @@ import torch
 
 from mmgem.processing.boxes import is_in_view, model_views
 from mmgem.processing.image_loading import load_image
-from mmgem.training.data.rows import IMAGE_COLUMNS, captions_of, edit_of, images_of
+from mmgem.training.data.rows import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    captions_of,
+    check_row,
+    edit_of,
+    images_of,
+    row_name,
+)
 from mmgem.training.evaluation.metrics import CaptionJudge
 from mmgem.training.inference import (
     ANSWER_TOKENS,
@@ -77,45 +85,32 @@ def questions_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def region_texts_of(row: Mapping[str, Any]) -> list[str]:
-    """The captions of a row's boxes, or [].
-
-    Raises:
-        ValueError: If there are captions, but not as many as boxes.
-    """
-    texts, boxes = row.get("region_captions") or [], row.get("boxes") or []
-    if texts and len(texts) != len(boxes):
-        raise ValueError(
-            f"`dataset` has a row with {len(boxes)} boxes and {len(texts)} region_captions; expected as many."
-        )
-    return texts
+    """The captions of a row's boxes, or []."""
+    return row.get("region_captions") or []
 
 
 def instructions_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The `instructions` of a row, each naming one of its boxes, or []; also where there is only one box to name.
+    """The `instructions` of a row, each naming one of its boxes, or []; also where there is only one box to name."""
+    return (row.get("instructions") or []) if len(row.get("boxes") or []) > 1 else []
+
+
+def check_measurable(row: Mapping[str, Any], number: int) -> None:
+    """Refuse a row that cannot be measured; see `evaluate_model`.
+
+    Args:
+        row: Its columns; images need not be loaded.
+        number: Its number among all rows.
 
     Raises:
-        ValueError: If an instruction names a box that the row does not have.
+        ValueError: If `check_row` refuses it, or it has not one image.
     """
-    instructions, count = row.get("instructions") or [], len(row.get("boxes") or [])
-    for instruction in instructions:
-        if not 0 <= instruction["box"] < count:
-            raise ValueError(
-                f"`dataset` has a row with {count} boxes and an instruction for box {instruction['box']}; expected "
-                "one of them."
-            )
-    return instructions if count > 1 else []
-
-
-def _checked(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
-    """Raises a ValueError for a row that cannot be measured."""
+    name = row_name(row, number)
+    filled = {column: value for column, value in row.items() if value or column not in CAPTION_COLUMNS}
+    if isinstance(row.get("edit"), Mapping) and row["edit"].get("instruction") is None:  # as in a folder of scenes
+        filled.pop("edited_image", None)
+    check_row(filled, name, needs_region_captions=False)
     if len(images_of(row)) != 1:
-        raise ValueError(f"`dataset` has {len(images_of(row))} images in row {number}; expected one.")
-    for turn in row.get("qa") or []:
-        if not isinstance(turn, Mapping) or not {"question", "answer"} <= set(turn):
-            raise ValueError(f"`dataset` has {turn!r:.80} in `qa` of row {number}; expected a question and an answer.")
-    region_texts_of(row)
-    instructions_of(row)
-    return row
+        raise ValueError(f"{name} has {len(images_of(row))} images; expected one.")
 
 
 class RowPredictor:
@@ -151,7 +146,7 @@ class RowPredictor:
         """Runs the model.
 
         Args:
-            rows: Dicts as for `evaluate_model`, or None for one that is left out.
+            rows: Dicts that `check_measurable` has passed, or None for one that is left out.
 
         Returns:
             The outputs for each row, or None. No embedding shares the memory of its batch: it would be sent to other
@@ -161,9 +156,9 @@ class RowPredictor:
             ValueError: If a row cannot be measured, see `evaluate_model`.
         """
         outputs: list[RowOutputs | None] = []
-        for unchecked in _batches(rows, self.batch_size):
-            numbers = [number for number, row in enumerate(unchecked) if row is not None]
-            batch = [self._visible(_checked(unchecked[number], len(outputs) + number)) for number in numbers]
+        for rows_or_none in _batches(rows, self.batch_size):
+            numbers = [number for number, row in enumerate(rows_or_none) if row is not None]
+            batch = [self._visible(rows_or_none[number]) for number in numbers]
             images = [images_of(row)[0] for row in batch]
             columns = [{name: value for name, value in row.items() if name not in _PICTURES} for row in batch]
             with tower_runs_once(self.model):
@@ -172,7 +167,7 @@ class RowPredictor:
                 self._predict_regions(new, images)
                 self._embed_edits(new, images, [edit_of(row) for row in batch])
             of_row = dict(zip(numbers, new, strict=True))
-            outputs += [of_row.get(number) for number in range(len(unchecked))]
+            outputs += [of_row.get(number) for number in range(len(rows_or_none))]
         return outputs
 
     def _visible(self, row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mmgem.processing.image_loading import MAX_PIXELS
+from mmgem.training.data.descriptions import Description, read_descriptions
 from mmgem.training.data.image_files import FoundImages, ImageReader, Skipped, find_images, shorter_side_for
 from mmgem.training.data.image_folder import METADATA_NAMES
 from mmgem.training.output_lock import one_writer
@@ -24,13 +25,11 @@ from mmgem.training.search.items import (
     EMBEDDED_AS,
     TEXT_SUFFIXES,
     WHOLE_IMAGES,
-    Description,
     Item,
     RowKey,
     content_of,
     is_text_file,
     items_of_image,
-    read_descriptions,
     read_texts,
 )
 from mmgem.training.search.list_making import make_lists
@@ -156,7 +155,9 @@ def build_index(
     items = {"image_mode": image_mode, "captions": captions, "regions": regions, "texts": texts}
     settings = IndexSettings.settle(model, vectors, dimensions, precision, memory, **items)
     skipped: list[Skipped] = []
-    descriptions = read_descriptions(folder, settings, found, skipped)
+    needed = {} if settings.captions is None else {"captions": f"`captions` is {settings.captions!r}"}
+    needed |= {"boxes": "`regions` is 'boxes'"} if settings.regions == "boxes" else {}
+    descriptions = read_descriptions(folder, found, skipped, needed)
     kinds = ["weights", *model.config.embedded_kinds, *([] if settings.memory is None else ["memory"])]
     name = model.name_or_path
     facts = IndexFacts(

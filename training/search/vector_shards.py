@@ -17,15 +17,16 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save
 
 from mmgem.processing.image_loading import open_picture
+from mmgem.training.data.descriptions import metadata_of
 from mmgem.training.data.image_files import Skipped, content_hash, shorter_side_for
-from mmgem.training.data.rows import CAPTION_COLUMNS, captions_of
+from mmgem.training.data.rows import CAPTION_COLUMNS, checked_captions
 from mmgem.training.json_text import to_json
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.output_lock import one_writer
 from mmgem.training.search.building import IndexReport
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.item_embedder import ItemEmbedder, ReadItem
-from mmgem.training.search.items import Item, metadata_of
+from mmgem.training.search.items import Item
 from mmgem.training.search.list_making import make_lists
 from mmgem.training.search.settings import IndexSettings
 from mmgem.training.search.storage import IndexFacts, is_free, is_index, read_index, write_index
@@ -145,7 +146,7 @@ class ImageEmbedder:
                 raise ValueError(f"`{self._image}` is {data!r:.80}; expected the bytes of an image file.")
             picture = open_picture(data, "the file", shorter_side=self._shorter_side)
             image, size = picture.decode(), picture.upright_size
-            text = "\n".join(captions_of(fields))
+            text = "\n".join(checked_captions(fields))
             metadata = metadata_of(fields, without=(self._image, self._name, *CAPTION_COLUMNS))
         except Exception as error:  # whatever a broken file makes a decoder raise, the others shall still be read
             self._skipped.append(Skipped(file_name, " ".join(str(error).split()) or type(error).__name__))

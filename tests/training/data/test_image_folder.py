@@ -133,11 +133,14 @@ def test_csv_says_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"file_name,text\na.png\n", "line 2 of .*csv has the cells .*None.*; expected 2"),
+        (b"file_name,text\na.png\n", "line 2 of .*csv has the cells .*a.png.*; expected 2"),
         (b"file_name,text\na.png,a cat, asleep\n", "line 2 of .*csv has the cells .*asleep.*; expected 2"),
-        (b"file_name,text\na.png,K\xe4fer\n", "csv cannot be read; expected comma-separated UTF-8 text"),
+        (b"file_name,text\na.png,K\xe4fer\n", "line 2 of .*csv has the cells .*K.udce4fer.*; expected UTF-8 text"),
         (b"file_name,text\n", "csv, which names no images"),
-        (b'file_name,text\na.png,"a cat\nb.png,a dog\n', "csv cannot be read; .*unexpected end of data"),  # was cut
+        (
+            b'file_name,text\na.png,"a cat\nb.png,a dog\n',
+            "csv cannot be read from line 1 on; .*unexpected end of data",
+        ),  # was cut
         (b"file_name,text,text\na.png,a cat,a dog\n", "csv has the column 'text' twice; expected names of their own"),
     ],
 )

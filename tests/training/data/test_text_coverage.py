@@ -35,6 +35,7 @@ def test_coverage_counts_bytes_and_unknown_words():
 
 def test_only_columns_that_are_not_covered_are_warned_of(caplog):
     rows = [{"caption": EN, "captions_zh": [ZH], "queries": [EN, ZH], "captions_de": None, "label": ZH}] * 2
+    rows += [{"caption": EN, "captions_de": 5}, {"caption": EN, "captions_de": ZH}]  # which evaluation leaves out
     with caplog.at_level(logging.WARNING):
         measured = warn_uncovered(words_tokenizer(), rows, "photos")
     assert set(measured) == {"captions", "captions_zh", "queries"} and measured["captions"].is_enough

@@ -244,7 +244,8 @@ def test_what_cannot_be_read_is_named_and_what_cannot_be_seen_is_kept(
     assert describe_all.rows["text"] == 8
     assert set(reasons) == {"latin.txt", "empty.md", "bad.parquet", "other.csv", "records.jsonl", "metadata.jsonl"}
     assert (
-        reasons["records.jsonl"].startswith("4 lines: 4 is 3; expected") and "And 1 more" in reasons["records.jsonl"]
+        reasons["records.jsonl"].startswith("4 lines: 4 has `body` 3; expected")
+        and "And 1 more" in reasons["records.jsonl"]
     )
     assert "2 lines: 4 names 'gone.png'" in reasons["metadata.jsonl"] and "5 has `boxes`" in reasons["metadata.jsonl"]
     assert "has no column 'body'; it has title" in reasons["other.csv"]
