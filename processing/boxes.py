@@ -4,6 +4,8 @@ An image processor resizes and may then crop or pad, so the model's view is a re
 or smaller than it. A box in pixels becomes a box relative to that rectangle.
 """
 
+from numbers import Real
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,8 +30,8 @@ def check_boxes(boxes, image_sizes: list[tuple[int, int]]) -> list[np.ndarray]:
         rows = [_to_array(row) for row in boxes]
         if len(image_sizes) == 1 and rows and all(row.shape == (4,) for row in rows):
             rows = [np.stack(rows)]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`boxes` is {boxes!r}; expected for each image a list of [x0, y0, x1, y1].") from error
+    except (TypeError, ValueError, OverflowError, NotImplementedError) as error:  # the last of a tensor on meta
+        raise ValueError(f"`boxes` is {boxes!r:.200}; expected for each image a list of [x0, y0, x1, y1].") from error
     if len(rows) != len(image_sizes):
         raise ValueError(
             f"`boxes` holds the boxes of {len(rows)} images, but there are {len(image_sizes)} images; expected one "
@@ -37,18 +39,32 @@ def check_boxes(boxes, image_sizes: list[tuple[int, int]]) -> list[np.ndarray]:
         )
     rows = [row.reshape(0, 4) if row.size == 0 else row for row in rows]
     if any(row.ndim == 0 for row in rows):
-        raise ValueError(f"`boxes` is {boxes!r}; expected for each image a list of [x0, y0, x1, y1].")
+        raise ValueError(f"`boxes` is {boxes!r:.200}; expected for each image a list of [x0, y0, x1, y1].")
     if not any(len(row) for row in rows):
-        raise ValueError(f"`boxes` is {boxes!r}, without any box; expected at least one, or None.")
+        raise ValueError(f"`boxes` is {boxes!r:.200}, without any box; expected at least one, or None.")
     return [_check_row(row, f"boxes[{i}]", size) for i, (row, size) in enumerate(zip(rows, image_sizes))]
 
 
 def _to_array(row) -> np.ndarray:
-    if isinstance(row, torch.Tensor):
-        row = row.detach().cpu().double().numpy()
-    elif isinstance(row, (list, tuple)):
-        row = [box.tolist() if isinstance(box, (torch.Tensor, np.ndarray)) else box for box in row]
-    return np.asarray(row, dtype=np.float64)
+    """The boxes of one image as float64.
+
+    Raises:
+        TypeError: If there are words, truth values or dates among them, or numbers that are masked.
+    """
+    parts = list(row) if isinstance(row, (list, tuple)) else [row]
+    if any(np.ma.is_masked(part) for part in parts):
+        raise TypeError
+    parts = [part.tolist() if isinstance(part, (torch.Tensor, np.ndarray)) else part for part in parts]
+    edges = parts if isinstance(row, (list, tuple)) else parts[0]
+    if not all(map(_may_be_edge, np.asarray(edges, dtype=object).flat)):
+        raise TypeError
+    return np.asarray(edges, dtype=np.float64)
+
+
+def _may_be_edge(edge) -> bool:
+    """Whether it is a number, or missing, which is said of the box."""
+    edge = edge.item() if isinstance(edge, (torch.Tensor, np.generic)) else edge
+    return edge is None or isinstance(edge, Real) and not isinstance(edge, bool)
 
 
 def _check_row(row: np.ndarray, name: str, image_size: tuple[int, int]) -> np.ndarray:

@@ -77,7 +77,8 @@ def load_image(
         FileNotFoundError: The path is not there.
         TypeError: `source` is none of the kinds above.
         ValueError: The file is empty, truncated, not an image, no regular file, larger than `MAX_BYTES` or than
-            `max_pixels`, the URL is not allowed or does not answer, or the array has NaN, a wrong shape or range.
+            `max_pixels`, the URL is not allowed or does not answer, or the array has NaN, masked pixels, a wrong shape
+            or range.
     """
     label = f"`{name}`"
     if isinstance(source, Image.Image):
@@ -316,6 +317,8 @@ def _from_array(source: np.ndarray | torch.Tensor, label: str) -> Image.Image:
             raise TypeError(f"{label} is a tensor that is sparse, nested, quantized or on meta; expected a dense one.")
         source = source.detach().cpu().resolve_conj()
         source = (source.float() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
+    elif np.ma.is_masked(source):
+        raise ValueError(f"{label} is an array with masked pixels; expected none, as `filled()` leaves them.")
     pixels = _to_uint8(_channels_last(source, channel_axes, label), label)
     return _to_rgb(
         Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)), label, {}

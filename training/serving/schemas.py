@@ -1,10 +1,11 @@
 """The requests that a server takes: those of OpenAI's and Cohere's clients, and a search."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 Role = Literal["system", "user", "assistant"]
+Whole, Number = Annotated[int, Strict()], Annotated[float, Strict()]  # true is not 1
 
 
 class Request(BaseModel):
@@ -31,7 +32,7 @@ class EmbeddingInput(Request):
 
     text: str | None = None
     image: str | list[str] | None = None
-    boxes: list[list[float]] | None = None
+    boxes: list[list[Number]] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "EmbeddingInput":
@@ -61,7 +62,7 @@ class OpenAIEmbeddings(Request):
 
     input: list[EmbeddingInput]
     model: str | None = None
-    dimensions: int | None = Field(None, ge=1)
+    dimensions: Whole | None = Field(None, ge=1)
     encoding_format: Literal["float", "base64"] = "float"
     prompt_name: str | None = None
     return_multivector: bool = False
@@ -124,7 +125,7 @@ class CohereEmbed(Request):
     inputs: list[CohereInput] | None = None
     model: str | None = None
     embedding_types: list[Literal["float", "base64", "ubinary", "binary"]] = ["float"]
-    output_dimension: int | None = Field(None, ge=1)
+    output_dimension: Whole | None = Field(None, ge=1)
     truncate: Literal["NONE", "END"] = "END"
 
     @model_validator(mode="after")
@@ -205,11 +206,11 @@ class ChatCompletions(Request):
 
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
+    max_tokens: Whole | None = Field(None, ge=1)
+    temperature: Number = Field(0.0, ge=0, le=2)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    seed: Whole | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1
@@ -232,14 +233,14 @@ class Search(Request):
 
     text: str | None = None
     image: str | list[str] | None = None
-    boxes: list[list[float]] | None = None
+    boxes: list[list[Number]] | None = None
     prompt_name: str | None = None
-    vectors: int | None = None
-    query_vectors: int | None = None
+    vectors: Whole | None = None
+    query_vectors: Whole | None = None
     kinds: list[str] | None = None
     where: list[str] | None = None
-    lexical_weight: float | None = None
-    top: int = Field(10, ge=1, le=1000)
+    lexical_weight: Number | None = None
+    top: Whole = Field(10, ge=1, le=1000)
 
 
 class Searches(Search):

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
@@ -62,6 +62,12 @@ class MMGEMTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads all columns."})
 
     def __post_init__(self):
+        for one in fields(self):  # of which True would be 1
+            is_number = isinstance(one.default, int | float) and not isinstance(one.default, bool)
+            if (is_number or one.name in (*RANGES, "grad_cache_chunk_size")) and isinstance(
+                getattr(self, one.name), bool
+            ):
+                raise ValueError(f"`{one.name}` is {getattr(self, one.name)}; expected a number.")
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):

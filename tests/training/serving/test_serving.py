@@ -392,6 +392,9 @@ BAD_EMBEDDINGS = {
     "another prompt": ({"input": "a", "prompt_name": "x"}, 422, "expected one of 'query', 'edit'"),
     "too many dimensions": ({"input": "a", "dimensions": 17}, 422, "`dimensions` is 17; expected 1 to 16"),
     "no dimensions": ({"input": "a", "dimensions": 0}, 422, "`dimensions` is 0; expected greater than"),
+    "true dimensions": ({"input": "a", "dimensions": True}, 422, "`dimensions` is True; expected a valid integer"),
+    "dimensions in words": ({"input": "a", "dimensions": "5"}, 422, "`dimensions` is '5'; expected a valid integer"),
+    "a true edge": ({"input": {"image": URIS[0], "boxes": [[False, 0, 5, 5]]}}, 422, "[0][0]` is False; expected a v"),
     "another encoding": ({"input": "a", "encoding_format": "hex"}, 422, "`encoding_format` is 'hex'; expected"),
     "another field": ({"input": "a", "truncate": True}, 422, "`truncate` is not known here"),
 }  # fmt: skip
@@ -410,6 +413,10 @@ BAD_CHATS = {
     "two answers": ({"messages": [{"role": "user", "content": "a"}], "n": 2}, "`n` is 2; expected 1"),
     "a long answer": ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 600}, "`max_tokens` is 600"),
     "no room": ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 256}, "expected 256 together"),
+    "true warmth": (
+        {"messages": [{"role": "user", "content": "a"}], "temperature": True},
+        "is True; expected a valid",
+    ),
     "a long text": ({"messages": [{"role": "user", "content": "star " * 999}]}, "`messages` has 1,99"),
     "a part": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "has no `text`"),
 }
