@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 Role = Literal["system", "user", "assistant"]
-Whole, Number = Annotated[int, Strict()], Annotated[float, Strict()]  # true is not 1
+Whole = Annotated[int, Strict()]  # true is not 1
+Number = Annotated[float, Strict()]
 
 
 class Request(BaseModel):
