@@ -62,6 +62,7 @@ from .vision_language_model import (
 from .weight_checks import check_offloaded, check_room, check_whole, loading
 
 MAX_LOGIT_SCALE = math.log(100)
+IMAGE_INPUTS = ("pixel_values", "visual_tokens", "boxes", "spatial_shapes", "pixel_attention_mask")
 
 
 @dataclass
@@ -911,17 +912,15 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             return self.get_image_features(pixel_values, boxes, spatial_shapes, return_dict=True)
 
         if not return_loss and (input_ids is None or pixel_values is None or self._has_placeholders(input_ids)):
-            cache = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
+            cache = past_key_values
+            if not self._is_paged(kwargs.get("cache")):
+                cache = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
             if inputs_embeds is None and self.vlm is not None and boxes is None:
                 given = {"spatial_shapes": spatial_shapes, "pixel_attention_mask": pixel_attention_mask}
                 kwargs |= {name: value for name, value in given.items() if value is not None}
                 kwargs |= {"input_ids": input_ids, "pixel_values": pixel_values}
             elif inputs_embeds is None:
-                # States have no length; they are there from the second step on.
-                has_length = cache is not None and not self._is_state_space
-                is_first = (
-                    torch.compiler.is_compiling() or cache is None or (has_length and not cache.get_seq_length())
-                )
+                is_first = torch.compiler.is_compiling() or not self._has_begun(cache)
                 if is_first and visual_tokens is None:
                     self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
                 images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
@@ -1067,8 +1066,13 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 `num_beams=0`; if the prompt is so long that nothing can be written.
         """
         settings = args[0] if args else kwargs.get("generation_config")
-        given = {} if settings is None else settings.to_diff_dict()
-        check_generation(given | kwargs, self.get_input_embeddings().num_embeddings)
+        given = ({} if settings is None else settings.to_diff_dict()) | kwargs
+        check_generation(given, self.get_input_embeddings().num_embeddings)
+        if given.get("prompt_lookup_num_tokens") or given.get("assistant_model") is not None:
+            # What is drafted is read like a prompt, and would ask for images.
+            kwargs["suppress_tokens"] = [*(given.get("suppress_tokens") or []), self.config.image_token_id]
+        if given.get("max_length") is not None and given.get("max_new_tokens") is None:
+            kwargs["max_new_tokens"] = None  # rather than that of the model, which would take precedence
         images = {name: kwargs.get(name) for name in ("visual_tokens", "pixel_values", "boxes")}
         if images["visual_tokens"] is not None:
             self._check_visual_tokens(*images.values())
@@ -1152,8 +1156,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Every copy of a prompt, for a beam or a further answer, gets the images or boxes of this prompt."""
-        names = ("pixel_values", "visual_tokens", "boxes", "spatial_shapes", "pixel_attention_mask")
-        images = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
         if expand_size > 1 and images:
             if "boxes" in images:  # each in an image of its own, since those of an image may be of several prompts
                 image, box = is_box(images["boxes"]).nonzero(as_tuple=True)  # (units,)
@@ -1169,12 +1172,45 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs | images
 
+    def _is_paged(self, cache) -> bool:
+        """Whether it is that of continuous batching, for many sequences, which attention layers take as `cache`."""
+        return cache is not None and not self._is_state_space and not hasattr(cache, "get_seq_length")
+
+    def _has_begun(self, cache) -> bool:
+        """Whether a cache holds the beginning of the sequences; its images are read then."""
+        # States have no length, and are there from the second step on.
+        return cache is not None and (self._is_state_space or bool(cache.get_seq_length()))
+
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # by whose parameters the library goes
     def prepare_inputs_for_generation(self, *args, **kwargs):
-        """As of every model; visual tokens are read with the prompt, as the library knows of pixels."""
-        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
-            kwargs.pop("visual_tokens", None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        """As of every model, but what decides is where the images stand: they are read with the first tokens, by a
+        model that drafts for another too, and with a cache that goes on before them, no more."""
+        cache = kwargs.get("past_key_values")
+        has_begun = self._has_begun(cache) if cache is not None and not cache.is_compileable else None
+        if kwargs.get("use_cache", True):
+            if has_begun is False:
+                kwargs["is_first_iteration"] = True
+            elif not kwargs.get("is_first_iteration"):
+                kwargs.pop("visual_tokens", None)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        ids = inputs.get("input_ids")
+        if has_begun and ids is not None and not _holds(ids, self.config.image_token_id):
+            inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
+        return inputs
+
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+        """Continuous batching, as of every model, for texts: the library hands it no images.
+
+        Raises:
+            ValueError: If a prompt has places for images.
+        """
+        for row, prompt_ids in enumerate(inputs):
+            if self.config.image_token_id in prompt_ids:
+                raise ValueError(
+                    f"`inputs[{row}]` holds image placeholders; expected texts alone, as continuous batching takes no "
+                    "images. `generate` does."
+                )
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """As of every model; and what else makes a Hub folder complete: the code with the pipeline, the settings of
