@@ -131,9 +131,12 @@ class MMGEMZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeli
 
     _load_processor = True
 
-    def preprocess(self, image, *args, **kwargs):
+    def preprocess(self, image, candidate_labels=None, **kwargs):
         """A picture and its labels as model inputs."""
-        return super().preprocess(*_read(self, [image]), *args, **kwargs)
+        is_list = isinstance(candidate_labels, list | tuple) and len(candidate_labels) > 0
+        if not is_list or not all(isinstance(label, str) for label in candidate_labels):
+            raise ValueError(f"`candidate_labels` is {candidate_labels!r:.100}; expected a list of at least one text.")
+        return super().preprocess(*_read(self, [image]), candidate_labels, **kwargs)
 
 
 class MMGEMImageFeatureExtractionPipeline(ImageFeatureExtractionPipeline):

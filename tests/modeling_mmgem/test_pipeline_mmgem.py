@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_models import build_model
 from transformers import pipeline
 
-from mmgem.pipeline_mmgem import MMGEMImageToTextPipeline
+from mmgem.pipeline_mmgem import MMGEMFeatureExtractionPipeline, MMGEMImageToTextPipeline
 from mmgem.processing import save_sentence_transformer
 
 
@@ -165,6 +165,24 @@ def test_features_of_texts_are_embeddings(folder, tiny_model, tiny_processor):
     ]
     features = load("feature-extraction", folder)(texts, batch_size=2)
     torch.testing.assert_close(torch.tensor(features), torch.stack(embeddings))
+
+
+def test_a_model_that_is_loaded_already_names_the_class(tiny_model, tiny_processor):
+    features = pipeline(
+        "feature-extraction",
+        model=tiny_model,
+        tokenizer=tiny_processor.tokenizer,
+        pipeline_class=MMGEMFeatureExtractionPipeline,
+    )("a star", return_tensors=True)
+    embeddings = tiny_model.get_text_features(**tiny_processor(text="a star", return_tensors="pt")).pooler_output
+    torch.testing.assert_close(features, embeddings)
+
+
+@pytest.mark.parametrize("labels", ["red, blue", [], [3], None], ids=["a text", "none", "a number", "None"])
+def test_labels_that_are_no_texts_are_refused(folder, photos, labels):
+    """The letters of a text would be its labels."""
+    with pytest.raises(ValueError, match="`candidate_labels` is .*; expected a list of at least one text"):
+        load("zero-shot-image-classification", folder)(photos[0], candidate_labels=labels)
 
 
 @pytest.mark.parametrize("kind", ["16 bits", "transparent"])
