@@ -65,6 +65,8 @@ def patch_grid(
                 f"`pixel_values` shows images of {height} x {width}; expected multiples of the patch size "
                 f"{grid.stride[0]} x {grid.stride[1]}."
             )
+    if grid.layout == "channels_first":  # such towers convolve, which takes the less time with channels last in memory
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # (B, channels, H, W)
     features = _features(vision_tower, pixel_values, is_own_size=(height, width) == own_size)
     placed = _placed(features, grid, batch, height, width)
     if placed is None or placed.shape[:2] != (batch, grid.hidden_size):
