@@ -53,7 +53,7 @@ def patch_grid(
             f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (B, {grid.num_channels}, H, W) with B at "
             "least 1."
         )
-    name, (batch, _, height, width), own_size = vision_tower.config.model_type, pixel_values.shape, grid.image_size
+    name, (height, width), own_size = vision_tower.config.model_type, pixel_values.shape[2:], grid.image_size
     if (height, width) != own_size:
         if not grid.any_size:
             raise ValueError(
@@ -68,19 +68,14 @@ def patch_grid(
     if grid.layout == "channels_first":  # such towers convolve, which takes the less time with channels last in memory
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # (B, channels, H, W)
     features = _features(vision_tower, pixel_values, is_own_size=(height, width) == own_size)
-    placed = _placed(features, grid, batch, height, width)
-    if placed is None or placed.shape[:2] != (batch, grid.hidden_size):
-        raise ValueError(
-            f"`vision_grid` is {grid}, but the vision tower `{name}` answers {batch} images of {height} x {width} "
-            f"with features of shape {tuple(features.shape)}; expected what `MMGEMModel.from_towers` finds out."
-        )
-    return placed
+    return _placed(features, grid, vision_tower, pixel_values)
 
 
 @torch.no_grad()
 def check_grid(vision_tower: PreTrainedModel, grid: VisionGrid):
-    """Refuse a grid that is not that of the tower, by running it on one blank image; not without its weights, or where
-    they are quantized or sharded.
+    """Refuse a grid that is not that of the tower, by running it once: on an image, and where there are tokens beside
+    the patches also on the one with other pixels at its left edge; not without its weights, or where they are
+    quantized or sharded.
 
     Raises:
         ValueError: If the tower is made for other images, or does not answer as `grid` says.
@@ -93,19 +88,65 @@ def check_grid(vision_tower: PreTrainedModel, grid: VisionGrid):
             raise ValueError(
                 f"`{field}` of `vision_grid` is {getattr(grid, field)}; expected {expected}, the tower's."
             )
-    patch_grid(vision_tower, grid, blank_image(grid, vision_tower.device))
+    image, other = _noise(vision_tower, grid.num_channels, grid.image_size)
+    num_beside = grid.prefix_tokens + grid.suffix_tokens
+    # Where the tokens beside the patches fill a row of them, patches may be taken for those of the next row.
+    num_edges = min(num_beside, 1 if num_beside < grid.image_size[1] // grid.stride[1] else 2)
+    images = torch.cat([image, *_edges_of(image, other, grid.stride)[:num_edges]])  # (1, 2 or 3, channels, H, W)
+    features = _features(vision_tower, images, is_own_size=True)
+    placed = _placed(features, grid, vision_tower, images)
+    if grid.layout != "tokens" or not num_beside:
+        return
+    tokens = _cells(features, grid.layout, len(images))  # (2 or 3, N, C)
+    changes = [_change(changed, tokens[0]) for changed in tokens[1:]]
+    start = _best_start(changes, num_beside, (placed.shape[2], placed.shape[3]))
+    if start != grid.prefix_tokens:
+        raise ValueError(
+            f"`prefix_tokens` of `vision_grid` is {grid.prefix_tokens}, and `suffix_tokens` {grid.suffix_tokens}; "
+            f"expected {start} and {num_beside - start}, by the features that change where the image does."
+        )
 
 
-def _placed(features: torch.Tensor, grid: VisionGrid, batch: int, height: int, width: int) -> torch.Tensor | None:
-    """Features in the layout of a tower -> (B, C, rows, columns); None if they are no grid in this layout."""
-    if grid.layout != "tokens":
-        return None if features.ndim != 4 else features if grid.layout == "channels_first" else features.movedim(3, 1)
-    if features.ndim != 3 or features.shape[0] * features.shape[1] % batch:
-        return None
-    tokens = _by_image(features, batch)  # (B, N, C)
-    tokens = tokens[:, grid.prefix_tokens : tokens.shape[1] - grid.suffix_tokens]  # (B, P, C)
-    shape = _shape_of(tokens.shape[1], (height, width), grid.stride)
-    return None if shape is None else tokens.transpose(1, 2).unflatten(2, shape)
+def _noise(tower: PreTrainedModel, num_channels: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images of noise, always the same, (1, channels, H, W) each."""
+    (height, width), generator = size, torch.Generator().manual_seed(0)
+    noise = torch.randn(1, num_channels, height, 2 * width, generator=generator, device="cpu")
+    noise = noise.to(tower.device, tower.dtype)
+    return noise[..., :width], noise[..., width:]
+
+
+def _edges_of(image: torch.Tensor, other: torch.Tensor, stride: tuple[int, int]) -> list[torch.Tensor]:
+    """An image with the leftmost, and with the topmost, patches of another one; (1, channels, H, W) each."""
+    left, top = image.clone(), image.clone()
+    left[..., : stride[1]], top[:, :, : stride[0]] = other[..., : stride[1]], other[:, :, : stride[0]]
+    return [left, top]
+
+
+def _change(changed: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """(N, C) each -> (N,) how much each feature changed, for its length."""
+    return (changed - cells).norm(dim=-1) / cells.norm(dim=-1).clamp(min=1e-12)
+
+
+def _placed(
+    features: torch.Tensor, grid: VisionGrid, tower: PreTrainedModel, pixel_values: torch.Tensor
+) -> torch.Tensor:
+    """Features of images in the layout of their tower -> (B, C, rows, columns), or an error if they are none."""
+    batch, _, height, width = pixel_values.shape
+    placed = None
+    if grid.layout == "tokens" and features.ndim == 3 and features.shape[0] * features.shape[1] % batch == 0:
+        tokens = _by_image(features, batch)  # (B, N, C)
+        tokens = tokens[:, grid.prefix_tokens : tokens.shape[1] - grid.suffix_tokens]  # (B, P, C)
+        if shape := _shape_of(tokens.shape[1], (height, width), grid.stride):
+            placed = tokens.transpose(1, 2).unflatten(2, shape)
+    elif grid.layout != "tokens" and features.ndim == 4:
+        placed = features if grid.layout == "channels_first" else features.movedim(3, 1)
+    if placed is None or placed.shape[:2] != (batch, grid.hidden_size):
+        raise ValueError(
+            f"`vision_grid` is {grid}, but the vision tower `{tower.config.model_type}` answers {batch} images of "
+            f"{height} x {width} with features of shape {tuple(features.shape)}; expected what "
+            "`MMGEMModel.from_towers` finds out."
+        )
+    return placed
 
 
 def _padded_grids(
@@ -206,9 +247,7 @@ def find_grid(vision_tower: PreTrainedModel) -> VisionGrid:
 def _find_grid(tower: PreTrainedModel, name: str) -> VisionGrid:
     num_channels, own_size = _num_channels(tower), _own_size(tower)
     height, width = own_size
-    noise = torch.randn(1, num_channels, height, 2 * width, generator=torch.Generator().manual_seed(0), device="cpu")
-    noise = noise.to(tower.device, tower.dtype)
-    image, other = noise[..., :width], noise[..., width:]  # (1, channels, H, W)
+    image, other = _noise(tower, num_channels, own_size)
     try:
         features = _features(tower, torch.cat([image, image]), is_own_size=True)
     except Exception as error:  # whatever towers raise
@@ -219,7 +258,7 @@ def _find_grid(tower: PreTrainedModel, name: str) -> VisionGrid:
             "expected an encoder of images."
         ) from error
     try:
-        wide = _features(tower, noise, is_own_size=False)
+        wide = _features(tower, torch.cat([image, other], dim=-1), is_own_size=False)
     except Exception:
         wide = None
     found = _explain(tower.config, own_size, features, wide)
@@ -249,22 +288,18 @@ def _find_grid(tower: PreTrainedModel, name: str) -> VisionGrid:
         )
     if layout != "tokens":
         return grid
-    left, top = image.clone(), image.clone()
-    left[..., : stride[1]], top[:, :, : stride[0]] = other[..., : stride[1]], other[:, :, : stride[0]]
-    changes = []
-    for changed in (left, top):
-        moved = _cells(_features(tower, changed, is_own_size=True), layout, 1)[0] - cells
-        changes.append(moved.norm(dim=-1) / cells.norm(dim=-1).clamp(min=1e-12))  # (N,)
-    # Tokens beside the patches may stand on either side; where it makes no difference they stand in front.
+    changes = [
+        _change(_cells(_features(tower, changed, is_own_size=True), layout, 1)[0], cells)
+        for changed in _edges_of(image, other, stride)
+    ]
     shape = _shape_of(len(cells) - extra_tokens, own_size, stride)
     assert shape is not None  # by `_explain`
-    contrasts = [_contrast(changes, start, shape) for start in range(extra_tokens, -1, -1)]
-    if max(contrasts) <= 1:
+    start = _best_start(changes, extra_tokens, shape)
+    if _contrast(changes, start, shape) <= 1:
         raise ValueError(
             f"`vision` is a `{name}`, whose features do not change where the image does; expected a grid of patches."
         )
-    behind = contrasts.index(max(contrasts))
-    return replace(grid, prefix_tokens=extra_tokens - behind, suffix_tokens=behind)
+    return replace(grid, prefix_tokens=start, suffix_tokens=extra_tokens - start)
 
 
 def _declared_grid(config, num_channels: int, own_size: tuple[int, int]) -> VisionGrid:
@@ -376,12 +411,18 @@ def _explain(
     return min(explanations, key=lambda explanation: explanation[2], default=None)
 
 
+def _best_start(changes: list[torch.Tensor], num_beside: int, shape: tuple[int, int]) -> int:
+    """At which token the patches begin. Tokens beside them may stand on either side; where it makes no difference they
+    stand in front."""
+    return max(range(num_beside, -1, -1), key=lambda start: _contrast(changes, start, shape))
+
+
 def _contrast(changes: list[torch.Tensor], start: int, shape: tuple[int, int]) -> float:
     """How much more the leftmost, and the topmost, patches changed than the others, if they begin at `start`."""
-    left, top = (change[start : start + math.prod(shape)].view(shape) for change in changes)
+    left, *top = (change[start : start + math.prod(shape)].view(shape) for change in changes)
     contrasts = [
         float(cells[:, 0].mean() / cells[:, 1:].mean())
-        for cells in (left, top.T)
+        for cells in (left, *(cells.T for cells in top))
         if cells.shape[1] > 1 and cells.any()
     ]
     return min(contrasts, default=math.inf)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from vision_towers import MECHANISMS, VISION_TOWERS
 from mmgem import modeling_mmgem, patch_grid
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.patch_grid import find_grid
+from mmgem.patch_grid import check_grid, find_grid
 from mmgem.pool_aggregator import roi_align
 from mmgem.tower_composition import build_vision_tower
 from mmgem.training.trainer.parameter_selection import freeze_unused
@@ -252,10 +253,27 @@ def test_a_grid_edited_by_hand_is_refused(change, message):
         MMGEMModel(config).get_image_features(images(32, 32))
 
 
+@pytest.mark.parametrize("name", ["clip", "yolos", "dinov2_with_registers", "pixio", "dinov3_convnext"])
+def test_tokens_beside_the_patches_are_looked_for_on_the_side_where_they_are(name):
+    tower = VISION_TOWERS[name].build()
+    grid = find_grid(tower)
+    check_grid(tower, grid)
+    num_beside = grid.prefix_tokens + grid.suffix_tokens
+    for start in set(range(num_beside + 1)) - {grid.prefix_tokens}:  # also by as many as there are in a row
+        with pytest.raises(
+            ValueError, match=f"expected {grid.prefix_tokens} and {grid.suffix_tokens}, by the features"
+        ):
+            check_grid(tower, replace(grid, prefix_tokens=start, suffix_tokens=num_beside - start))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stride": [16, 16]}, "`vision_grid` is .*answers 1 images of 32 x 32 with features of shape"),
+        ({"stride": [16, 16]}, "`vision_grid` is .*answers 2 images of 32 x 32 with features of shape"),
+        (
+            {"prefix_tokens": 0, "suffix_tokens": 1},
+            "`prefix_tokens` .* is 0, and `suffix_tokens` 1; expected 1 and 0, by",
+        ),
         ({"suffix_tokens": 2}, "`vision_grid` is .*; expected what `MMGEMModel.from_towers` finds out"),
         ({"layout": "channels_last"}, "`vision_grid` is "),
         ({"image_size": [40, 32]}, r"`image_size` of `vision_grid` is \(40, 32\); expected \(32, 32\), the tower's"),
