@@ -470,6 +470,10 @@ def serve(
         list[str] | None,
         typer.Option(metavar="HOST", help="Fetch images from this host; '*' for any public one; by default none."),
     ] = None,
+    allow_origins: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let scripts of this origin's pages ask (CORS); '*' for any."),
+    ] = None,
 ):
     """Serve embeddings, chat and search over HTTP, in the shapes of OpenAI's and Cohere's clients."""
     with work():
@@ -486,7 +490,9 @@ def serve(
             max_batch=batch_size,
             timeout=timeout,
         )
-        run_server(model, index, host, port, limits, "*" in (allow_urls or []) or allow_urls or False)
+        run_server(
+            model, index, host, port, limits, "*" in (allow_urls or []) or allow_urls or False, allow_origins or []
+        )
 
 
 app.command(cls=cli_index.IndexCommand)(cli_index.index)

@@ -5,7 +5,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -32,13 +33,22 @@ from mmgem.training.serving.schemas import (
 )
 from mmgem.training.serving.server import Server
 
+READING = ["GET", "HEAD"]
 COHERE_PROMPTS = {"search_query": "query", "search_document": "document"}
 
 
-def create_app(name: str, model, processor, index: SearchIndex | None = None, limits: Limits = Limits()) -> FastAPI:
-    """Builds the application; arguments as for `Server`."""
+def create_app(
+    name: str,
+    model,
+    processor,
+    index: SearchIndex | None = None,
+    limits: Limits = Limits(),
+    allow_origins: Sequence[str] = (),
+) -> FastAPI:
+    """Builds the application; arguments as for `Server`, and `allow_origins` as for `serve`."""
     server = Server(name, model, processor, index, limits)
     prompts = model.config.prompts or {}
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "mmgem"}
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,6 +59,10 @@ def create_app(name: str, model, processor, index: SearchIndex | None = None, li
 
     app = FastAPI(title="mmgem", lifespan=lifespan)
     app.add_middleware(Gate, limits=limits, observe=server.observe)
+    if allow_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(allow_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
 
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -69,7 +83,7 @@ def create_app(name: str, model, processor, index: SearchIndex | None = None, li
             sentence = f"{request.method} {request.url.path} is not known here; expected {', '.join(paths)}."
         return error_response(request.url.path, status, sentence, headers)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READING)
     async def health() -> JSONResponse:
         is_alive = server.worker.is_alive
         body = {
@@ -79,13 +93,18 @@ def create_app(name: str, model, processor, index: SearchIndex | None = None, li
         }
         return JSONResponse(body, 200 if is_alive else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READING)
     async def metrics() -> Response:
         return Response(generate_latest(server.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READING)
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "mmgem"}]})
+        return JSONResponse({"object": "list", "data": [card]})
+
+    @app.api_route("/v1/models/{model_name:path}", methods=READING)
+    async def one_model(model_name: str) -> JSONResponse:
+        server.check_model(model_name)
+        return JSONResponse(card)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: OpenAIEmbeddings) -> JSONResponse:

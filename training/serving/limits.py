@@ -94,6 +94,11 @@ class Gate:
             if status == 499:
                 response = error_response(scope["path"], error.status_code, error.detail, dict(error.headers or {}))
                 await response(scope, receive, send_and_note)
+        except asyncio.CancelledError:  # by a server that ends, and has waited as long as it does
+            if status != 499:
+                raise
+            response = error_response(scope["path"], 503, "the server is ending; expected a later request.", BUSY)
+            await response(scope, receive, send_and_note)
         except Exception:
             status = 500
             raise
@@ -138,8 +143,10 @@ class Gate:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body, or None if the client has gone."""
-        limit = self.limits.max_bytes
-        declared = dict(scope["headers"]).get(b"content-length", b"")
+        limit, headers = self.limits.max_bytes, dict(scope["headers"])
+        if (encoding := headers.get(b"content-encoding", b"identity").decode("latin-1")) != "identity":
+            raise HTTPException(415, f"`Content-Encoding` is {encoding!r:.40}; expected a body as it is.")
+        declared = headers.get(b"content-length", b"")
         body = bytearray()
         if declared.isdigit() and int(declared) > limit:
             raise HTTPException(413, f"the body has {int(declared):,} bytes; expected at most {limit:,}.")

@@ -1,6 +1,7 @@
 """A server that runs, until it is interrupted."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
@@ -44,6 +45,7 @@ def serve(
     port: int = 8000,
     limits: Limits = Limits(),
     allow_urls: bool | list[str] = False,
+    allow_origins: Sequence[str] = (),
 ) -> None:
     """Serves a checkpoint.
 
@@ -53,6 +55,7 @@ def serve(
         host, port: Where to listen.
         limits: What is taken of a request.
         allow_urls: Whether pictures are fetched, see `load_image`.
+        allow_origins: Of pages whose scripts may ask, such as `https://example.org`, or `*` (CORS).
 
     Raises:
         FileNotFoundError, ValueError: As `load_checkpoint` and `SearchIndex.load`, or if `host` is empty.
@@ -64,5 +67,5 @@ def serve(
     processor.allow_urls = allow_urls
     opened = None if index is None else SearchIndex.load(index, loaded, processor)
     name = Path(model).resolve().name if Path(model).exists() else model
-    app = create_app(name, loaded, processor, opened, limits)
+    app = create_app(name, loaded, processor, opened, limits, allow_origins)
     uvicorn.run(app, host=host, port=port, http=Protocol, timeout_graceful_shutdown=10, log_level="info")

@@ -7,6 +7,18 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, mode
 Role = Literal["system", "user", "assistant"]
 Whole = Annotated[int, Strict()]  # true is not 1
 Number = Annotated[float, Strict()]
+# What clients write into a chat though it asks for nothing: these values of fields that are not known here.
+OF_NO_EFFECT: dict[str, list[Any]] = {
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "stop": [[]],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "response_format": [{"type": "text"}],
+    "store": [False],
+}
 
 
 class Request(BaseModel):
@@ -216,6 +228,13 @@ class ChatCompletions(Request):
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1
     user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_has_no_effect(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value not in OF_NO_EFFECT.get(name, [])}
 
 
 class Search(Request):

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import functools
+import gzip
 import io
 import json
 import re
@@ -409,7 +410,11 @@ BAD_CHATS = {
     "nothing": ({"messages": []}, "`messages` is []; expected"),
     "no words": ({"messages": [{"role": "user", "content": ""}]}, "holds no text and no image"),
     "a role": ({"messages": [{"role": "tool", "content": "a"}]}, "`messages[0].role` is 'tool'"),
-    "tools": ({"messages": [{"role": "user", "content": "a"}], "tools": []}, "`tools` is not known here"),
+    "tools": ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "`tools` is not known here"),
+    "a penalty": (
+        {"messages": [{"role": "user", "content": "a"}], "presence_penalty": 0.5},
+        "`presence_penalty` is not known here",
+    ),
     "two answers": ({"messages": [{"role": "user", "content": "a"}], "n": 2}, "`n` is 2; expected 1"),
     "a long answer": ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 600}, "`max_tokens` is 600"),
     "no room": ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 256}, "expected 256 together"),
@@ -446,6 +451,59 @@ def test_other_errors_are_json_too(client):
 def test_health_and_models(client):
     assert client.get("/health").json() == {"status": "ok", "model": "tiny", "in_work": 0}
     assert [one["id"] for one in client.get("/v1/models").json()["data"]] == ["tiny"]
+
+
+def test_what_may_be_read_has_a_head(client):
+    for path in ("/health", "/metrics", "/v1/models", "/v1/models/tiny"):
+        head = client.head(path)
+        assert head.status_code == 200 and not head.content
+    assert client.get("/v1/models/tiny").json()["id"] == "tiny"
+    assert "`model` is 'org/other'; expected 'tiny'" in sentence(client.get("/v1/models/org/other"), 404)
+
+
+def test_a_body_that_is_compressed_is_refused(client):
+    packed = gzip.compress(b'{"input": "a"}')
+    response = client.post("/v1/embeddings", content=packed, headers=JSON | {"Content-Encoding": "gzip"})
+    assert "`Content-Encoding` is 'gzip'; expected a body as it is" in sentence(response, 415)
+
+
+def test_pages_of_other_origins_ask_where_they_may(client, model, tiny_processor):
+    asks = {"Origin": "https://a.org", "Access-Control-Request-Method": "POST"}
+    asks["Access-Control-Request-Headers"] = "content-type"
+    assert "OPTIONS" in sentence(client.options("/v1/embeddings", headers=asks), 405)
+    with TestClient(create_app("tiny", model, tiny_processor, allow_origins=["https://a.org"])) as other:
+        assert other.options("/v1/embeddings", headers=asks).headers["access-control-allow-origin"] == "https://a.org"
+        answer = other.post("/v1/embeddings", json={"input": "a"}, headers={"Origin": "https://a.org"})
+        assert answer.headers["access-control-allow-origin"] == "https://a.org"
+        asks["Origin"] = "https://b.org"
+        assert "access-control-allow-origin" not in other.options("/v1/embeddings", headers=asks).headers
+
+
+def test_a_server_that_ends_says_so(slow_model, tiny_processor):
+    """As uvicorn ends requests: what is left of them after a while is cancelled."""
+    model, released = slow_model
+    served, sent = create_app("tiny", model, tiny_processor), []
+
+    async def end_in_the_middle():
+        async def send(message):
+            sent.append(message)
+
+        body = [{"type": "http.request", "body": b'{"input": "a"}'}]
+
+        async def receive():
+            return body.pop() if body else await asyncio.sleep(60)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "query_string": b""}
+        scope["headers"] = [(b"content-type", b"application/json")]
+        async with served.router.lifespan_context(served):
+            request = asyncio.ensure_future(served(scope, receive, send))
+            await asyncio.sleep(0.1)
+            request.cancel()
+            await request
+            released.set()
+
+    asyncio.run(end_in_the_middle())
+    assert sent[0]["status"] == 503 and b"the server is ending" in sent[1]["body"]
 
 
 def test_limits_of_bytes_requests_and_queue(model, tiny_processor):
@@ -555,6 +613,9 @@ def test_the_client_of_openai_gets_what_it_asks_for(model, tiny_processor, monke
         shortened = torch.nn.functional.normalize(embed_texts(model, tiny_processor, TEXTS)[:, :8], dim=-1)
         np.testing.assert_allclose([row.embedding for row in found.data], shortened, atol=1e-5)
         asked = {"model": "mmgem-tiny", "messages": [{"role": "user", "content": page["question"]}]}
+        of_no_effect = {"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "tools": []}
+        assert client.chat.completions.create(**asked, **of_no_effect).choices[0].message.content == expected
+        assert client.models.retrieve("mmgem-tiny").id == "mmgem-tiny"
         stream = client.chat.completions.create(**asked, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).strip() == expected
         with pytest.raises(openai.NotFoundError, match="`model` is 'gpt'; expected 'mmgem-tiny'"):
@@ -580,7 +641,7 @@ def test_the_command_hands_on_what_it_is_told(monkeypatch):
     calls = []
     monkeypatch.setattr(serving_run, "serve", lambda *arguments: calls.append(arguments))
     for hosts, expected in ([], False), (["a.org", "b.org"], ["a.org", "b.org"]), (["*"], True):
-        options = [part for host in hosts for part in ("--allow-urls", host)]
+        options = [part for host in hosts for part in ("--allow-urls", host)] + ["--allow-origins", "https://a.org"]
         result = CliRunner().invoke(app, ["serve", "folder", "--port", "9", "--max-inputs", "7", *options])
         assert result.exit_code == 0, result.output
-        assert calls.pop() == ("folder", None, "127.0.0.1", 9, Limits(max_inputs=7), expected)
+        assert calls.pop() == ("folder", None, "127.0.0.1", 9, Limits(max_inputs=7), expected, ["https://a.org"])
