@@ -239,7 +239,7 @@ def search(
 
             loaded = RowSearch.load(index)
         else:
-            loaded = _load_index(index, model, kinds, conditions)
+            loaded = _load_index(index, model, None if image else text, kinds, conditions)
     if explain is not None:
         explain.mkdir(parents=True, exist_ok=True)
         check_writable(explain / "0001", "--explain")
@@ -280,11 +280,16 @@ def search(
     write_table(found, table_file)
 
 
-def _load_index(index: Path, model: str | None, kinds: list[str] | None = None, conditions: Any = None) -> Any:
-    """Loads an index with its model; what is no finished index, or has no such rows, is refused before that."""
-    from mmgem.training.search.row_search import RowSearch, check_finished
+def _load_index(
+    index: Path, model: str | None, text: str | None, kinds: list[str] | None = None, conditions: Any = None
+) -> Any:
+    """Loads an index with its model; before that, refuses what is no finished index or has no such rows, and a text
+    that says nothing."""
+    from mmgem.training.search.row_search import RowSearch, check_finished, check_says_something
 
     check_finished(index)
+    if text is not None:
+        check_says_something(text)
     if kinds or conditions:
         RowSearch.load(index).list_rows(1, kinds, conditions)
     from mmgem.training.search.index import SearchIndex
@@ -324,7 +329,7 @@ def _fit(index: Path, file: Path, prompt, vectors, query_vectors, kinds, where, 
                 )
             queries.append(LabelledQuery(text, relevant))
         conditions = [Condition.parse(condition) for condition in where or []] or None
-        loaded = _load_index(index, model, kinds, conditions)
+        loaded = _load_index(index, model, None, kinds, conditions)
         limits = {"prompt": prompt, "vectors": vectors, "query_vectors": query_vectors}
         fitted = fit_lexical_weight(loaded, queries, **limits, kinds=kinds or None, where=conditions)
     best, reached, dense, lexical = fitted
@@ -389,7 +394,7 @@ def ask(
     if image and top is not None:
         raise typer.BadParameter("--top is how many images --search finds; with --image it has nothing to say")
     with work():
-        loaded = _load_index(index, model)
+        loaded = _load_index(index, model, search)
         from mmgem.training.search.asking import ask as ask_index
 
         answers = ask_index(loaded, question, image or None, search, top or 1, prompt)

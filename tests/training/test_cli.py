@@ -140,6 +140,9 @@ def test_what_cannot_be_searched_is_refused_before_a_model_is_loaded(gallery, ch
     for limit in (("--kind", "caption"), ("--where", "year=2020")):
         error = run("search", tmp_path / "index", "a star", *limit, exit_code=1).stderr
         assert limit[1].partition("=")[0] in error and "; expected" in error
+    for command in (("search", ""), ("ask", "--search", " ")):
+        error = run(command[0], tmp_path / "index", *command[1:], exit_code=1).stderr
+        assert "expected something to look for" in error
     (tmp_path / UNFINISHED).mkdir()
     (tmp_path / UNFINISHED / MANIFEST).touch()
     assert "still being made" in run("search", tmp_path, "a star", exit_code=1).stderr
