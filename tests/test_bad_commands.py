@@ -253,7 +253,8 @@ def test_a_command_answers_or_says_in_a_line_what_is_wrong(place, row):
 
 SCENES = {"scenes": {"seed": 1, "count": 8}}
 FOLDER = {"folder": "images"}
-SIGLIP, LLAMA = {"model_type": "siglip_vision_model", "image_size": 32}, {"model_type": "llama", "hidden_size": 64}
+SIGLIP = {"model_type": "siglip_vision_model", "image_size": 32, "num_hidden_layers": 1}
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1}
 RECIPE = {
     "model": {"vision_config": SIGLIP, "text_config": LLAMA, "projection_dim": 8},
     "image_processor": {"size": {"height": 32, "width": 32}},

@@ -82,14 +82,13 @@ def check_stages(recipe: Recipe) -> None:
     """
     try:
         config = _starting_config(recipe.model)
-        with torch.device("meta"):
-            MMGEMModel(config)
+        model = _on_meta(config)
     except (RuntimeError, ArithmeticError, TypeError) as error:  # of sizes below 1, or beyond all numbers
         reason = str(error).partition("\nException raised from")[0]
         raise ValueError(f"`model` cannot be built: {reason}; expected sizes that fit each other.") from error
-    for stage in recipe.stages:
-        with torch.device("meta"):
-            model = MMGEMModel(config)
+    for number, stage in enumerate(recipe.stages):
+        if number:
+            model = _on_meta(config)
         try:
             _check_prompts(stage, recipe.prompts or config.prompts or {})
             if stage.image_size is not None:
@@ -111,6 +110,11 @@ def check_stages(recipe: Recipe) -> None:
             parameter_groups(trained, 1.0, stage.training.get("learning_rates"), 0.0, [])
         except (TypeError, ValueError, StrictDataclassError) as error:
             raise ValueError(f"stage `{stage.name}`: {' '.join(str(error).split())}") from error
+
+
+def _on_meta(config: MMGEMConfig) -> MMGEMModel:
+    with torch.device("meta"):
+        return MMGEMModel(config)
 
 
 def _check_prompts(stage: Stage, prompts: Mapping[str, str]) -> None:
