@@ -27,7 +27,7 @@ class InThirdStep(TrainerCallback):
             if dist.get_rank() == 1:
                 self.act()
             # As `ddp_timeout` does on accelerators; on a CPU transformers leaves it at half an hour.
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=5), dist.group.WORLD)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
 
 
 ACTS = {"step": [InThirdStep(die)], "hanging": [InThirdStep(lambda: time.sleep(1000))]}

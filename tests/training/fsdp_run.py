@@ -6,7 +6,9 @@ gloo. So accelerate is told here.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
@@ -16,6 +18,8 @@ from tiny_models import build_model
 from torchrun import leave
 
 from mmgem.training.distributed import is_sharded
+from mmgem.training.evaluation.evaluate import evaluate_model
+from mmgem.training.trainer import trainer as trainer_module
 from mmgem.training.trainer.trainer import MMGEMTrainer, MMGEMTrainingArguments
 
 _initialize = AcceleratorState.__init__
@@ -57,7 +61,8 @@ def train(
     trainer = MMGEMTrainer(
         build_model(), arguments, processing_class=processor, train_dataset=rows(), eval_dataset=evaluated
     )
-    trainer.train(resume_from_checkpoint=resume)
+    with patch.object(trainer_module, "evaluate_model", partial(evaluate_model, max_new_tokens=4)):
+        trainer.train(resume_from_checkpoint=resume)
     names = ("loss", "caption_loss", "contrastive_loss", "grad_norm", "temperature")
     log = trainer.state.log_history
     steps = {entry["step"]: {name: entry[name] for name in names} for entry in log if "loss" in entry}

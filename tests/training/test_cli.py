@@ -653,6 +653,7 @@ def test_quiet_says_the_answer_alone(checkpoint, gallery, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pages
 def test_no_bars_move_in_a_pipe(index, gallery, checkpoint, tmp_path):
     command = [sys.executable, "-m", "mmgem", "caption", gallery, "--model", checkpoint, "--out", tmp_path / "c.jsonl"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)

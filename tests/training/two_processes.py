@@ -36,7 +36,7 @@ DRAWN = {
     "memory_questions_per_image": 1,
     "match_captions_per_image": 1,
 }
-PARTS = {  # what each of the two processes gets
+PARTS = {  # what each of the two processes gets, in quarters in two steps
     "alike": lambda: [rows()[:2], rows()[2:]],
     "boxes on one": lambda: [rows()[2:], rows()[:2]],
     "three and one": lambda: [rows()[1:], rows()[:1]],
@@ -46,6 +46,7 @@ PARTS = {  # what each of the two processes gets
     "distractors on one": lambda: [rows()[:2], [rows()[2], {"image": rows()[3]["image"]}]],
     "an edit and a question on one": lambda: [rows()[:2], [rows()[2] | ASKED | edited(), rows()[3]]],
     "hard negatives on one": lambda: [rows()[:2], [rows()[2] | WRONG, rows()[3]]],
+    "quarters": lambda: [[row] for row in rows()],
 }
 # Every parameter has a part in every step of every process, or else DDP complains, or waits.
 EXACT = {"ddp_find_unused_parameters": False}
@@ -53,19 +54,21 @@ CACHED = EXACT | {"grad_cache_chunk_size": 1}
 ACCUMULATED = {"gradient_accumulation_steps": 2}
 
 
-def cases() -> dict[str, tuple]:
-    """Name to (items of the data set, arguments of two processes, how they differ for one process)."""
-    uncached = {"grad_cache_chunk_size": None}
-    cases = {name: (parts(), EXACT, {}) for name, parts in PARTS.items()}
-    cases |= {f"{name}, cached": (parts(), CACHED, uncached) for name, parts in PARTS.items()}
-    quarters = [[row] for row in rows()]
+# Whatever divides the work; one process has to step alike without it.
+DIVIDING = ("ddp_find_unused_parameters", "grad_cache_chunk_size", "gradient_checkpointing")
+
+
+def cases() -> dict[str, tuple[str, dict]]:
+    """Name to (which of `PARTS`, arguments)."""
+    alike = [name for name in PARTS if name != "quarters"]
+    cases = {name: (name, EXACT) for name in alike} | {f"{name}, cached": (name, CACHED) for name in alike}
     return cases | {
-        "by default": (PARTS["alike"](), {}, {}),
-        "checkpointed": (PARTS["texts on one"](), {"gradient_checkpointing": True}, {}),
-        "accumulated": (quarters, ACCUMULATED, {}),
-        "accumulated, cached": (quarters, ACCUMULATED | CACHED, uncached),
-        "without caption loss": (PARTS["alike"](), EXACT | {"caption_loss_weight": 0.0}, {}),
-        "without contrastive loss": (PARTS["alike"](), EXACT | {"contrastive_loss_weight": 0.0}, {}),
+        "by default": ("alike", {}),
+        "checkpointed": ("texts on one", {"gradient_checkpointing": True}),
+        "accumulated": ("quarters", ACCUMULATED),
+        "accumulated, cached": ("quarters", ACCUMULATED | CACHED),
+        "without caption loss": ("alike", EXACT | {"caption_loss_weight": 0.0}),
+        "without contrastive loss": ("alike", EXACT | {"contrastive_loss_weight": 0.0}),
     }
 
 
@@ -108,7 +111,10 @@ if __name__ == "__main__":
     gc.freeze()  # what was imported stays
     folder = Path(sys.argv[1])
     processor = read_processor(str(folder / "tokenizer"))
-    gradients = {name: gradient(processor, folder, items, 1, **args) for name, (items, args, _) in cases().items()}
+    gradients = {
+        name: gradient(processor, folder, PARTS[parts](), 1, **arguments)
+        for name, (parts, arguments) in cases().items()
+    }
     rank = dist.get_rank()
     gradients["stock"] = stock_gradient(processor, folder, [rows()[:3], rows()[3:]])
     torch.save(gradients, folder / f"gradients-{rank}.pt")
