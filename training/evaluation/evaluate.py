@@ -50,20 +50,20 @@ def evaluate_model(
     intervals: dict[str, tuple[float, float]] | None = None,
     skipped: SkippedLog | None = None,
 ) -> dict[str, float]:
-    """Measures a model on rows of images; what the rows do not have is not measured.
+    """Measures a model on rows of images; what the rows do not have is not measured. Cards quote the table.
 
     | metric | columns | what it is |
     |---|---|---|
-    | `text_to_image_recall@k` | `captions` | every caption searches the images; k is 1, 5, 10 |
-    | `image_to_text_recall@k` | `captions` | every image searches them (`logits_per_image`); any of its own is right |
-    | `fused_text_to_image_recall@1` | `captions` | images with captions go through the language model |
-    | `long_text_to_image_recall@1` | `long_caption` | |
+    | `text_to_image_recall@k` | `captions` | every caption searches the images |
+    | `image_to_text_recall@k` | `captions` | every image searches the captions; any of its own is right |
+    | `fused_text_to_image_recall@1` | `captions` | captions search images that the language model embeds |
+    | `long_text_to_image_recall@1` | `long_caption` | every long caption searches the images |
     | `zero_shot_accuracy` | `label` | among the labels of the rows, or the judge's classes if they are among these |
-    | `caption_fidelity` | `captions` | generated captions that the judge finds right, of those it can judge |
+    | `caption_fidelity` | `captions` | generated captions that say just what a true one says, as the judge reads it |
     | `memory_caption_fidelity` | `captions` | as `caption_fidelity`, from the memory of the image alone |
     | `text_to_image_recall@k_LANGUAGE` | `captions_LANGUAGE` | as above, in another language, such as `captions_de` |
     | `image_to_text_recall@k_LANGUAGE` | `captions_LANGUAGE` | likewise |
-    | `cider`, `bleu4` | `captions` | of the generated captions; need pycocoevalcap |
+    | `cider`, `bleu4` | `captions` | CIDEr-D and BLEU-4 of generated captions, by pycocoevalcap |
     | `caption_distinct` | `captions` | share of different captions among the generated ones |
     | `caption_most_repeated` | `captions` | share of the images that get the most frequent caption |
     | `caption_length` | `captions` | words of a generated caption |
@@ -78,10 +78,10 @@ def evaluate_model(
     | `instructed_region_accuracy` | `boxes`, `instructions` | an image with an instruction finds that of its boxes |
     | `composed_recall@1` | `edit`, `edited_image` | an image with the instruction finds the edited image |
 
-    A text that several images share is right for each of them; so is a region caption for regions of the same meaning,
-    and for the same box. In its own image it counts where there are several boxes. In the pointing game every meaning
-    counts once in an image, and any box of it is right; it points at
-    [`mmgem.training.similarity_maps.SimilarityMap.peaks`].
+    Recalls of images and texts are for k of 1, 5 and 10. A text that several images share is right for each of them;
+    so is a region caption for regions of the same meaning, and for the same box. In its own image it counts where
+    there are several boxes. In the pointing game every meaning counts once in an image, and any box of it is right; it
+    points at [`mmgem.training.similarity_maps.SimilarityMap.peaks`].
 
     An instruction `{"text", "box"}` names a box by its number, and counts where the image has several boxes. An image
     with the instruction of its `edit` searches all images and all edited ones: itself is the nearest distractor. What

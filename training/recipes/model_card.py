@@ -1,5 +1,6 @@
 """The Hub card of a trained model, written from its recipe, its figures and its log."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -8,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.training.evaluation.evaluate import evaluate_model
 from mmgem.training.recipes.recipe import Recipe
 from mmgem.training.recipes.stage_kinds import stage_kind
 
@@ -48,7 +50,9 @@ def write_model_card(
         limits=ONLY_SCENES if all("scenes" in section for section in train_data) else "",
         data=data,
         train_data="; ".join(dict.fromkeys(map(_data_name, train_data))),
-        results="\n".join(f"| {measure} | {value:.3f} |" for measure, value in metrics.items()),
+        results="\n".join(
+            f"| {measure} | {value:.3f} | {describe_measure(measure)} |" for measure, value in metrics.items()
+        ),
         steps=" + ".join(str(stage.training.get("max_steps", "all")) for stage in recipe.stages),
         losses=_describe_losses(recipe, log_history),
     )
@@ -75,6 +79,16 @@ def write_model_card(
         or None,
     )
     ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def describe_measure(name: str) -> str:
+    """What a measure of [`evaluate_model`] is, as its docstring says it; nothing of one that it does not know."""
+    for names, description in re.findall(r"^ *\| (`.*?) \| .*? \| (.*?) \|$", evaluate_model.__doc__ or "", re.M):
+        for known in re.findall("`(.*?)`", names):
+            pattern = re.escape(known).replace("@k", r"@\d+").replace("LANGUAGE", "[a-z]+")
+            if re.fullmatch(pattern, name):
+                return description
+    return ""
 
 
 def _data_name(section: Mapping[str, Any]) -> str:

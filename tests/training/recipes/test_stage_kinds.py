@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 from tiny_models import build_model
 
 from mmgem.modeling_mmgem import MMGEMModel
-from mmgem.training.recipes.model_card import write_model_card
+from mmgem.training.recipes.model_card import describe_measure, write_model_card
 from mmgem.training.recipes.recipe import parse_recipe
 from mmgem.training.recipes.stage import stage_arguments, stage_trainer
 from mmgem.training.recipes.stage_kinds import STAGE_KINDS, StageKind
@@ -91,3 +91,17 @@ def test_the_card_calls_the_data_by_its_name(sections, section, name, tmp_path):
     assert (result.dataset_name, result.metric_value) == (name, 0.5)
     assert {"multi-vector", "feature-extraction"} <= set(card.data.tags)
     assert f"Measured on {name}." in card.text and "a query may be a text or an image" in card.text
+    assert "| text_to_image_recall@1 | 0.500 | every caption searches the images |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ("image_to_text_recall@10", "every image searches the captions; any of its own is right"),
+        ("text_to_image_recall@5_de", "as above, in another language, such as `captions_de`"),
+        ("bleu4", "CIDEr-D and BLEU-4 of generated captions, by pycocoevalcap"),
+        ("recall@1", ""),
+    ],
+)
+def test_the_card_says_what_its_figures_are(name, description):
+    assert describe_measure(name) == description
