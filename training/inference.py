@@ -6,8 +6,11 @@ An embedding is one vector (D,), or k vectors (k, D) of a model with `embedding_
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
+from threading import Lock
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import normalize
@@ -25,20 +28,40 @@ BOXES_AT_A_TIME = 256  # of all images of a batch together
 CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get captions as short as answers
 
 
+@dataclass
+class _Mode:
+    """How many threads run a model in evaluation mode, and whether it trains after the last of them."""
+
+    threads: int = 0
+    was_training: bool | None = None
+
+
+_modes: WeakKeyDictionary[torch.nn.Module, _Mode] = WeakKeyDictionary()
+_modes_lock = Lock()
+
+
 @contextmanager
 def inference(model) -> Iterator[None]:
-    """Runs what is within without gradients and in evaluation mode; the model's former mode comes back after it."""
-    was_training, is_in_shards = model.training, is_sharded(model)
-    changes_mode = any(module.training for module in model.modules())  # setting it takes longer than a small batch
-    if changes_mode:
-        model.eval()
+    """Runs what is within without gradients and in evaluation mode; the model's former mode comes back after it, or
+    after the last thread that runs it in this way."""
+    is_in_shards = is_sharded(model)
+    with _modes_lock:
+        mode = _modes.setdefault(model, _Mode())
+        if any(module.training for module in model.modules()):  # setting it takes longer than a small batch
+            mode.was_training = model.training
+            model.eval()
+        mode.threads += 1
     try:
         # FSDP keeps the tensors that it gathers parameters into, and could not train with those of inference mode.
         with torch.no_grad() if is_in_shards else torch.inference_mode():
             yield
     finally:
-        if changes_mode:
-            model.train(was_training)
+        with _modes_lock:
+            mode.threads -= 1
+            if not mode.threads:
+                del _modes[model]
+                if mode.was_training is not None:
+                    model.train(mode.was_training)
         if is_in_shards:
             reshard(model)
 

@@ -5,9 +5,11 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from json import JSONDecodeError
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,6 +72,17 @@ TEXT_CONTENTS = (
 )
 
 logger = logging.getLogger(__name__)
+
+_tokenizing = RLock()
+
+
+def _renew_lock():
+    global _tokenizing
+    _tokenizing = RLock()  # the thread that held it is not in the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class MMGEMImagesKwargs(ImagesKwargs, total=False):
@@ -358,7 +371,7 @@ class MMGEMProcessor(ProcessorMixin):
         prompt = self.prompt(text, num_images)
         if self.vlm_processor is None or not is_vlm_view or not num_images:
             prompt = prompt.replace(self.image_token, self.visual_token)
-            return self.tokenizer(prompt, **self.prompt_kwargs)["input_ids"]
+            return self._tokenize(prompt, **self.prompt_kwargs)
         ids, token_id = (
             self._whole_image_ids(text, num_images),
             self.tokenizer.convert_tokens_to_ids(self.visual_token),
@@ -387,7 +400,7 @@ class MMGEMProcessor(ProcessorMixin):
             ValueError: If a conversation in the chat template does not begin with the prompt that it asks with.
         """
         if not self.has_chat_template:
-            return self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            return self._tokenize(answer, add_special_tokens=False)
         prompt, turn = self.prompt(text, num_images), {"type": "text", "text": answer.strip()}
         conversation = [_user_turn(text, num_images), {"role": "assistant", "content": [turn]}]
         whole = self._conversation(conversation)
@@ -397,10 +410,15 @@ class MMGEMProcessor(ProcessorMixin):
                 "expected a conversation that begins with its prompt."
             )
         whole = whole.rstrip()  # what stands after the end of the turn, nobody writes
-        before, ids = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, whole))
+        before, ids = (self._tokenize(part, add_special_tokens=False) for part in (prompt, whole))
         if ids[: len(before)] == before:
             return ids[len(before) :]
-        return self.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+        return self._tokenize(whole[len(prompt) :], add_special_tokens=False)
+
+    def _tokenize(self, text: str, **kwargs) -> list[int]:
+        """Token ids. A fast tokenizer keeps in itself how a call pads and cuts: threads would get each other's."""
+        with _tokenizing:
+            return self.tokenizer(text, **kwargs)["input_ids"]
 
     @property
     def visual_token(self) -> str:
@@ -476,7 +494,8 @@ class MMGEMProcessor(ProcessorMixin):
             texts = [text] if isinstance(text, str) else text
             if any(isinstance(sample, str) and self.image_token in sample for sample in texts):
                 kwargs["max_length"] = limit + self.num_visual_tokens
-        return MMGEMInputs(super().__call__(images=images, text=text, **kwargs).data)
+        with nullcontext() if text is None else _tokenizing:
+            return MMGEMInputs(super().__call__(images=images, text=text, **kwargs).data)
 
     def _has_placeholders(self, text) -> bool:
         texts = [text] if isinstance(text, str) else list(text or [])
@@ -501,7 +520,8 @@ class MMGEMProcessor(ProcessorMixin):
         if bos_token and all(sample.startswith(bos_token) for sample in text):
             defaults["add_special_tokens"] = False  # a chat template has written them
         kwargs["text_kwargs"] = {k: v for k, v in defaults.items() if k not in kwargs} | kwargs.get("text_kwargs", {})
-        inputs = self.vlm_processor(images=of_text, text=text, **kwargs)
+        with _tokenizing:
+            inputs = self.vlm_processor(images=of_text, text=text, **kwargs)
         if "suffix" not in kwargs:
             inputs.pop("labels", None)  # of PaliGemma, without a label
         return inputs

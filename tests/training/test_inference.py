@@ -1,5 +1,9 @@
 """Embeddings, memories and texts of batches: against the model, one at a time, and without what is not needed."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import pytest
 import torch
 from knowing_model import KnowingModel, KnowingProcessor, knowable_rows
@@ -380,3 +384,49 @@ def test_the_tower_runs_once_for_threads_that_end_at_any_time(tiny_model, tiny_p
         assert torch.equal(embed_images(tiny_model, tiny_processor, pictures), expected)
     second.__exit__(None, None, None)
     assert "_patch_grid" not in vars(tiny_model)
+
+
+def test_threads_do_not_get_the_padding_of_each_other(tiny_model, tiny_processor, monkeypatch):
+    """A fast tokenizer is told how to pad, and then encodes: between the two another thread may tell it otherwise."""
+    kind = type(tiny_processor.tokenizer)
+    tell = kind.set_truncation_and_padding
+
+    def tell_and_wait(self, *args, **kwargs):
+        tell(self, *args, **kwargs)
+        time.sleep(0.005)
+
+    monkeypatch.setattr(kind, "set_truncation_and_padding", tell_and_wait)
+    monkeypatch.setattr(tiny_processor, "cut_texts", tiny_processor.cut_texts)
+    texts = [text * 3 for text in TEXTS]
+    alone = embed_texts(tiny_model, tiny_processor, texts)
+    calls = [lambda: tiny_processor(text=texts, padding=True), lambda: tiny_processor(text=texts, max_length=2)]
+    with ThreadPoolExecutor() as threads:
+        others = [threads.submit(call) for call in calls * 10]
+        for embeds in [threads.submit(embed_texts, tiny_model, tiny_processor, texts) for _ in range(10)]:
+            torch.testing.assert_close(embeds.result(), alone, rtol=0, atol=1e-5)
+    assert {len(other.result()["input_ids"][0]) for other in others[1::2]} == {2}
+
+
+def test_a_model_trains_again_after_the_last_thread_that_runs_it():
+    model, is_first_done, is_second_there = torch.nn.Dropout(), Event(), Event()
+
+    def second() -> bool:
+        with inference.inference(model):
+            is_second_there.set()
+            is_first_done.wait(9)
+            return model.training
+
+    with ThreadPoolExecutor() as threads:
+        with inference.inference(model):
+            other = threads.submit(second)
+            assert is_second_there.wait(9)
+            model.train()  # as somebody may
+            with inference.inference(model):
+                assert not model.training
+            assert not model.training
+        is_first_done.set()
+        assert not other.result() and model.training
+    model.eval()
+    with inference.inference(model):
+        pass
+    assert not model.training and not inference._modes
