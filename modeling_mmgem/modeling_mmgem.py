@@ -1185,7 +1185,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args, **kwargs):
         """As of every model, but what decides is where the images stand: they are read with the first tokens, by a
         model that drafts for another too, and with a cache that goes on before them, no more."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the former from transformers 5.24 on
         has_begun = self._has_begun(cache) if cache is not None and not cache.is_compileable else None
         if kwargs.get("use_cache", True):
             if has_begun is False:
