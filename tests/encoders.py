@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image
 from tiny_models import build_model
 
@@ -52,3 +53,23 @@ def close(embeddings, expected: torch.Tensor) -> bool:
         embeddings = torch.stack(embeddings)
     embeddings = torch.as_tensor(embeddings)
     return embeddings.shape == expected.shape and torch.allclose(embeddings, expected, atol=1e-5)
+
+
+def learns_pairs(encoder, trainer_class, arguments_class, loss, folder) -> bool:
+    """Whether a trainer of sentence-transformers brings four images nearest to their texts."""
+    images = [Image.new("RGB", (32, 32), color) for color in ("red", "green", "blue", "white")]
+    pairs = Dataset.from_dict({"image": images, "text": ["a red star", "green", "a large circle", ""]})
+    arguments = arguments_class(
+        str(folder),
+        max_steps=30,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer_class(model=encoder, args=arguments, train_dataset=pairs, loss=loss).train()
+    scores = encoder.similarity(encoder.encode(images), encoder.encode(pairs["text"]))
+    return scores.argmax(dim=1).tolist() == [0, 1, 2, 3]

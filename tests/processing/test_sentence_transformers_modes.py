@@ -175,17 +175,21 @@ def test_prompts_of_the_encoder_are_saved_with_the_model(folder, tmp_path):
 # What the model does with its embeddings
 
 
+def assert_embeds_each_kind(encoder, model, processor):
+    inputs = ["a star", PHOTO, {"image": PHOTO, "text": "a star"}, {"image": PHOTO, "boxes": [BOX]}]
+    expected = [
+        unit_features(model, processor, text="a star"),
+        unit_features(model, processor, "image", images=PHOTO),
+        unit_features(model, processor, "fused", images=PHOTO, text="<image>a star"),
+        unit_features(model, processor, "image", images=PHOTO, boxes=[BOX])[:, 0],
+    ]
+    assert close(encoder.encode(inputs), torch.cat(expected))
+
+
 def test_calibrated_embeddings(tiny_processor, tmp_path):
     model = calibrated_model()
     encoder = encoder_of(model, tiny_processor, tmp_path)
-    inputs = ["a star", PHOTO, {"image": PHOTO, "text": "a star"}, {"image": PHOTO, "boxes": [BOX]}]
-    expected = [
-        unit_features(model, tiny_processor, text="a star"),
-        unit_features(model, tiny_processor, "image", images=PHOTO),
-        unit_features(model, tiny_processor, "fused", images=PHOTO, text="<image>a star"),
-        unit_features(model, tiny_processor, "image", images=PHOTO, boxes=[BOX])[:, 0],
-    ]
-    assert close(encoder.encode(inputs), torch.cat(expected))
+    assert_embeds_each_kind(encoder, model, tiny_processor)
     model.calibrator = None
     raw = unit_features(model, tiny_processor, "image", images=PHOTO)
     assert not close(encoder.encode([PHOTO]), raw)
@@ -195,14 +199,7 @@ def test_embeddings_read_by_a_prompt(tiny_processor, tmp_path):
     model = prompted_model()
     encoder = encoder_of(model, tiny_processor, tmp_path)
     assert encoder.get_embedding_dimension() == encoder[0].get_embedding_dimension() == 32
-    inputs = ["a star", PHOTO, {"image": PHOTO, "text": "a star"}, {"image": PHOTO, "boxes": [BOX]}]
-    expected = [
-        unit_features(model, tiny_processor, text="a star"),
-        unit_features(model, tiny_processor, "image", images=PHOTO),
-        unit_features(model, tiny_processor, "fused", images=PHOTO, text="<image>a star"),
-        unit_features(model, tiny_processor, "image", images=PHOTO, boxes=[BOX])[:, 0],
-    ]
-    assert close(encoder.encode(inputs), torch.cat(expected))
+    assert_embeds_each_kind(encoder, model, tiny_processor)
     assert MultiVectorEncoder(str(tmp_path), **LOADING).get_embedding_dimension() == 32
 
 
