@@ -50,6 +50,15 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What a file has imported stays, too; and all that training with workers has thawed, or all further trainings of
+    this process would look through the libraries for garbage."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure():
     shutil.rmtree(os.environ["HF_HOME"])
 
