@@ -65,11 +65,6 @@ class MaskedObjective(ContrastiveObjective):
         if self.structure_levels < 1:
             raise ValueError(f"`structure_levels` is {self.structure_levels}; expected 1 or more.")
 
-    @property
-    def reads_latents(self) -> bool:
-        """Whether it asks for cached features of images and of texts."""
-        return self.fusemix is not None or self.structure > 0
-
     def check(self, config: MMGEMConfig) -> None:
         """Refuse a model that lacks what the loss needs, before anything is trained.
 

@@ -91,7 +91,6 @@ def test_options_out_of_range_are_refused(options, message):
 def test_an_objective_does_what_its_options_ask_for():
     batch, images, texts = a_batch(), random(4, 6, seed=2), random(5, 6, seed=3)
     plain, mixing, keeping = build_objective(), build_objective(fusemix=0.5), build_objective(structure=3.0)
-    assert [one.reads_latents for one in (plain, mixing, keeping, build_objective(structure=0.5))] == [0, 1, 1, 1]
     assert plain.mixed(batch) is batch and keeping.mixed(batch) is batch
     torch.manual_seed(3)
     found = mixing.mixed(batch)
