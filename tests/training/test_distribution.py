@@ -97,11 +97,18 @@ def fsdp(tiny_processor, tmp_path_factory):
     return run_on_two(fsdp_run, tiny_processor, tmp_path_factory.mktemp("fsdp"))
 
 
+@pytest.fixture(scope="module")
+def one_process(tiny_processor, tmp_path_factory):
+    """The folder of a run on one process, and its report."""
+    folder = tmp_path_factory.mktemp("one_process")
+    return folder, fsdp_run.train(tiny_processor, folder, 4, **fsdp_run.CAPTIONED)
+
+
 @pytest.mark.parametrize("run", ["captioned", "resumed", "cached"])
-def test_fsdp_steps_and_evaluates_as_one_process_does(fsdp, tiny_processor, tmp_path, run):
+def test_fsdp_steps_and_evaluates_as_one_process_does(fsdp, one_process, tiny_processor, tmp_path, run):
     report = json.loads((fsdp / "report.json").read_text())
     assert report[run]["is_sharded"]
-    expected = fsdp_run.train(tiny_processor, tmp_path, 4, **(fsdp_run.CAPTIONED if run != "cached" else fsdp_run.EMA))
+    expected = fsdp_run.train(tiny_processor, tmp_path, 4, **fsdp_run.EMA) if run == "cached" else one_process[1]
     for actual, step in zip(report[run]["steps"], expected["steps"], strict=True):
         assert actual == pytest.approx(step, rel=1e-5)
     count = 1 if run == "resumed" else len(expected["metrics"])
@@ -110,15 +117,14 @@ def test_fsdp_steps_and_evaluates_as_one_process_does(fsdp, tiny_processor, tmp_
         assert actual == pytest.approx(metrics)
 
 
-def test_fsdp_checkpoint_loads_as_any_other(fsdp, tiny_processor, tmp_path):
+def test_fsdp_checkpoint_loads_as_any_other(fsdp, one_process):
     folder = fsdp / "run" / "checkpoint-2"
     assert last_complete_checkpoint(fsdp / "run") == str(folder)
-    fsdp_run.train(tiny_processor, tmp_path, 4)
+    plain = one_process[0] / "checkpoint-2"
     weights = MMGEMModel.from_pretrained(folder).state_dict()
-    for name, tensor in MMGEMModel.from_pretrained(tmp_path / "checkpoint-2").state_dict().items():
+    for name, tensor in MMGEMModel.from_pretrained(plain).state_dict().items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     # Its code is the model's, not that of the class which FSDP makes of it.
-    plain = tmp_path / "checkpoint-2"
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in plain.glob("*.py")}
     configs = [json.loads((path / "config.json").read_text()) for path in (folder, plain)]
     assert configs[0] == configs[1] and configs[0]["auto_map"]["AutoModel"] == "modeling_mmgem.MMGEMModel"
