@@ -1,6 +1,6 @@
 """What the model makes of batches of inputs: vectors, and texts that are written token by token."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +21,15 @@ class ChatSettings(NamedTuple):
         temperature: 0 for the likeliest token each time.
         top_p: As for `generate`.
         seed: Of the sampling.
-        streamer: Takes the pieces of the answer.
+        stop: Texts before the first of which it ends.
+        streamer: Takes the pieces of the answer, which go on after that.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
     streamer: AsyncTextIteratorStreamer | None = None
 
     @property
@@ -75,23 +77,62 @@ def write(model, processor, jobs: Sequence[Job], settings: ChatSettings) -> list
             torch.manual_seed(settings.seed)
     if settings.streamer is not None:
         options["num_beams"] = 1  # whose words are known one by one
+    criteria: list[StoppingCriteria] = [_GivenUp(jobs)]
+    if settings.stop:
+        criteria.append(_Stopped(processor.tokenizer, length, settings.stop))
     with inference(model):
         ids = model.generate(
             **to_model(model, batch),
             **options,
             max_new_tokens=settings.max_new_tokens,
-            stopping_criteria=StoppingCriteriaList([_GivenUp(jobs)]),
+            stopping_criteria=StoppingCriteriaList(criteria),
             streamer=settings.streamer,
         )
     ends = model.generation_config.eos_token_id
-    return [_answer(row, processor, ends) for row in ids[:, length:].tolist()]
+    return [_answer(row, processor, ends, settings.stop) for row in ids[:, length:].tolist()]
 
 
-def _answer(ids: list[int], processor, end_ids: int | list[int] | None) -> Answer:
+def _answer(ids: list[int], processor, end_ids: int | list[int] | None, stop: Sequence[str]) -> Answer:
     ends = [] if end_ids is None else [end_ids] if isinstance(end_ids, int) else end_ids
     count = next((number for number, token in enumerate(ids, 1) if token in ends), None)
-    text = processor.tokenizer.decode(ids[:count], skip_special_tokens=True).strip()
-    return Answer(text, count or len(ids), count is None)
+    text = processor.tokenizer.decode(ids[:count], skip_special_tokens=True)
+    if (end := first_stop(text, stop)) is not None:
+        beginnings = (processor.tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(1, len(ids) + 1))
+        count = next(n for n, beginning in enumerate(beginnings, 1) if first_stop(beginning, stop) is not None)
+        text = text[:end]
+    return Answer(text.strip(), count or len(ids), count is None)
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of some texts begins in a text."""
+    return min((text.index(one) for one in stop if one in text), default=None)
+
+
+async def until_stop(pieces: AsyncIterable[str], stop: Sequence[str]) -> AsyncIterator[str]:
+    """The pieces of a text before the first of some texts; what one of these may begin with waits for what follows."""
+    held, most = "", max(map(len, stop), default=1) - 1
+    async for piece in pieces:
+        held += piece
+        if (end := first_stop(held, stop)) is not None:
+            yield held[:end]
+            return
+        ready = max(0, len(held) - most)
+        yield held[:ready]
+        held = held[ready:]
+    yield held
+
+
+class _Stopped(StoppingCriteria):
+    """Of answers alone: `stop_strings` of `generate` may begin in the prompt."""
+
+    def __init__(self, tokenizer, length: int, stop: Sequence[str]):
+        self.tokenizer = tokenizer
+        self.length = length
+        self.stop = stop
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.length :], skip_special_tokens=True)
+        return torch.tensor([first_stop(text, self.stop) is not None for text in texts], device=input_ids.device)
 
 
 class _GivenUp(StoppingCriteria):

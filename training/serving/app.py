@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from mmgem.training.search.index import SearchIndex
-from mmgem.training.serving.answers import Answer, ChatSettings
+from mmgem.training.serving.answers import Answer, ChatSettings, until_stop
 from mmgem.training.serving.inputs import ModelInput
 from mmgem.training.serving.limits import Gate, Limits, error_body, error_response
 from mmgem.training.serving.schemas import (
@@ -205,7 +205,7 @@ async def _stream(
     writing.add_done_callback(lambda _: streamer.text_queue.put_nowait(streamer.stop_signal))
     try:
         yield event({"role": "assistant", "content": ""})
-        async for piece in streamer:
+        async for piece in until_stop(streamer, settings.stop):
             if piece:
                 yield event({"content": piece})
         answer = await writing

@@ -13,7 +13,6 @@ OF_NO_EFFECT: dict[str, list[Any]] = {
     "presence_penalty": [0],
     "logit_bias": [{}],
     "logprobs": [False],
-    "stop": [[]],
     "tools": [[]],
     "tool_choice": ["none", "auto"],
     "response_format": [{"type": "text"}],
@@ -211,6 +210,7 @@ class ChatCompletions(Request):
         temperature: 0, the default, takes the likeliest token, as does less than 0.001; above it, tokens are sampled.
         top_p: Of the sampled ones, the likeliest that have this probability together.
         seed: Of the sampling.
+        stop: Texts before the first of which the answer ends.
         stream: Whether the answer comes in pieces, as server-sent events.
         stream_options: Of the stream.
         n: One answer.
@@ -224,10 +224,16 @@ class ChatCompletions(Request):
     temperature: Number = Field(0.0, ge=0, le=2)
     top_p: Number = Field(1.0, gt=0, le=1)
     seed: Whole | None = Field(None, ge=-(1 << 63), lt=1 << 64)
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field([], max_length=4)
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1
     user: str | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod

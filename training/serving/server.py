@@ -150,7 +150,7 @@ class Server:
             )
         length = asked or min(room, CAPTION_TOKENS, limits.max_new_tokens)
         temperature = request.temperature if request.temperature >= LEAST_TEMPERATURE else 0.0
-        return read, ChatSettings(length, temperature, request.top_p, request.seed, streamer)
+        return read, ChatSettings(length, temperature, request.top_p, request.seed, tuple(request.stop), streamer)
 
     async def write(self, read: ModelInput, settings: ChatSettings) -> Answer:
         """Answers a conversation.

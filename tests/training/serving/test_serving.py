@@ -35,6 +35,7 @@ from mmgem.training.search.building import build_index
 from mmgem.training.search.conditions import Condition
 from mmgem.training.search.index import SearchIndex
 from mmgem.training.serving import run as serving_run
+from mmgem.training.serving.answers import until_stop
 from mmgem.training.serving.app import create_app
 from mmgem.training.serving.limits import Limits
 
@@ -255,6 +256,44 @@ def test_chat_answers_as_the_model_does(client, model, tiny_processor):
     assert first == again != other
     coldest = client.post("/v1/chat/completions", json=asked | {"temperature": 1e-300}).json()
     assert coldest["choices"][0]["message"]["content"] == body["choices"][0]["message"]["content"]
+
+
+def test_an_answer_ends_before_a_stop(client, model, tiny_processor):
+    asked = {"messages": [{"role": "user", "content": "a large red star"}], "max_tokens": 12}
+
+    def ask(**fields) -> tuple[str, str, int]:
+        body = client.post("/v1/chat/completions", json=asked | fields).json()
+        [choice] = body["choices"]
+        return choice["message"]["content"], choice["finish_reason"], body["usage"]["completion_tokens"]
+
+    whole, _, count = ask()
+    assert count == 12 and len(whole) > 20
+    stop = whole[9:13]
+    text, reason, used = ask(stop=stop)
+    assert text == whole[: whole.index(stop)].strip() and reason == "stop" and 0 < used < count
+    assert ask(stop=["nowhere", stop, whole[15:]]) == (text, reason, used)
+    assert ask(stop="nowhere") == ask(stop=[]) == ask(stop=None) == (whole, "length", count)
+    stream = client.post("/v1/chat/completions", json=asked | {"stop": [stop, "nowhere"], "stream": True}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in stream.split("\n\n") if "{" in line]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events).strip() == text
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+    refused = client.post("/v1/chat/completions", json=asked | {"stop": [""]})
+    assert "`stop[0]` is ''; expected" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 40])
+def test_pieces_end_before_a_stop(size):
+    text = "one two twofold three"
+
+    async def pieces():
+        for start in range(0, len(text), size):
+            yield text[start : start + size]
+
+    async def join(stop: list[str]) -> str:
+        return "".join([piece async for piece in until_stop(pieces(), stop)])
+
+    found = [asyncio.run(join(stop)) for stop in ([], ["four"], ["twof"], ["three", "fold"], ["one"])]
+    assert found == [text, text, "one two ", "one two two", ""]
 
 
 def test_chats_at_one_time_are_written_together(model, tiny_processor):
