@@ -49,6 +49,8 @@ from mmgem.training.printable import printable
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OverflowError, MemoryError)
 # What libraries say in errors of their own.
 NO_ROOM = re.compile("No space left|[Qq]uota exceeded|can't allocate memory|Cannot allocate memory|can't start new")
+# A worker of a loader that the system killed, most often for lack of memory.
+LOST = re.compile("DataLoader worker .*(killed by signal|exited unexpectedly)")
 
 # What is said to whoever interrupts a command.
 GOING_ON = {
@@ -75,9 +77,13 @@ class _Commands(TyperGroup):
             _discard(sys.stdout)
             raise typer.Exit(128 + PIPE) from error
         except Exception as error:
-            if ctx.params["traceback"] or not (isinstance(error, USER_ERRORS) or NO_ROOM.search(str(error))):
+            is_lost = LOST.search(str(error)) is not None
+            is_known = isinstance(error, USER_ERRORS) or NO_ROOM.search(str(error)) or is_lost
+            if ctx.params["traceback"] or not is_known:
                 raise
             message = printable(" ".join(str(error).split()) or type(error).__name__)
+            if is_lost:
+                message += f" Memory may have run out{GOING_ON.get(ctx.invoked_subcommand, '')}."
             typer.secho(f"mmgem: {message}", err=True, fg=typer.colors.RED)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:

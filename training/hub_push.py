@@ -7,6 +7,7 @@ from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import HfHubHTTPError
 
 from mmgem.processing.hub_code import code_files
+from mmgem.training.output_lock import not_written
 
 NEEDED = (
     *("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -30,6 +31,7 @@ def push_folder(folder: str | Path, repository: str, private: bool = False) -> s
         The address of the repository.
 
     Raises:
+        BlockingIOError: If another job writes the folder.
         FileNotFoundError: If the folder is not there, or files are missing, each of which is named.
         PermissionError: If there is no token, or the Hub refuses it.
         ConnectionError: If the Hub cannot be reached.
@@ -48,6 +50,11 @@ def push_folder(folder: str | Path, repository: str, private: bool = False) -> s
         )
     if get_token() is None:
         raise PermissionError("There is no token for the Hub; expected one of `hf auth login`, or in HF_TOKEN.")
+    with not_written(folder, "folder"):
+        return _push(folder, repository, private)
+
+
+def _push(folder: Path, repository: str, private: bool) -> str:
     try:
         api = HfApi()
         url = api.create_repo(repository, private=private, exist_ok=True)

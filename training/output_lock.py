@@ -5,9 +5,10 @@ import inspect
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import ParamSpec, TypeVar
 from filelock import FileLock, Timeout
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # whose errors do not say of which file they are, where it is open
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in errors of libraries in Rust
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +38,12 @@ def waiting(wait: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def only_writer(out: str | Path) -> Iterator[None]:
+def only_writer(out: str | Path, name: str = "out") -> Iterator[None]:
     """Holds the lock of an output, `OUT.lock` beside it; whoever holds it already may take it again.
 
     Args:
         out: The file or folder, which need not be there yet.
+        name: The argument that names it, for errors.
 
     Raises:
         BlockingIOError: If another job holds it, unless within `waiting`. A job that is gone holds nothing, however it
@@ -70,8 +74,8 @@ def only_writer(out: str | Path) -> Iterator[None]:
     except Timeout:
         if not _waits.get():
             raise BlockingIOError(
-                f"`out` is {str(out)!r}, which {_holder(place)} is writing; expected no other job at it. Wait for it "
-                "to end (`--wait` does)."
+                f"`{name}` is {str(out)!r}, which {_holder(place)} is writing; expected no other job at it. Wait for "
+                "it to end (`--wait` does)."
             ) from None
         logger.warning("waiting for %s, which %s is writing", out, _holder(place))
         lock.acquire()
@@ -90,10 +94,35 @@ def only_writer(out: str | Path) -> Iterator[None]:
         if error.errno in FULL and error.filename is None:
             error.filename = str(out)
         raise
+    except Exception as error:  # such as that of safetensors
+        if (said := _OS_ERROR.search(str(error))) and int(said[1]) in FULL:
+            raise OSError(int(said[1]), os.strerror(int(said[1])), str(out)) from error
+        raise
     finally:
         with suppress(OSError):  # while it is held: who waits for it sees that it is gone, and makes another
             place.unlink()
         lock.release()
+
+
+@contextmanager
+def not_written(folder: Path, name: str) -> Iterator[None]:
+    """Lets no job write a folder while it is read as a whole.
+
+    Args:
+        folder: The folder.
+        name: The argument that names it, for errors.
+
+    Raises:
+        BlockingIOError: If another job writes it, unless within `waiting`.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(folder, name))
+        except BlockingIOError:
+            raise
+        except OSError:  # where no lock can be written, no job of ours can write
+            logger.debug("%s has no lock", folder)
+        yield
 
 
 def one_writer(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import threading
@@ -13,7 +14,7 @@ from mmgem.training.data.image_folder import read_image_folder
 from mmgem.training.demo.run import run_demo
 from mmgem.training.evaluation.calibration import write_calibrated
 from mmgem.training.onnx_export import export_onnx
-from mmgem.training.output_lock import one_writer, only_writer, waiting
+from mmgem.training.output_lock import not_written, one_writer, only_writer, waiting
 from mmgem.training.recipes.check import check_recipe
 from mmgem.training.recipes.run import train
 from mmgem.training.scenes.dataset import write_scene_folder
@@ -143,3 +144,41 @@ def test_the_command_line_waits_when_it_is_told_to(out, other_job):
 def test_an_unreadable_holder_is_another_process(tmp_path):
     (tmp_path / "lock").write_text("{")
     assert output_lock._holder(tmp_path / "lock") == "another process"
+
+
+def test_a_folder_is_read_as_a_whole_while_nobody_writes_it(out, other_job):
+    with (
+        pytest.raises(BlockingIOError, match=f"`folder` is .*, which process {other_job.pid} on "),
+        not_written(out, "folder"),
+    ):
+        pass
+    other_job()
+    with not_written(out, "folder"), only_writer(out):  # the same job may
+        assert os.path.exists(f"{out}.lock")
+    (out.parent / "file").touch()
+    with not_written(out.parent / "file" / "below", "folder"):  # where no lock can be
+        pass
+
+
+def test_the_error_of_a_full_disk_names_the_output(out):
+    class RustError(Exception):
+        pass
+
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(OSError, match="No space left on device: '.*out'") as error, only_writer(out):
+        raise RustError(said)
+    assert error.value.errno == errno.ENOSPC
+    with pytest.raises(RustError), only_writer(out):
+        raise RustError("Error while deserializing header: invalid (os error 2)")
+
+
+def test_a_worker_that_the_system_killed_is_said_in_a_line(monkeypatch, tmp_path):
+    def train(*args, **kwargs):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("mmgem.training.recipes.run.train", train)
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
+    said = (
+        "DataLoader worker (pid 7) is killed by signal: Killed. Memory may have run out; the same command with --res"
+    )
+    assert result.exit_code == 1 and said in result.stderr
