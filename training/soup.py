@@ -62,6 +62,7 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
     config = MMGEMConfig.from_pretrained(paths[0])
     # Through the class, which ties weights and knows how their names on disk differ from its own.
     model = MMGEMModel.from_pretrained(None, config=config, state_dict=averaged, dtype=config.dtype)
+    model.name_or_path = ""  # it is "None", whose processor would be looked for on the Hub
     if (paths[0] / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(paths[0])
     processor = MMGEMProcessor.from_pretrained(paths[0], trust_remote_code=False)

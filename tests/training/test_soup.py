@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
+from transformers import AutoProcessor
 
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
 from mmgem.training.loading import load_checkpoint
@@ -52,8 +53,11 @@ def test_weights_are_the_weighted_mean(vision, text, weights, shares, tiny_proce
         torch.testing.assert_close(parameter.cpu(), shares[0] * first[name] + shares[1] * second[name])
 
 
-def test_soup_is_a_complete_folder(two, tiny_processor, tmp_path):
+def test_soup_is_a_complete_folder(two, tiny_processor, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name, *args, **kwargs: asked.append(name))
     soup(two, tmp_path / "soup")
+    assert not asked  # such as for that of a repository "None" on the Hub
     names = {path.name for path in (tmp_path / "soup").iterdir()}
     assert names == {path.name for path in (tmp_path / "1").iterdir()} | {"soup.json"}
     assert json.loads((tmp_path / "soup" / "soup.json").read_text()) == dict.fromkeys(two, 0.5)
