@@ -52,6 +52,9 @@ NO_ROOM = re.compile("No space left|[Qq]uota exceeded|can't allocate memory|Cann
 # A worker of a loader that the system killed, most often for lack of memory.
 LOST = re.compile("DataLoader worker .*(killed by signal|exited unexpectedly)")
 
+# What stands before the message of an error in a worker of a loader: its traceback.
+OF_WORKER = re.compile(r"^Caught \w+ in DataLoader worker.*\n[\w.]+: ", re.DOTALL)
+
 # What is said to whoever interrupts a command.
 GOING_ON = {
     "index": "; what is embedded is kept, and the same command goes on from there",
@@ -81,7 +84,8 @@ class _Commands(TyperGroup):
             is_known = isinstance(error, USER_ERRORS) or NO_ROOM.search(str(error)) or is_lost
             if ctx.params["traceback"] or not is_known:
                 raise
-            message = printable(" ".join(str(error).split()) or type(error).__name__)
+            said = OF_WORKER.sub("", str(error))
+            message = printable(" ".join(said.split()) or type(error).__name__)
             if is_lost:
                 message += f" Memory may have run out{GOING_ON.get(ctx.invoked_subcommand, '')}."
             typer.secho(f"mmgem: {message}", err=True, fg=typer.colors.RED)

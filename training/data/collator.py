@@ -29,6 +29,7 @@ from mmgem.training.data.rows import (
     images_of,
     row_name,
 )
+from mmgem.training.data.shared_memory import in_shared_memory
 from mmgem.training.data.text_cache import CachedTexts
 
 
@@ -99,7 +100,7 @@ class MMGEMCollator(TextDrawing):
             `references` (for each image its captions) if `gives_references` is set, and `return_loss` True.
         """
         inputs, _ = self.collate(rows)
-        return inputs
+        return in_shared_memory(inputs)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[int]]:
         """Make a batch, and say for each of its texts the number of the row that it is from."""

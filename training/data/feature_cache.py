@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
@@ -21,10 +20,10 @@ from mmgem.patch_grid import image_size_of, patch_grid
 from mmgem.training.data.augmentation import Augmentation, View, may_be_augmented
 from mmgem.training.data.permutation import hash_numbers
 from mmgem.training.data.rows import edit_of, images_of
+from mmgem.training.data.shared_memory import in_shared_memory
 from mmgem.training.data.skipped import UNREADABLE
 from mmgem.training.data.sources import Source
-
-logger = logging.getLogger(__name__)
+from mmgem.training.progress import progress
 
 _FILE_SIZE = 128 * 2**20  # bytes of a file; what a killed run loses
 _NOT_SETTINGS = ("auto_map", "processor_class", "_processor_class", "data_format", "device")
@@ -228,7 +227,7 @@ class MissingViews(Dataset):
                 if key not in self.views.cache and key not in pixels:
                     shown = self.image_processor([view.apply(image)], return_tensors="pt")
                     pixels[key] = shown["pixel_values"][0]  # (channels, H, W)
-        return pixels
+        return in_shared_memory(pixels)
 
 
 def check_frozen(model) -> None:
@@ -277,10 +276,11 @@ def fill(
     # Its own generator, so that training draws what it would have drawn without a cache.
     loader = DataLoader(views, batch_size=None, num_workers=num_workers, generator=torch.Generator())
     kept: dict[str, torch.Tensor] = {}
-    size = done = 0
+    size = 0
     was_training = vision_tower.training
     vision_tower.to(device).eval()
-    for batch in _batches(loader, batch_size):
+    images = progress(loader, desc="images whose features are kept", unit="image")
+    for batch in _batches(images, batch_size):
         pixel_values = torch.stack(list(batch.values())).to(device)
         with torch.no_grad():
             features = patch_grid(vision_tower, grid, pixel_values)  # (B, C, rows, columns)
@@ -290,11 +290,10 @@ def fill(
                 f"shape of those of {image_size_of(grid, features)}; expected images of this size."
             )
         kept |= dict(zip(batch, features.cpu(), strict=True))
-        size, done = size + features.nbytes, done + len(batch)
+        size += features.nbytes
         if size >= _FILE_SIZE:
             cache.add(kept)
             kept, size = {}, 0
-            logger.info("features of %d views computed", done)
     if kept:
         cache.add(kept)
     vision_tower.train(was_training)

@@ -12,6 +12,7 @@ from mmgem.training.data.feature_cache import FeatureCache, weights_digest
 from mmgem.training.data.skipped import readable_texts
 from mmgem.training.data.sources import Source
 from mmgem.training.inference import inference, padded, to_model
+from mmgem.training.progress import progress
 
 _TEXTS_OF_A_FILE = 4096  # what a killed run loses
 # The parts that train with states of texts in place of the language model; all others have no part in the loss.
@@ -110,6 +111,7 @@ def fill_texts(
         ids = [own[mask.bool()] for own, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)]
         missing |= {key: own for key, own in zip(text_keys(rows), ids, strict=True) if key not in cache}
     own_keys, batch_tokens = sorted(missing)[part::parts], tokens_at_a_time(model.device)
+    done = progress(total=len(own_keys), desc="texts whose states are kept", unit="text")
     for file in _batches(own_keys, _TEXTS_OF_A_FILE):
         states: dict[str, torch.Tensor] = {}
         for batch in batches_of_tokens([len(missing[key]) for key in file], batch_tokens):
@@ -119,6 +121,7 @@ def fill_texts(
                 features = model.get_text_features(**inputs)
             states |= dict(zip(keys, features.last_hidden_state.float().cpu(), strict=True))  # (k, H) each
         cache.add(states)
+        done.update(len(file))
     return CachedTexts(cache, tuple(model.embedding_tokens.shape))
 
 

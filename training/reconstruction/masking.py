@@ -10,6 +10,7 @@ from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.text_rows import is_first_token
 from mmgem.training.data.collator import MMGEMCollator
 from mmgem.training.data.permutation import hash_numbers
+from mmgem.training.data.shared_memory import in_shared_memory
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "boxes", "image_index", "box_index")
 
@@ -114,7 +115,7 @@ class MaskingCollator:
             inputs["patch_mask"] = torch.stack(
                 [_draw(every_patch, self.options.patch_mask_ratio, generators[number]) for number in row_of_image]
             )
-        return inputs
+        return in_shared_memory(inputs)
 
 
 def maskable_tokens(
