@@ -99,11 +99,14 @@ def check_grid(vision_tower: PreTrainedModel, grid: VisionGrid):
         return
     tokens = _cells(features, grid.layout, len(images))  # (2 or 3, N, C)
     changes = [_change(changed, tokens[0]) for changed in tokens[1:]]
-    start = _best_start(changes, num_beside, (placed.shape[2], placed.shape[3]))
-    if start != grid.prefix_tokens:
+    if _best_start(changes, num_beside, (placed.shape[2], placed.shape[3])) == grid.prefix_tokens:
+        return
+    found = find_grid(vision_tower)  # by more images, as where the model began
+    if found.prefix_tokens != grid.prefix_tokens:
         raise ValueError(
             f"`prefix_tokens` of `vision_grid` is {grid.prefix_tokens}, and `suffix_tokens` {grid.suffix_tokens}; "
-            f"expected {start} and {num_beside - start}, by the features that change where the image does."
+            f"expected {found.prefix_tokens} and {found.suffix_tokens}, by the features that change where the image "
+            "does."
         )
 
 
