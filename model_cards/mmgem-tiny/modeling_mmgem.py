@@ -45,7 +45,7 @@ from .joint_step import JointStep
 from .language_model_probe import PROBING, check_reading
 from .late_interaction import similarity
 from .modality_calibrator import ModalityCalibrator
-from .patch_grid import boxes_on_grid, check_grid, find_grid, image_size_of, patch_grid
+from .patch_grid import IMAGE_INPUTS, boxes_on_grid, check_grid, find_grid, image_size_of, patch_grid
 from .pool_aggregator import PoolAggregator, attention_heads
 from .sentence_transformers_files import write_sentence_transformers_files
 from .similarity_map import similarity_map
@@ -62,7 +62,7 @@ from .vision_language_model import (
 from .weight_checks import check_offloaded, check_room, check_whole, loading
 
 MAX_LOGIT_SCALE = math.log(100)
-IMAGE_INPUTS = ("pixel_values", "visual_tokens", "boxes", "spatial_shapes", "pixel_attention_mask")
+IMAGES_OF_PROMPTS = {*IMAGE_INPUTS, "visual_tokens", "boxes"}
 
 
 @dataclass
@@ -1156,7 +1156,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Every copy of a prompt, for a beam or a further answer, gets the images or boxes of this prompt."""
-        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
+        images = {name: kwargs.pop(name) for name in IMAGES_OF_PROMPTS if kwargs.get(name) is not None}
         if expand_size > 1 and images:
             if "boxes" in images:  # each in an image of its own, since those of an image may be of several prompts
                 image, box = is_box(images["boxes"]).nonzero(as_tuple=True)  # (units,)
@@ -1195,7 +1195,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         ids = inputs.get("input_ids")
         if has_begun and ids is not None and not _holds(ids, self.config.image_token_id):
-            inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
+            inputs = {name: value for name, value in inputs.items() if name not in IMAGES_OF_PROMPTS}
         return inputs
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):

@@ -172,13 +172,29 @@ def test_the_error_of_a_full_disk_names_the_output(out):
         raise RustError("Error while deserializing header: invalid (os error 2)")
 
 
-def test_a_worker_that_the_system_killed_is_said_in_a_line(monkeypatch, tmp_path):
+KILLED = "DataLoader worker (pid 7) is killed by signal: Killed. "
+OF_WORKER = """Caught OSError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "worker.py", line 1, in share
+RuntimeError: No space left
+
+The above exception was the direct cause of the following exception:
+
+OSError: there is no room: none"""
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (RuntimeError(KILLED), f"mmgem: {KILLED}Memory may have run out; the same command with --resume goes on"),
+        (OSError(OF_WORKER), "mmgem: there is no room: none\n"),
+    ],
+    ids=["killed", "an error of its own"],
+)
+def test_what_ends_a_worker_is_said_in_a_line(error, said, monkeypatch, tmp_path):
     def train(*args, **kwargs):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        raise error
 
     monkeypatch.setattr("mmgem.training.recipes.run.train", train)
-    result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
-    said = (
-        "DataLoader worker (pid 7) is killed by signal: Killed. Memory may have run out; the same command with --res"
-    )
-    assert result.exit_code == 1 and said in result.stderr
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["train", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 1 and result.stderr.startswith(said)

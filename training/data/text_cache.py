@@ -111,17 +111,17 @@ def fill_texts(
         ids = [own[mask.bool()] for own, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)]
         missing |= {key: own for key, own in zip(text_keys(rows), ids, strict=True) if key not in cache}
     own_keys, batch_tokens = sorted(missing)[part::parts], tokens_at_a_time(model.device)
-    done = progress(total=len(own_keys), desc="texts whose states are kept", unit="text")
-    for file in _batches(own_keys, _TEXTS_OF_A_FILE):
-        states: dict[str, torch.Tensor] = {}
-        for batch in batches_of_tokens([len(missing[key]) for key in file], batch_tokens):
-            keys = [file[row] for row in batch]
-            inputs = to_model(model, padded([missing[key] for key in keys]))
-            with inference(model):
-                features = model.get_text_features(**inputs)
-            states |= dict(zip(keys, features.last_hidden_state.float().cpu(), strict=True))  # (k, H) each
-        cache.add(states)
-        done.update(len(file))
+    with progress(total=len(own_keys), desc="texts whose states are kept", unit="text") as done:
+        for file in _batches(own_keys, _TEXTS_OF_A_FILE):
+            states: dict[str, torch.Tensor] = {}
+            for batch in batches_of_tokens([len(missing[key]) for key in file], batch_tokens):
+                keys = [file[row] for row in batch]
+                inputs = to_model(model, padded([missing[key] for key in keys]))
+                with inference(model):
+                    features = model.get_text_features(**inputs)
+                states |= dict(zip(keys, features.last_hidden_state.float().cpu(), strict=True))  # (k, H) each
+            cache.add(states)
+            done.update(len(file))
     return CachedTexts(cache, tuple(model.embedding_tokens.shape))
 
 
