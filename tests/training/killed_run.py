@@ -29,7 +29,7 @@ from mmgem.training.trainer.trainer import MMGEMTrainer, MMGEMTrainingArguments
 STEPS, SAVE_STEPS = 3, 1
 RANDOM_MOMENTS = 2
 FILES = ["config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-MOMENTS = [*FILES, "complete.json", "rotation", *[f"random {number}" for number in range(RANDOM_MOMENTS)]]
+MOMENTS = [*FILES, "complete.json", "rotation", "end", *[f"random {number}" for number in range(RANDOM_MOMENTS)]]
 
 
 def train(
@@ -134,6 +134,8 @@ if __name__ == "__main__":
         if at_half is not None:
             write_in_two_halves(at_half)
         train(processor, folder)
+        if at_half is not None:
+            at_half(Path("end"))
 
     def resume(folder: Path):
         with warnings.catch_warnings(record=True) as caught:
@@ -151,15 +153,16 @@ if __name__ == "__main__":
 
     with torch.no_grad():  # what a forward pass finds out is known to all; autograd's threads would not survive a fork
         build_model()(**MMGEMCollator(read_processor(str(root / "tokenizer")))(rows()))
-    _, duration = in_own_process(lambda: resume(root / "uninterrupted"))
+    in_own_process(lambda: resume(root / "uninterrupted"))
+    durations = {}
     clock = random.Random(0)
     for moment in MOMENTS:
         folder = root / moment
         if moment.startswith("random"):
-            seconds = duration * clock.uniform(0.2, 0.9)
+            seconds = durations["end"] * clock.uniform(0.1, 0.7)
             killed, _ = in_own_process(lambda: run(folder, lambda path: None), seconds)  # noqa: B023
         else:
-            killed, _ = in_own_process(lambda: run(folder, die_at(moment)))  # noqa: B023
+            killed, durations[moment] = in_own_process(lambda: run(folder, die_at(moment)))  # noqa: B023
         in_own_process(lambda: resume(folder))  # noqa: B023
         report = json.loads((folder / "report.json").read_text())
         (folder / "report.json").write_text(json.dumps(report | {"killed": killed}))

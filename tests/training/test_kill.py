@@ -27,9 +27,9 @@ def test_resumed_run_ends_where_the_other_does(runs, moment):
     if not moment.startswith("random"):
         assert report["killed"]
         # Once the second step's checkpoint has its marker, the first's may go; until then it is the one that counts.
-        is_marked = moment == "rotation"
-        assert report["resumed_from"] == ("checkpoint-2" if is_marked else "checkpoint-1")
-        assert ["checkpoint-2" in message for message in report["ignored"]] == ([] if is_marked else [True])
+        resumed_from = {"rotation": "checkpoint-2", "end": f"checkpoint-{killed_run.STEPS}"}
+        assert report["resumed_from"] == resumed_from.get(moment, "checkpoint-1")
+        assert ["checkpoint-2" in message for message in report["ignored"]] == [True] * (moment not in resumed_from)
     expected = torch.load(runs / "uninterrupted" / "weights.pt")
     weights = torch.load(runs / moment / "weights.pt")
     assert weights.keys() == expected.keys()

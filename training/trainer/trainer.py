@@ -152,9 +152,12 @@ class MMGEMTrainer(Trainer):
             self.args.dataloader_num_workers,
             None if self.args.ignore_data_skip else resume_from_checkpoint,
         )
-        return super()._init_training_state(
+        epochs, steps = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        if self.state.global_step >= max_steps:  # A run that was killed as it ended would take one more step.
+            return num_train_epochs, 0
+        return epochs, steps
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
