@@ -20,7 +20,7 @@ import atheris
 with atheris.instrument_imports(include=["mmgem.processing", "mmgem.training"]):
     from mmgem.processing.boxes import check_boxes
     from mmgem.processing.image_loading import open_picture
-    from mmgem.training.data.image_folder import read_metadata
+    from mmgem.training.data.folder_metadata import read_metadata
     from mmgem.training.recipes.recipe import load_recipe
     from mmgem.training.search.storage import read_index, verify_index
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_models import build_model
 
 from mmgem.processing.boxes import boxes_in_view, check_boxes
-from mmgem.training.data.image_folder import read_metadata
+from mmgem.training.data.folder_metadata import read_metadata
 from mmgem.training.data.mixture import Turns
 from mmgem.training.data.permutation import permute
 from mmgem.training.evaluation.metrics import recall_at, retrieval_ranks

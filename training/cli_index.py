@@ -30,7 +30,6 @@ from mmgem.training.cli_common import (
 )
 from mmgem.training.json_text import to_json
 from mmgem.training.output_folder import check_writable, whole_folder
-from mmgem.training.output_lock import only_writer
 from mmgem.training.printable import printable
 
 IndexArgument = Annotated[Path, typer.Argument(parser=path, metavar="INDEX", help="Folder that `mmgem index` wrote.")]
@@ -104,25 +103,25 @@ def index(
     memory, parts = _memory(with_memory), _regions(regions)
     folder, names = folder_and_names(folder)
     check_model(model)
-    with work(wait), only_writer(out):  # whoever cannot write learns it before a model is loaded
-        from mmgem.training.search.building import build_index
+    with work(wait):  # whoever cannot write learns it before a model is loaded
+        from mmgem.training.search.up_to_date import update_index
 
-        report = build_index(
+        report = update_index(
             folder,
-            *load_model(model),
+            model,
             out,
+            names,
             batch_size,
-            vectors,
-            dimensions,
-            precision,
-            memory,
             moved,
             max_pixels,
-            image_mode,
-            captions,
-            parts,
-            text_column if texts else None,
-            names,
+            vectors=vectors,
+            dimensions=dimensions,
+            precision=precision,
+            memory=memory,
+            image_mode=image_mode,
+            captions=captions,
+            regions=parts,
+            texts=text_column if texts else None,
         )
     report_skipped(report.skipped, report.passed_over)
     result = {"index": str(out), **report._asdict(), "skipped": [file._asdict() for file in report.skipped]}

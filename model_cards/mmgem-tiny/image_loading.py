@@ -23,16 +23,19 @@ import base64
 import os
 import stat
 import struct
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from .url_fetching import AllowedURLs, fetch, is_url
+
+if TYPE_CHECKING:
+    import torch  # which takes seconds, and who has a tensor has imported it
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits of grey that cameras and scanners give
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
@@ -85,7 +88,7 @@ def load_image(
         if 0 in source.size:
             raise ValueError(f"{label} is {source.width} x {source.height} pixels; expected at least one.")
         return _reduce(_to_rgb(_upright(source, label), label, _tags(source)), shorter_side)
-    if isinstance(source, (np.ndarray, torch.Tensor)):
+    if isinstance(source, (np.ndarray, getattr(sys.modules.get("torch"), "Tensor", np.ndarray))):
         return _reduce(_from_array(source, label), shorter_side)
     if isinstance(source, (str, os.PathLike)):
         shown = repr(os.fspath(source))
@@ -308,10 +311,12 @@ def _white(pixels: np.ndarray) -> int:
     return next((2**bits - 1 for bits in DEPTHS if top < 2**bits), 2 ** DEPTHS[-1] - 1)
 
 
-def _from_array(source: np.ndarray | torch.Tensor, label: str) -> Image.Image:
+def _from_array(source: "np.ndarray | torch.Tensor", label: str) -> Image.Image:
     """An array or tensor of pixels as an RGB image."""
     channel_axes = (2, 0)
-    if isinstance(source, torch.Tensor):
+    if not isinstance(source, np.ndarray):
+        import torch
+
         channel_axes = (0, 2)
         if source.layout is not torch.strided or source.is_nested or source.is_quantized or source.is_meta:
             raise TypeError(f"{label} is a tensor that is sparse, nested, quantized or on meta; expected a dense one.")

@@ -6,8 +6,8 @@ from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from mmgem.training.data.folder_metadata import METADATA_NAMES, find_metadata
 from mmgem.training.data.image_files import FoundImages, Skipped
-from mmgem.training.data.image_folder import METADATA_NAMES, find_metadata
 from mmgem.training.data.records import read_records
 from mmgem.training.data.rows import CAPTION_COLUMNS, check_texts, checked_captions, is_box
 from mmgem.training.json_text import to_json

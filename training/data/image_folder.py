@@ -2,16 +2,15 @@
 
 import hashlib
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import Dataset
 
 from mmgem.processing.image_loading import load_image
+from mmgem.training.data.folder_metadata import columns_of, find_metadata, read_metadata
 from mmgem.training.data.paths import inside
-from mmgem.training.data.records import read_records
 from mmgem.training.data.rows import (
     CAPTION_COLUMNS,
     ID_COLUMNS,
@@ -23,9 +22,6 @@ from mmgem.training.data.rows import (
     names_of,
 )
 from mmgem.training.data.sources import Source
-
-METADATA_NAME = "metadata.jsonl"
-METADATA_NAMES = (METADATA_NAME, "metadata.csv")
 
 
 class ImageFolderDataset(Dataset):
@@ -105,59 +101,6 @@ def read_image_folder(
                 )
         rows.append(fields)
     return ImageFolderDataset(metadata.parent, rows)
-
-
-def find_metadata(path: str | Path) -> Path:
-    """The metadata file of an image folder.
-
-    Args:
-        path: The folder.
-
-    Raises:
-        FileNotFoundError, ValueError: As for `read_image_folder`.
-    """
-    folder = Path(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"`path` is {str(folder)!r}, where there is nothing; expected an image folder.")
-    if not folder.is_dir():
-        raise ValueError(f"`path` is {str(folder)!r}, a file; expected an image folder.")
-    for name in METADATA_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    known = Image.registered_extensions()
-    count = sum(file.suffix.lower() in known for file in folder.rglob("*"))
-    if not count:
-        raise ValueError(f"`path` is {str(folder)!r}, where there are no images; expected an image folder.")
-    raise FileNotFoundError(
-        f"`path` is {str(folder)!r} with {count} images; expected a {' or '.join(METADATA_NAMES)}, with a JSON object "
-        'a line, such as {"file_name": "a.png", "captions": ["..."]}.'
-    )
-
-
-def read_metadata(metadata: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """The lines of a metadata file.
-
-    Args:
-        metadata: The file.
-
-    Yields:
-        The name of the line in errors, and its fields, or the error if it cannot be used.
-
-    Raises:
-        ValueError: If the file has no lines, or as a whole cannot be read.
-    """
-    is_empty = True
-    for number, fields in read_records(metadata):
-        is_empty = False
-        where = f"line {number} of {metadata}"
-        yield where, f"{where} {fields}" if isinstance(fields, str) else fields
-    if is_empty:
-        raise ValueError(f"`path` has the file {metadata}, which names no images; expected at least one.")
-
-
-def columns_of(lines: list[tuple[str, dict[str, Any] | str]]) -> set[str]:
-    """All columns that occur in the lines of `read_metadata`."""
-    return {column for _, fields in lines if isinstance(fields, dict) for column in fields}
 
 
 def _in_subset(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from mmgem.training.data.image_folder import METADATA_NAME
+from mmgem.training.data.folder_metadata import METADATA_NAME
 from mmgem.training.data.sources import DatasetSource
 from mmgem.training.output_lock import one_writer
 from mmgem.training.progress import progress

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmgem.training.search.inverted_lists import is_large
 from mmgem.training.search.items import WHOLE_IMAGES, Item, RowKey
 from mmgem.training.search.storage import IndexFacts, IndexRows, StoredIndex, chunks, read_parts
 from mmgem.training.search.vector_codec import VectorCodec
@@ -88,6 +89,21 @@ class EarlierRows:
         """A row with this content, whatever its item was called, for the item."""
         place = self._by_content.get(content)
         return None if place is None else place._replace(version=item.version, item=item)
+
+
+def is_current(stored: StoredIndex | None, facts: IndexFacts, rows: Mapping[RowKey, Place]) -> bool:
+    """Whether the index that is there has these rows as they are, and no others, of the same folder."""
+    if stored is None or stored.rows is None or stored.version == 0:
+        return False
+    known, lists = stored.facts, stored.lists
+    if (known.folder, known.model, known.settings) != (facts.folder, facts.model, facts.settings):
+        return False
+    if is_large(len(stored.rows), facts.settings.vectors) != (lists is not None):
+        return False
+    if lists is not None and lists.file.damaged_blocks():
+        return False
+    is_in_place = all(place.run == 0 and place.item is None for place in rows.values())  # the run that finished
+    return is_in_place and len(rows) == len(stored.rows)
 
 
 def common_bound(runs: list[EarlierRun]) -> float:

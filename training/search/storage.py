@@ -1,7 +1,8 @@
 """The files of a search index.
 
 An index is a folder. Its manifest, `search_index.json`, says of what folder it is, by which model, with which
-settings, and which files belong to it, with a checksum of each MiB of each:
+settings, and which files belong to it, with a checksum of each MiB of each; and a stamp of the model's own files, by
+which it is known without being loaded:
 
 - `rows-V.parquet`: a row for each item, see `items`, with `file_name` relative to the folder, `kind`, `part`, `text`,
   `metadata` and `box`, `width` and `height` (of an image as displayed), `version` (size and time of the file, and what
@@ -197,12 +198,14 @@ class StoredIndex:
         rows: The rows; None in a folder that holds parts instead.
         version: The number of the update; 0 for an index of an earlier format.
         lists: The lists of its vectors; None where a search compares all.
+        stamp: By what the files of its model are known, see `note_stamp`.
     """
 
     facts: IndexFacts
     rows: IndexRows | None
     version: int
     lists: ListsFile | None = None
+    stamp: str | None = None
 
     @property
     def bytes_per_row(self) -> int:
@@ -272,6 +275,13 @@ def write_index(
         if path.name not in own and (_FILES_OF_AN_UPDATE.fullmatch(path.name) or path.name in _FORMAT_2_FILES):
             with suppress(PermissionError):  # of Windows, where somebody reads it; the next update deletes it
                 path.unlink()
+
+
+def note_stamp(place: Path, stamp: str | None) -> None:
+    """Notes in the manifest of an index the `stamp_of` the model and the settings with which it is up to date."""
+    manifest = read_checked_json(place / MANIFEST)
+    if manifest.get("stamp") != stamp:
+        write_checked_json(place / MANIFEST, manifest | {"stamp": stamp})
 
 
 def _write_lists(place: Path, version: int, lists: InvertedLists | None) -> dict[str, Any] | None:
@@ -498,7 +508,7 @@ def _open(place: Path, manifest: Mapping[str, Any]) -> StoredIndex:
     lists = ListsFile(place, manifest["lists"]) if manifest.get("lists") else None
     if lists is not None:
         lists.file.hold()
-    return StoredIndex(facts, rows, manifest.get("version", 0), lists)
+    return StoredIndex(facts, rows, manifest.get("version", 0), lists, manifest.get("stamp"))
 
 
 def _read_rows_of_format_2(path: Path) -> IndexRows:

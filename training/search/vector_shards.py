@@ -23,8 +23,8 @@ from mmgem.training.data.rows import CAPTION_COLUMNS, checked_captions
 from mmgem.training.json_text import to_json
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.output_lock import one_writer
-from mmgem.training.search.building import IndexReport
 from mmgem.training.search.fingerprint import Fingerprint
+from mmgem.training.search.index_report import IndexReport
 from mmgem.training.search.item_embedder import ItemEmbedder, ReadItem
 from mmgem.training.search.items import Item
 from mmgem.training.search.list_making import make_lists

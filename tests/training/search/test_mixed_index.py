@@ -13,7 +13,7 @@ from tiny_models import build_model
 
 from mmgem.training.data.image_files import shorter_side_for
 from mmgem.training.inference import embed_fused, embed_images, embed_regions, embed_texts, remember
-from mmgem.training.search import building, item_embedder
+from mmgem.training.search import building, folder_items, item_embedder
 from mmgem.training.search.asking import ask
 from mmgem.training.search.building import build_index
 from mmgem.training.search.conditions import Condition
@@ -250,7 +250,7 @@ def test_what_cannot_be_read_is_named_and_what_cannot_be_seen_is_kept(
     assert "2 lines: 4 names 'gone.png'" in reasons["metadata.jsonl"] and "5 has `boxes`" in reasons["metadata.jsonl"]
     assert "has no column 'body'; it has title" in reasons["other.csv"]
 
-    read_file = building.read_texts
+    read_file = folder_items.read_texts
     (corpus / "deep" / "t.parquet").touch()
 
     def unreadable(folder, file_name, *arguments):
@@ -258,7 +258,7 @@ def test_what_cannot_be_read_is_named_and_what_cannot_be_seen_is_kept(
             raise PermissionError(13, "Permission denied")
         return read_file(folder, file_name, *arguments)
 
-    monkeypatch.setattr(building, "read_texts", unreadable)
+    monkeypatch.setattr(folder_items, "read_texts", unreadable)
     report = build_index(corpus, tiny_model, tiny_processor, out, **ALL)
     assert report.rows["text"] == 8 and report.embedded == 0
     assert ("records.jsonl", "it cannot be read: Permission denied; what the index has of it, 3 rows, is kept until "
