@@ -18,6 +18,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 BY_FILE := --dist loadfile --no-loadscope-reorder
 # Loading, saving, generating, pipelines, encoders, commands: what a new version of another library breaks first.
 CLIENT_TESTS := tests/modeling_mmgem/test_modeling_mmgem.py tests/modeling_mmgem/test_generation.py \
+	tests/modeling_mmgem/test_candidate_ranking.py \
 	tests/modeling_mmgem/test_pipeline_mmgem.py tests/modeling_mmgem/test_tower_composition.py tests/processing \
 	tests/training/test_cli.py tests/training/trainer/test_stock_trainer.py tests/test_hub_folder.py tests/test_saving.py
 PICTURE := model_cards/mmgem-photo/demo.png

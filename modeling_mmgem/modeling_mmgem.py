@@ -10,7 +10,7 @@ Multimodal Generative Embedding Model, https://arxiv.org/abs/2405.19333.
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from transformers.utils import (
     torch_compilable_check,
 )
 
+from .candidate_ranking import generate_ranked, why_not_ranked
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids, is_distributed
 from .image_vectors import QUERY_STD, ImageVectors
@@ -428,6 +429,13 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         check_boxes(boxes, pixel_values.shape[0])
         return self._pool(self._patch_grid(pixel_values, spatial_shapes), pixel_values, boxes, spatial_shapes)
 
+    def _unit_tokens(
+        self, pixel_values: torch.Tensor, boxes: torch.Tensor | None, spatial_shapes: torch.Tensor | None
+    ) -> torch.Tensor:
+        """-> (units, n, C), of each image, or of each box if there are boxes."""
+        tokens = self._visual_tokens(pixel_values, boxes, spatial_shapes)
+        return tokens if boxes is None else tokens[is_box(boxes)]
+
     def _embed_visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., n, C) -> (..., D), or (..., k, D)"""
         if tokens.ndim == 4:  # of boxes; layers of bitsandbytes take three dimensions at most
@@ -814,8 +822,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         # Some VLMs have no row in their vocabulary for it.
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
         if pixel_values is not None:
-            tokens = self._visual_tokens(pixel_values, boxes, spatial_shapes)
-            visual_tokens = tokens if boxes is None else tokens[is_box(boxes)]  # (units, n, C)
+            visual_tokens = self._unit_tokens(pixel_values, boxes, spatial_shapes)  # (units, n, C)
         if visual_tokens is None:
             return inputs_embeds
         tokens = visual_tokens.flatten(0, 1)  # (units * n, C)
@@ -1040,7 +1047,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self, inputs: torch.Tensor | None = None, *args, embedding_tokens: torch.Tensor | None = None, **kwargs
+        self,
+        inputs: torch.Tensor | None = None,
+        *args,
+        embedding_tokens: torch.Tensor | None = None,
+        image_similarity_weight: float | None = None,
+        **kwargs,
     ):
         """Write captions and answers; `GenerationMixin.generate`, which see, and beside it from memory:
 
@@ -1054,6 +1066,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 tower is needed. `input_ids` then holds the question, padded on the left, and may be left out for a
                 caption, if the tokenizer adds no [BOS]; or a prompt with one image placeholder, in whose place the
                 memory stands.
+            image_similarity_weight: 0 or more. Above 0, the model embeds the captions of all beams, and those are
+                returned whose score, plus the weighted similarity with the image (or box), is highest; see
+                [`rank_candidates`]. Prompts with words or with several images are not ranked. By default it is that of
+                the generation configuration, which passes over what cannot be ranked, such as a single beam.
 
         Writing ends at the latest where the positions of the language model do.
 
@@ -1063,10 +1079,12 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If `embedding_tokens` or `visual_tokens` are not those of this model, or come with images; if
                 images come with a prompt that has no place for them; for a number out of its range, such as
-                `num_beams=0`; if the prompt is so long that nothing can be written.
+                `num_beams=0`; if the prompt is so long that nothing can be written; if captions are to be ranked of
+                which there is but one, or no image.
         """
         settings = args[0] if args else kwargs.get("generation_config")
         given = ({} if settings is None else settings.to_diff_dict()) | kwargs
+        given |= {} if image_similarity_weight is None else {"image_similarity_weight": image_similarity_weight}
         check_generation(given, self.get_input_embeddings().num_embeddings)
         if given.get("prompt_lookup_num_tokens") or given.get("assistant_model") is not None:
             # What is drafted is read like a prompt, and would ask for images.
@@ -1098,6 +1116,21 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             prompt = kwargs.get("inputs_embeds") if prompt_ids is None else prompt_ids
             if prompt is not None and prompt.ndim > 1 and len(prompt):
                 kwargs = fitted(prompt, kwargs.get("attention_mask"))
+            settings = self.generation_config.to_dict() | given | {"input_ids": prompt_ids}
+            if weight := settings.get("image_similarity_weight"):
+                obstacle = why_not_ranked(self, settings)
+                if obstacle is None:
+                    mask = checked_mask(prompt_ids, kwargs.get("attention_mask"))
+                    images |= {name: kwargs.pop(name, None) for name in IMAGES_OF_PROMPTS}
+                    tokens = images["visual_tokens"]
+                    if tokens is None:
+                        tokens = self._unit_tokens(images["pixel_values"], images["boxes"], images["spatial_shapes"])
+                    kwargs |= {"input_ids": prompt_ids, "attention_mask": mask, "visual_tokens": tokens}
+                    return generate_ranked(self, partial(generate, None, *args), weight, settings, kwargs)
+                if image_similarity_weight is not None:
+                    raise ValueError(
+                        f"`image_similarity_weight` is {weight}, but {obstacle}; expected 0, or beams of captions."
+                    )
             return generate(inputs, *args, **kwargs)
         input_ids = kwargs.pop("input_ids", inputs)
         if given := [name for name, value in images.items() if value is not None]:
@@ -1227,6 +1260,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 "`calibrated_modalities` of the configuration is None, but the model has a calibrator, which would be "
                 f"lost; expected {list(self.calibrator.modalities)}."
             )
+        self.generation_config._from_model_config = False  # or `image_similarity_weight` is not read again
         if is_main_process:  # before the model itself, after which the folder may be pushed
             write_sentence_transformers_files(Path(save_directory), self.config, self.embedding_dim)
             self._save_processor(Path(save_directory))

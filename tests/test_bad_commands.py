@@ -319,6 +319,8 @@ RECIPES = [
     (("generation",), {"top_p": 3.0}, "`top_p` is 3.0; expected a number from 0 to 1"),
     (("generation",), {"eos_token_id": -9}, "`eos_token_id` is -9; expected token ids"),
     (("generation",), {"length_penalty": NAN}, "`length_penalty` is nan; expected a finite number"),
+    (("generation",), {"image_similarity_weight": 1.0}, "`num_beams` is 1; expected more beside"),
+    (("generation",), {"image_similarity_weight": -1.0, "num_beams": 2}, "`image_similarity_weight` is -1.0;"),
     (("generation",), {"beams": 2}, "`generation` has the unknown key `beams`"),
     (("eval_data",), {}, "`eval_data` is {}; expected one of scenes, folder"),
     (("eval_data",), {"scenes": {"seed": 1, "count": 1}}, "`eval_data` has 1 row; expected 2 or more"),

@@ -111,6 +111,8 @@ def check_generation(arguments: Mapping[str, Any], vocabulary_size: int):
             fits, expected = is_number and 0 <= value <= 1, "a number from 0 to 1"
         elif name in FINITE:
             fits, expected = is_number, "a finite number"
+        elif name == "image_similarity_weight":
+            fits, expected = is_number and 0 <= value, "a number of at least 0"
         elif name == "temperature" and is_number:  # the rest is checked by transformers
             fits, expected = value <= 0 or value >= 1e-6, "a number from 1e-6 on, by which no logit becomes infinite"
         elif name in SWITCHES:

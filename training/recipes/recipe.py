@@ -202,7 +202,7 @@ def load_recipe(path: str | Path) -> Recipe:
     | `tokenizer` | arguments of `train_tokenizer`, which learns from the data of the first stage |
     | `image_processor` | arguments of the image processor that are to be others |
     | `prompts` | instructions by name, which the model keeps for those who embed or, "region_caption", caption boxes |
-    | `generation` | arguments of `GenerationConfig` by which the model writes; by default its own |
+    | `generation` | arguments of `GenerationConfig`, or `image_similarity_weight`; by default those of the model |
     | `eval_data` | a data section (see [`mmgem.training.data.open_source.open_source`]) to measure the model on |
     | `seed` | of weights, orders and draws; 0 by default |
     | `stages` | a list, see below |

@@ -67,7 +67,7 @@ def prepare_for_stage(model: MMGEMModel, processor: MMGEMProcessor, recipe: Reci
         model.set_attn_implementation(recipe.model.attn_implementation)
     if recipe.prompts is not None:
         model.config.prompts = dict(recipe.prompts)
-    model.generation_config.update(**recipe.generation)
+    model.generation_config.update(**recipe.generation, allow_custom_entries=True)
     if stage.text_attention is not None:
         model.config.text_attention = stage.text_attention
     if stage.image_size is not None:

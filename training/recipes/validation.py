@@ -188,10 +188,12 @@ def _check_image_processor(section: Mapping[str, Any]) -> None:
 
 
 def _check_generation(section: Mapping[str, Any]) -> None:
-    check_keys(section, GenerationConfig().to_dict(), "`generation`")
+    check_keys(section, [*GenerationConfig().to_dict(), "image_similarity_weight"], "`generation`")
     try:
         check_generation(section, 1 << 31)  # the vocabulary is not known yet
         GenerationConfig(**section).validate(strict=True)
+        if section.get("image_similarity_weight") and (section.get("num_beams") or 1) == 1:
+            raise ValueError("`num_beams` is 1; expected more beside `image_similarity_weight`, which ranks them.")
     except (TypeError, ValueError) as error:
         raise ValueError(f"`generation` is {dict(section)!r:.80}; {' '.join(str(error).split())}") from error
 
