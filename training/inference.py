@@ -332,9 +332,7 @@ def generate_answers(
             tokens = model.get_image_features(**to_model(model, pictures)).last_hidden_state  # (I, n, C)
         places = {row: place for place, row in enumerate(rows.values())}
         numbers = [places[row] for row in first]
-        # Captions are ranked, if at all, by their images, of which a cache no longer tells.
-        is_ranked = getattr(model.generation_config, "image_similarity_weight", None) and "" in questions
-        if not is_ranked and (shared := read_prefix(model, inputs, tokens, numbers)):
+        if shared := read_prefix(model, inputs, tokens, numbers):
             return _generate(model, inputs, processor, max_new_tokens, **shared)
         inputs["visual_tokens"] = tokens[numbers]  # (B, n, C)
     return _generate(model, inputs, processor, max_new_tokens)
