@@ -95,13 +95,21 @@ def check_grid(vision_tower: PreTrainedModel, grid: VisionGrid):
     images = torch.cat([image, *_edges_of(image, other, grid.stride)[:num_edges]])  # (1, 2 or 3, channels, H, W)
     features = _features(vision_tower, images, is_own_size=True)
     placed = _placed(features, grid, vision_tower, images)
+    found: VisionGrid | None = None
+    plain = _explain(vision_tower.config, grid.image_size, features, len(images), None)
+    if plain is None or plain[1] != grid.stride:  # as many patches, perhaps, in other rows, or other boxes in them
+        found = find_grid(vision_tower)  # by more images, as where the model began
+        if found.stride != grid.stride:
+            raise ValueError(
+                f"`stride` of `vision_grid` is {grid.stride}; expected {found.stride}, by the features of the tower."
+            )
     if grid.layout != "tokens" or not num_beside:
         return
     tokens = _cells(features, grid.layout, len(images))  # (2 or 3, N, C)
     changes = [_change(changed, tokens[0]) for changed in tokens[1:]]
     if _best_start(changes, num_beside, (placed.shape[2], placed.shape[3])) == grid.prefix_tokens:
         return
-    found = find_grid(vision_tower)  # by more images, as where the model began
+    found = found or find_grid(vision_tower)
     if found.prefix_tokens != grid.prefix_tokens:
         raise ValueError(
             f"`prefix_tokens` of `vision_grid` is {grid.prefix_tokens}, and `suffix_tokens` {grid.suffix_tokens}; "
@@ -264,7 +272,7 @@ def _find_grid(tower: PreTrainedModel, name: str) -> VisionGrid:
         wide = _features(tower, torch.cat([image, other], dim=-1), is_own_size=False)
     except Exception:
         wide = None
-    found = _explain(tower.config, own_size, features, wide)
+    found = _explain(tower.config, own_size, features, 2, wide)
     if found is None:
         wide_shape = "" if wide is None else f", and one of {height} x {2 * width} with {tuple(wide.shape)}"
         raise ValueError(
@@ -382,9 +390,9 @@ def _count(size: int, stride: int, rounded_up: bool) -> int:
 
 
 def _explain(
-    config, own_size: tuple[int, int], features: torch.Tensor, wide: torch.Tensor | None
+    config, own_size: tuple[int, int], features: torch.Tensor, batch: int, wide: torch.Tensor | None
 ) -> tuple[GridLayout, tuple[int, int], int] | None:
-    """Layout, stride and number of further tokens by which two images have such features, and a wide one these."""
+    """Layout, stride and number of further tokens by which a batch has such features, and a wide image these."""
     if wide is not None and wide.ndim != features.ndim:
         return None
     height, width = own_size
@@ -401,7 +409,7 @@ def _explain(
             rows, columns = _count(height, stride[0], rounded_up), _count(width, stride[1], rounded_up)
             wide_columns = _count(2 * width, stride[1], rounded_up)
             if features.ndim == 3:
-                extra_tokens = features.shape[0] * features.shape[1] / 2 - rows * columns
+                extra_tokens = features.shape[0] * features.shape[1] / batch - rows * columns
                 if extra_tokens >= 0 and (wide is None or wide.shape[1] == rows * wide_columns + extra_tokens):
                     explanations.append(("tokens", stride, int(extra_tokens)))
             elif features.ndim == 4:

@@ -1,14 +1,17 @@
 """The weights of a checkpoint as they were read: all there, none left over, each in its shape, all finite."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import is_accelerate_available
+from transformers.utils import GENERATION_CONFIG_NAME, is_accelerate_available
 
 SHOWN = 3  # names in an error message
 OFFLOADING_ACCELERATE = "1.15.0"  # older versions take all tied weights on the disk for one
@@ -34,6 +37,11 @@ def loading(argument: str, name: str) -> Iterator[None]:
             f"`{argument}` is {name!r}, which cannot be read ({type(error).__name__}: {error}); expected a whole and "
             "undamaged checkpoint."
         ) from error
+    except ValueError as error:
+        name, is_offloaded, _ = str(error).partition(" is on the meta device")  # in the words of accelerate
+        if not is_offloaded:
+            raise
+        raise ValueError(f"`device_map` puts `{name}` on the disk; expected it on a device, or 'cpu'.") from error
 
 
 def check_weights(argument: str, name: str, model: PreTrainedModel, report: dict, missing: Iterable[str]):
@@ -72,6 +80,27 @@ def check_whole(name: str, model: PreTrainedModel, report: dict, ignore_mismatch
     _refuse("model", name, model, found)
 
 
+def check_generation_file(name: str, subfolder: str):
+    """Refuses settings of `generate` that cannot be read, which transformers would replace by its own.
+
+    Args:
+        name: The checkpoint; of one on the Hub nothing is read.
+        subfolder: Where it lies in its folder.
+
+    Raises:
+        ValueError: If there is such a file.
+    """
+    file = Path(name, subfolder, GENERATION_CONFIG_NAME)
+    try:
+        if file.is_file():
+            json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`model` is {name!r}, whose {GENERATION_CONFIG_NAME} cannot be read ({error}); expected it whole, or "
+            "deleted."
+        ) from error
+
+
 def check_room(model: PreTrainedModel, missing: set[str]):
     """Refuses to make more room for weights that a checkpoint lacks, or has in another shape, than for those it has.
 
@@ -93,16 +122,29 @@ def check_room(model: PreTrainedModel, missing: set[str]):
 
 
 def check_offloaded(model: PreTrainedModel):
-    """Refuses tied weights that accelerate keeps on the disk and would confuse with others.
+    """Refuses weights that accelerate keeps on the disk, or beside a GPU, and would not bring back, or as others.
 
     Args:
         model: The model that was loaded.
 
     Raises:
-        ValueError: If there are such weights, and accelerate is too old for them.
+        ValueError: If all of the model is on the disk, or an attention whose weights are read without being called,
+            or tied weights, and accelerate is too old for them.
     """
-    on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
-    tied = [name for name in model.all_tied_weights_keys if model.get_parameter(name).is_meta] if on_disk else []
+    places = set(getattr(model, "hf_device_map", {}).values())
+    if places == {"disk"}:  # which accelerate dispatches nowhere
+        raise ValueError(
+            "`device_map` puts the whole model on the disk; expected room for a part of it, such as more `max_memory`."
+        )
+    if not places & {"disk", "cpu"}:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and module.out_proj.weight.is_meta:
+            raise ValueError(
+                f"`device_map` offloads `{name}`, whose weights accelerate does not bring back; expected it on the "
+                "device that computes."
+            )
+    tied = [name for name in model.all_tied_weights_keys if "disk" in places and model.get_parameter(name).is_meta]
     if tied and not is_accelerate_available(OFFLOADING_ACCELERATE):
         raise ValueError(
             f"`device_map` puts {tied[0]} on the disk, which is tied to another weight; expected accelerate "

@@ -393,9 +393,12 @@ def ask(
     if image and top is not None:
         raise typer.BadParameter("--top is how many images --search finds; with --image it has nothing to say")
     with work():
-        loaded = _load_index(index, model, search)
         from mmgem.training.search.asking import ask as ask_index
+        from mmgem.training.search.asking import check_askable
+        from mmgem.training.search.row_search import RowSearch
 
+        check_askable(RowSearch.load(index), question, image or None, search, prompt)
+        loaded = _load_index(index, model, search)
         answers = ask_index(loaded, question, image or None, search, top or 1, prompt)
     rows = [
         {"path": str(path), "answer": text, "score": None if score is None else round(score, 4)}

@@ -33,12 +33,15 @@ def check_writable(file: Path, argument: str) -> None:
 def whole_file(file: Path) -> Iterator[Path]:
     """Gives a file to write into, which takes the place of `file`, or of a link, at the end.
 
-    Nothing is left of it after an error.
+    Nothing is left of it after an error, which names it if it names no file.
     """
     partial = file.with_name(f"{file.name}.partial")
     try:
         yield partial
         os.replace(partial, file)
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

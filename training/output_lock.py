@@ -16,7 +16,8 @@ from typing import ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # whose errors do not say of which file they are, where it is open
+# Whose errors do not say of which file they are, where it is open: a disk that is full, fails, or was away.
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in errors of libraries in Rust
 
@@ -91,11 +92,12 @@ def only_writer(out: str | Path, name: str = "out") -> Iterator[None]:
             place.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         yield
     except OSError as error:
-        if error.errno in FULL and error.filename is None:
-            error.filename = str(out)
+        is_copied = error.filename2 is not None  # what is copied says from where before it says to where
+        if error.errno in UNWRITTEN and (is_copied or error.filename is None):
+            raise OSError(error.errno, error.strerror, str(out)) from error
         raise
     except Exception as error:  # such as that of safetensors
-        if (said := _OS_ERROR.search(str(error))) and int(said[1]) in FULL:
+        if (said := _OS_ERROR.search(str(error))) and int(said[1]) in UNWRITTEN:
             raise OSError(int(said[1]), os.strerror(int(said[1])), str(out)) from error
         raise
     finally:

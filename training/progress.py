@@ -1,5 +1,6 @@
 """How far long work is: a bar on a terminal and in a notebook, and where nobody sees it move a line a minute."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,10 +11,15 @@ shown: dict[str, str | None] = {"as": None}  # "bar", "lines", "nothing", or, by
 
 
 def progress(iterable: Any = None, **options: Any) -> Any:
-    """Makes what tqdm makes of the same arguments, or in its place `Lines`; either is updated, iterated or closed."""
+    """Makes what tqdm makes of the same arguments, or in its place `Lines`; either is updated, iterated or closed.
+
+    Of the processes of a distributed run the first one alone says how far it is.
+    """
     from tqdm.auto import tqdm
 
     style = shown["as"] or ("bar" if sys.stderr.isatty() or "notebook" in tqdm.__module__ else "lines")
+    if os.environ.get("RANK", "0") != "0":
+        style = "nothing"
     if style == "bar":
         return tqdm(iterable, **options)
     return Lines(iterable, options.get("total"), options.get("initial", 0), options["desc"], style == "nothing")

@@ -60,7 +60,7 @@ from .vision_language_model import (
     read_prompt,
     without_layers,
 )
-from .weight_checks import check_offloaded, check_room, check_whole, loading
+from .weight_checks import check_generation_file, check_offloaded, check_room, check_whole, loading
 
 MAX_LOGIT_SCALE = math.log(100)
 IMAGES_OF_PROMPTS = {*IMAGE_INPUTS, "visual_tokens", "boxes"}
@@ -282,6 +282,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         if output_loading_info:
             return model, report
         check_whole(name, model, report, ignore_mismatched_sizes)
+        check_generation_file(name, kwargs.get("subfolder") or "")
         check_offloaded(model)
         check_grid(model.vision_tower, model.config.grid)
         generation = model.generation_config.to_diff_dict()  # of a file that may have been written by hand

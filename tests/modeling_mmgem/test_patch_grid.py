@@ -266,9 +266,23 @@ def test_tokens_beside_the_patches_are_looked_for_on_the_side_where_they_are(nam
             check_grid(tower, replace(grid, prefix_tokens=start, suffix_tokens=num_beside - start))
 
 
+@pytest.mark.parametrize("name", ["clip", "convnext"])  # tokens, and a map
+def test_a_stride_that_makes_as_many_patches_is_refused(name):
+    """Patches would stand in other rows, or boxes be laid on other ones."""
+    tower = VISION_TOWERS[name].build()
+    grid = find_grid(tower)
+    check_grid(tower, grid)
+    down, right = grid.stride
+    others = [(down - 1, right), (down, right - 1), (down // 2, 2 * right), (2 * down, right // 2)]
+    for stride in [stride for stride in others if min(stride) > 0]:
+        with pytest.raises(ValueError, match="`vision_grid` is "):
+            check_grid(tower, replace(grid, stride=stride))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"stride": [4, 16]}, r"`stride` of `vision_grid` is \(4, 16\); expected \(8, 8\), by the features"),
         ({"stride": [16, 16]}, "`vision_grid` is .*answers 2 images of 32 x 32 with features of shape"),
         (
             {"prefix_tokens": 0, "suffix_tokens": 1},

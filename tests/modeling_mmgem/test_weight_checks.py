@@ -267,6 +267,8 @@ def test_a_run_of_checkpoints_reads_the_processor_once(tiny_processor, tmp_path,
     [
         ("processor_config.json", None, r"which cannot be read \(Can't load image processor"),
         ("tokenizer.json", None, r"which cannot be read \(Couldn't instantiate the backend tokenizer"),
+        ("generation_config.json", "", "whose generation_config.json cannot be read .Expecting value"),
+        ("generation_config.json", "{", "whose generation_config.json cannot be read .*; expected it whole, or"),
         ("generation_config.json", "null", r"which cannot be read \('NoneType' object is not a mapping\)"),
         ("generation_config.json", '{"max_new_tokens": -1}', "which cannot be read .`max_new_tokens` must be"),
         ("generation_config.json", '{"num_beams": "x"}', "`num_beams` is 'x'; expected a whole number"),
@@ -309,3 +311,20 @@ def test_tied_weights_are_kept_on_the_disk_by_an_accelerate_that_reads_them_back
     else:
         with pytest.raises(ValueError, match=r"puts language_model\.lm_head\.weight on the disk, .* >= 1\.15"):
             MMGEMModel.from_pretrained(whole, **options)
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"": "disk"}, "`device_map` puts the whole model on the disk; expected room for a part of it"),
+        ({"vision_tower": "disk"}, r"offloads `vision_tower\.head\.attention`, .*; expected it on the device that"),
+        ({"embedding_tokens": "disk"}, "`device_map` puts `embedding_tokens` on the disk; expected it on a device"),
+    ],
+    ids=["all", "an attention", "a parameter"],
+)
+def test_what_would_not_come_back_from_the_disk_is_refused(whole, tmp_path, places, message):
+    if "" not in places:
+        names = {name.partition(".")[0] for name, _ in MMGEMModel.from_pretrained(whole).named_parameters()}
+        places = dict.fromkeys(names, "cpu") | places
+    with pytest.raises(ValueError, match=message):
+        MMGEMModel.from_pretrained(whole, device_map=places, offload_folder=tmp_path)

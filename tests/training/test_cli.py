@@ -143,6 +143,8 @@ def test_what_cannot_be_searched_is_refused_before_a_model_is_loaded(gallery, ch
     for command in (("search", ""), ("ask", "--search", " ")):
         error = run(command[0], tmp_path / "index", *command[1:], exit_code=1).stderr
         assert "expected something to look for" in error
+    error = run("ask", tmp_path / "index", "--search", "a star", exit_code=1).stderr
+    assert "has no memory; expected one that was made" in error
     (tmp_path / UNFINISHED).mkdir()
     (tmp_path / UNFINISHED / MANIFEST).touch()
     assert "still being made" in run("search", tmp_path, "a star", exit_code=1).stderr

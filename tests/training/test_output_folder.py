@@ -69,6 +69,12 @@ def test_a_file_that_is_written_leaves_its_neighbours(tmp_path):
     assert (tmp_path / "table.partial").read_text() == "of the user"
 
 
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"Input/output error: '.*table\.csv'"), whole_file(tmp_path / "table.csv"):
+        raise OSError(5, "Input/output error")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_that_cannot_be_written_is_refused_and_one_that_can_stays_as_it_is(tmp_path):
     file = tmp_path / "table.csv"
     check_writable(file, "--table")

@@ -168,6 +168,13 @@ def test_the_error_of_a_full_disk_names_the_output(out):
     with pytest.raises(OSError, match="No space left on device: '.*out'") as error, only_writer(out):
         raise RustError(said)
     assert error.value.errno == errno.ENOSPC
+    copied = OSError(errno.ENOSPC, "No space left on device", "code.py", None, "out.partial/code.py")
+    for error in copied, OSError(errno.EIO, "Input/output error"), OSError(errno.EROFS, "Read-only file system"):
+        with pytest.raises(OSError) as raised, only_writer(out):
+            raise error
+        assert str(raised.value) == f"[Errno {error.errno}] {error.strerror}: {str(out)!r}"
+    with pytest.raises(FileNotFoundError, match="'a file'$"), only_writer(out):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "a file")
     with pytest.raises(RustError), only_writer(out):
         raise RustError("Error while deserializing header: invalid (os error 2)")
 

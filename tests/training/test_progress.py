@@ -40,6 +40,16 @@ def test_quiet_is_quiet(clock, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("style", ["bar", "lines"])
+def test_of_a_distributed_run_the_first_process_alone_says_how_far_it_is(clock, capsys, monkeypatch, style):
+    monkeypatch.setitem(module.shown, "as", style)
+    for rank, is_told in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        for _ in progress([1, 2], desc="images"):
+            clock[0] += 61
+        assert ("images" in capsys.readouterr().err) == is_told
+
+
 def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setitem(module.shown, "as", "bar")
     with progress(total=2, desc="images", disable=True) as bar:

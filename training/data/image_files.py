@@ -131,7 +131,12 @@ def find_images(
         for entry in entries:
             if not entry.name.startswith("."):
                 name = f"{parent}/{entry.name}" if parent else entry.name
-                if entry.is_dir(follow_symlinks=False):
+                try:
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                except OSError as error:  # of file systems whose lists do not say what is a folder
+                    found.unseen[name] = f"it cannot be looked at: {error.strerror or error}"
+                    continue
+                if is_folder:
                     remaining.append(name)
                 else:
                     _look_at(entry, name, suffixes, found)

@@ -25,13 +25,22 @@ def read_records(file: Path) -> Iterator[Record]:
         The number of the record, and its fields, or the error as the end of a sentence that begins with its name.
 
     Raises:
-        OSError: If the file cannot be read.
+        OSError: If the file cannot be read; it names the file.
         ValueError: If it as a whole is not what its ending says.
     """
     readers = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
     if file.suffix.lower() not in readers:
         raise ValueError(f"{file} ends in {file.suffix!r}; expected one of {', '.join(RECORD_SUFFIXES)}.")
-    return readers[file.suffix.lower()](file)
+    return _naming(file, readers[file.suffix.lower()](file))
+
+
+def _naming(file: Path, records: Iterator[Record]) -> Iterator[Record]:
+    """The records; an error of the system while the file is open, which does not name it, does."""
+    try:
+        yield from records
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
 
 
 def _read_json_lines(file: Path) -> Iterator[Record]:

@@ -1,6 +1,5 @@
 """Captions of the images of an index, and answers about them, from their memories: the files may be gone."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 from mmgem.training.inference import answer_from_memory
 from mmgem.training.search.index import SearchIndex
 from mmgem.training.search.items import WHOLE_IMAGES
+from mmgem.training.search.row_search import RowSearch, check_says_something
 
 BATCH_SIZE = 32
 
@@ -52,18 +52,10 @@ def ask(
         ValueError: If not exactly one of `images` and `search` is given, if an image is not in the index, if the
             index has no memory, for an empty question, and as `SearchIndex.search`.
     """
-    if (images is None) == (search is None):
-        given = "None" if images is None else "given"
-        raise ValueError(f"`images` and `search` are both {given}; expected one of them.")
-    if question is not None and not question.strip():
-        raise ValueError(f"`question` is {question!r}; expected one, or None for captions.")
+    check_askable(index, question, images, search, prompt)
     scores: list[float | None]
     if images is not None:
-        if prompt is not None:
-            raise ValueError(
-                f"`prompt` is {prompt!r}, but there is no `search` for it to stand before; expected None."
-            )
-        rows, scores = _find_rows(index, images), [None] * len(images)
+        rows, scores = index.rows_of_images(images), [None] * len(images)
     else:
         kinds = set(WHOLE_IMAGES) & set(index.rows["kind"])
         hits = index.search(search, top=top, prompt=prompt, kinds=kinds)
@@ -76,20 +68,25 @@ def ask(
     return [Answer(index.path(row), text, score) for row, text, score in zip(rows, texts, scores, strict=True)]
 
 
-def _find_rows(index: SearchIndex, images: Sequence[str | Path]) -> list[int]:
-    if not images:
-        raise ValueError("`images` is empty; expected at least one name.")
-    of_whole = zip(index.rows["file_name"], index.rows["kind"], strict=True)
-    row_of = {name: row for row, (name, kind) in enumerate(of_whole) if kind in WHOLE_IMAGES}
-    rows = []
-    for image in images:
-        # A path may lead there through a link, and the file may itself be one.
-        paths = (Path(os.path.abspath(image)), Path(image).resolve())
-        inside = [path.relative_to(index.folder).as_posix() for path in paths if path.is_relative_to(index.folder)]
-        row = next((row_of[name] for name in [Path(image).as_posix(), *inside] if name in row_of), None)
-        if row is None:
-            raise ValueError(
-                f"`images` holds {str(image)!r}, which is not in the index; expected names such as {min(row_of)!r}."
-            )
-        rows.append(row)
-    return rows
+def check_askable(
+    index: RowSearch,
+    question: str | None,
+    images: Sequence[str | Path] | None,
+    search: str | None,
+    prompt: str | None,
+) -> None:
+    """Refuses what `ask` cannot answer, as far as it is known without a model; arguments and errors are its own."""
+    if (images is None) == (search is None):
+        given = "None" if images is None else "given"
+        raise ValueError(f"`images` and `search` are both {given}; expected one of them.")
+    if question is not None and not question.strip():
+        raise ValueError(f"`question` is {question!r}; expected one, or None for captions.")
+    if images is not None and prompt is not None:
+        raise ValueError(f"`prompt` is {prompt!r}, but there is no `search` for it to stand before; expected None.")
+    if images is not None:
+        index.rows_of_images(images)
+    if search is not None:
+        check_says_something(search)
+    index.check_memory()
+    if not set(WHOLE_IMAGES) & set(index.rows["kind"]):
+        raise ValueError(f"the index of {index.facts.folder!r} has no images; expected one of images.")

@@ -162,11 +162,14 @@ def read_checked_json(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedFileError: If it is something else.
-        FileNotFoundError: If there is no such file.
+        OSError: If it is not there, or cannot be read; it names the file.
     """
     try:
         content = json.loads(path.read_bytes())
         is_whole = content.pop("checksum") == _checksum(content)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         is_whole = False
     if not is_whole:

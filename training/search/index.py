@@ -222,10 +222,7 @@ class SearchIndex(RowSearch):
         Raises:
             ValueError: If the index has none.
         """
-        if self.facts.settings.memory is None:
-            raise ValueError(
-                f"the index of {self.facts.folder!r} has no memory; expected one that was made `--with-memory`."
-            )
+        self.check_memory()
         if bad := [row for row in rows if not 0 <= row < len(self.rows.arrays.get("memory", ()))]:
             raise ValueError(f"`rows` holds {bad[0]}, which is no whole image; expected rows that have a memory.")
         return torch.tensor(self.rows.arrays["memory"][rows])

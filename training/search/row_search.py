@@ -1,5 +1,6 @@
 """The rows of a search index, asked by words and by metadata alone: without a model, and without importing torch."""
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from mmgem.training.search.conditions import Condition, select_rows
 from mmgem.training.search.hybrid import LexicalSearch, fuse_ranks
+from mmgem.training.search.items import WHOLE_IMAGES
 from mmgem.training.search.storage import (
     UNFINISHED,
     IndexFacts,
@@ -130,6 +132,35 @@ class RowSearch:
         ranking = self._lexical_search.rank(text, top, self._select(kinds, where))
         scores, rows = fuse_ranks([ranking], [1.0], top)
         return [self._hit(float(score), int(row)) for score, row in zip(scores, rows, strict=True)]
+
+    def check_memory(self) -> None:
+        """Refuses an index without memories."""
+        if self.facts.settings.memory is None:
+            raise ValueError(
+                f"the index of {self.facts.folder!r} has no memory; expected one that was made `--with-memory`."
+            )
+
+    def rows_of_images(self, images: Sequence[str | Path]) -> list[int]:
+        """The rows of whole images, given by their names in the index or by paths that lead to them.
+
+        Raises:
+            ValueError: If there are none, or one is not in the index.
+        """
+        if not images:
+            raise ValueError("`images` is empty; expected at least one name.")
+        of_whole = zip(self.rows["file_name"], self.rows["kind"], strict=True)
+        row_of = {name: row for row, (name, kind) in enumerate(of_whole) if kind in WHOLE_IMAGES}
+        rows = []
+        for image in images:
+            # A path may lead there through a link, and the file may itself be one.
+            paths = (Path(os.path.abspath(image)), Path(image).resolve())
+            inside = [path.relative_to(self.folder).as_posix() for path in paths if path.is_relative_to(self.folder)]
+            row = next((row_of[name] for name in [Path(image).as_posix(), *inside] if name in row_of), None)
+            if row is None:
+                such = f"names such as {min(row_of)!r}" if row_of else "an index of images"
+                raise ValueError(f"`images` holds {str(image)!r}, which is not in the index; expected {such}.")
+            rows.append(row)
+        return rows
 
     def _select(self, kinds: Iterable[str] | None, where: Sequence[Condition] | None) -> np.ndarray | None:
         """The numbers of the rows that are searched; None for all."""

@@ -315,6 +315,11 @@ def read_index(place: Path, name: str) -> StoredIndex:
     except _ManifestError:
         raise
     except _DAMAGE as error:
+        reason = error.__cause__ if isinstance(error, DamagedFileError) and error.__cause__ else error
+        if isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError):  # of a disk that may come back
+            raise ValueError(
+                f"`{name}` is {str(place)!r}, an index that cannot be read ({reason}); expected one that can."
+            ) from error
         raise ValueError(
             f"`{name}` is {str(place)!r}, a damaged index ({error}); expected a whole one. Delete it, and make it "
             "anew with `mmgem index`."

@@ -2,6 +2,7 @@ import copy
 import errno
 import os
 import sys
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -269,3 +270,16 @@ def test_of_files_that_are_named_each_is_found_or_counted(tmp_path):
     counted = {".txt files": 1, ".cr2 files": 1, "files without a suffix": 1, "folders": 1, "names of no file": 1}
     assert found.passed_over == counted and found.unseen == {}
     assert list(find_images(tmp_path, (".txt",), ["d.txt"]).versions) == ["d.txt"]
+
+
+def test_what_no_system_says_the_kind_of_is_unseen(tmp_path, monkeypatch):
+    """As on a disk that fails, where lists do not say what is a folder."""
+
+    class Entry:
+        name = "a"
+
+        def is_dir(self, follow_symlinks):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", lambda folder: nullcontext([Entry()]))
+    assert find_images(tmp_path).unseen == {"a": "it cannot be looked at: Input/output error"}

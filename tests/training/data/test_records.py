@@ -1,5 +1,7 @@
 """Files of records that tools and people have written: each record is read, or costs itself by its number."""
 
+import errno
+import io
 import json
 from datetime import date
 
@@ -139,3 +141,17 @@ def test_a_damaged_table_is_refused_by_name(tmp_path):
     pq.write_table(twice, file)
     with pytest.raises(ValueError, match=r"file\.parquet has the column 'a' twice; expected names of their own"):
         list(read_records(file))
+
+
+class FailingFile(io.BytesIO):
+    """A file on a disk that fails."""
+
+    def readline(self, *_):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(records, "open", lambda *args, **kwargs: FailingFile(), raising=False)
+    with pytest.raises(OSError, match=rf"Input/output error: '.*{name}'"):
+        list(read_records(tmp_path / name))

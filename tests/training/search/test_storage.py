@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -567,3 +568,26 @@ def test_an_index_is_verified_with_what_is_unfinished_in_it_and_named_in_errors(
     (tmp_path / "old" / "rows.arrow").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="`index` is .*, a damaged index"):
         verify_index(tmp_path / "old")
+
+
+@pytest.mark.parametrize("file", [MANIFEST, "rows-1.parquet", "probes-1.safetensors"])
+def test_an_index_on_a_disk_that_fails_is_not_called_damaged(facts, tmp_path, monkeypatch, file):
+    write(tmp_path, facts)
+
+    def failing(read):
+        def of_file(self, *args):
+            if (self if isinstance(self, Path) else self.path).name == file:
+                raise OSError(errno.EIO, "Input/output error")
+            return read(self, *args)
+
+        return of_file
+
+    monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes))
+    monkeypatch.setattr(CheckedFile, "_read_from", failing(CheckedFile._read_from))
+    with pytest.raises(ValueError, match="`index` is .*, an index that cannot be read .*Errno 5.*; expected one that"):
+        read_index(tmp_path, "index")
+    if file == MANIFEST:
+        with pytest.raises(OSError, match=f"'.*{file}'"):
+            verify_index(tmp_path)
+    else:
+        assert list(verify_index(tmp_path).damaged) == [file]
