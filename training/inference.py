@@ -30,10 +30,12 @@ CAPTION_TOKENS, ANSWER_TOKENS = 128, 32  # at which they are cut; regions get ca
 
 @dataclass
 class _Mode:
-    """How many threads run a model in evaluation mode, and whether it trains after the last of them."""
+    """How many threads run a model in evaluation mode, whether it trains after the last of them, and how often one
+    found it in training mode."""
 
     threads: int = 0
     was_training: bool | None = None
+    interruptions: int = 0
 
 
 _modes: WeakKeyDictionary[torch.nn.Module, _Mode] = WeakKeyDictionary()
@@ -43,18 +45,29 @@ _modes_lock = Lock()
 @contextmanager
 def inference(model) -> Iterator[None]:
     """Runs what is within without gradients and in evaluation mode; the model's former mode comes back after it, or
-    after the last thread that runs it in this way."""
+    after the last thread that runs it in this way.
+
+    Raises:
+        RuntimeError: If it was set to training mode meanwhile, in which dropout changes what comes out.
+    """
     is_in_shards = is_sharded(model)
     with _modes_lock:
         mode = _modes.setdefault(model, _Mode())
         if any(module.training for module in model.modules()):  # setting it takes longer than a small batch
             mode.was_training = model.training
+            mode.interruptions += 1
             model.eval()
         mode.threads += 1
+        before = mode.interruptions
     try:
         # FSDP keeps the tensors that it gathers parameters into, and could not train with those of inference mode.
         with torch.no_grad() if is_in_shards else torch.inference_mode():
             yield
+            if mode.interruptions != before or any(module.training for module in model.modules()):
+                raise RuntimeError(
+                    "`model` was set to training mode by another thread while it embeds or writes; expected `train()` "
+                    "before or after that."
+                )
     finally:
         with _modes_lock:
             mode.threads -= 1

@@ -1,5 +1,7 @@
 """Loading a checkpoint by name, with an answer a person can use when it is not one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,9 +10,11 @@ from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor  # from the package it
 from mmgem.training.data.paths import no_checkpoint
 from mmgem.training.printable import is_utf8
 
+_SUFFIXES = (".jinja", ".json", ".model", ".safetensors", ".txt")  # of what a model is loaded from
+
 
 def load_checkpoint(name: str | Path, device: str | torch.device | None = None) -> tuple[MMGEMModel, MMGEMProcessor]:
-    """Loads model and processor, in evaluation mode.
+    """Loads model and processor, in evaluation mode. What becomes of their files later does not change them.
 
     Args:
         name: A folder that holds a checkpoint, or a name on the Hub.
@@ -18,8 +22,13 @@ def load_checkpoint(name: str | Path, device: str | torch.device | None = None) 
 
     Raises:
         FileNotFoundError: If it is neither.
-        ValueError: If it is a checkpoint of another kind of model, or a damaged one.
+        ValueError: If it is a checkpoint of another kind of model, a damaged one, or one that is written meanwhile.
     """
+    with unchanged(name, "model"):
+        return _load(name, device)
+
+
+def _load(name: str | Path, device: str | torch.device | None) -> tuple[MMGEMModel, MMGEMProcessor]:
     load_config(name)
     name = str(name)
     if device is None:
@@ -41,7 +50,45 @@ def load_checkpoint(name: str | Path, device: str | torch.device | None = None) 
             raise ValueError(
                 f"`model` is {name!r}, whose processor has {there} as `{part}`; expected {expected}, as the model has."
             )
-    return model.to(device).eval(), processor
+    model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()  # it may be the file itself, mapped: who wrote into that would change it
+    return model.eval(), processor
+
+
+@contextmanager
+def unchanged(folder: str | Path, name: str) -> Iterator[None]:
+    """Reads files of a checkpoint that belong together.
+
+    Args:
+        folder: The folder; of a name on the Hub nothing is compared.
+        name: The argument that names it, for errors.
+
+    Raises:
+        ValueError: If another job wrote it meanwhile, so that some may be older than others.
+    """
+    before, failure = _state(folder), None
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        failure = error
+    if _state(folder) != before:
+        raise ValueError(
+            f"`{name}` is {str(folder)!r}, which was written while it was read; expected one that no other job "
+            "writes. Try again when that has ended."
+        ) from failure
+    if failure is not None:
+        raise failure
+
+
+def _state(folder: str | Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when a file of a checkpoint does."""
+    try:
+        files = {path.name: path.stat() for path in Path(folder).glob("*") if path.suffix in _SUFFIXES}
+    except OSError:  # it goes at this moment, or cannot be read, which whoever reads it says better
+        return {}
+    return {name: (status.st_ino, status.st_size, status.st_mtime_ns) for name, status in files.items()}
 
 
 def load_config(name: str | Path) -> MMGEMConfig:

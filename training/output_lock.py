@@ -49,7 +49,7 @@ def only_writer(out: str | Path, name: str = "out") -> Iterator[None]:
     Raises:
         BlockingIOError: If another job holds it, unless within `waiting`. A job that is gone holds nothing, however it
             ended.
-        OSError: If nothing can be written there.
+        OSError: If nothing can be written there, or the file system has no locks.
         ValueError: If `out` is no path, or a link that leads back to itself.
     """
     if not str(out) or "\0" in str(out):
@@ -63,7 +63,7 @@ def only_writer(out: str | Path, name: str = "out") -> Iterator[None]:
     if not out.name:
         raise ValueError(f"`out` is {str(out)!r}, where no lock can be beside it; expected a path below it.")
     place = out.with_name(f"{out.name}.lock")
-    lock = FileLock(place, is_singleton=True)
+    lock = FileLock(place, is_singleton=True, fallback_to_soft=False)  # a file alone would outlive its process
     if lock.is_locked:
         yield
         return
@@ -83,6 +83,11 @@ def only_writer(out: str | Path, name: str = "out") -> Iterator[None]:
     except (FileExistsError, NotADirectoryError) as error:
         raise NotADirectoryError(f"`out` is {str(out)!r}, below a file; expected a path in a folder.") from error
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise type(error)(
+                f"`out` is {str(out)!r:.300}, on a file system without locks ({error.strerror}); expected a place on "
+                "one with them (`flock`), to which results may be moved from there."
+            ) from error
         raise type(error)(
             f"`out` is {str(out)!r:.300}, beside which its lock, {place.name!r}, cannot be written "
             f"({error.strerror}); expected a place that can be written to."

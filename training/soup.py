@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.processing_mmgem import MMGEMProcessor
 from mmgem.processing.sentence_transformers_export import save_sentence_transformer
+from mmgem.training.loading import unchanged
 from mmgem.training.output_folder import whole_folder
 from mmgem.training.output_lock import one_writer
 from mmgem.weight_checks import loading
@@ -44,7 +46,7 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
         FileExistsError: If `out` holds something.
         FileNotFoundError: If there is a folder without config or weights, such as one that holds a LoRA adapter.
         ValueError: If there are fewer than two folders, a folder is given twice, weights do not fit or are not finite,
-            or models differ in more than their weights.
+            models differ in more than their weights, or one is written meanwhile.
     """
     paths, out = [Path(folder) for folder in folders], Path(out)
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
@@ -52,6 +54,19 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
     shares = _shares(weights, len(paths))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"`out` is {str(out)!r}, which holds something; expected a new or empty folder.")
+    with ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(unchanged(path, "folders"))
+        model, processor = _mean(paths, shares)
+    made_of = {str(path): share for path, share in zip(paths, shares, strict=True)}
+    with whole_folder(out) as folder:
+        save_sentence_transformer(model, processor, folder)
+        (folder / "soup.json").write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+    return made_of
+
+
+def _mean(paths: list[Path], shares: list[float]) -> tuple[MMGEMModel, MMGEMProcessor]:
+    """The mean of models, and the processor of the first."""
     configs = [_read_config(path) for path in paths]
     for path, config in zip(paths[1:], configs[1:], strict=True):
         _check_equal(configs[0], config, "config.json", paths[0], path)
@@ -65,12 +80,7 @@ def soup(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float
     model.name_or_path = ""  # it is "None", whose processor would be looked for on the Hub
     if (paths[0] / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(paths[0])
-    processor = MMGEMProcessor.from_pretrained(paths[0], trust_remote_code=False)
-    made_of = {str(path): share for path, share in zip(paths, shares, strict=True)}
-    with whole_folder(out) as folder:
-        save_sentence_transformer(model, processor, folder)
-        (folder / "soup.json").write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
-    return made_of
+    return model, MMGEMProcessor.from_pretrained(paths[0], trust_remote_code=False)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -420,7 +420,6 @@ def test_a_model_trains_again_after_the_last_thread_that_runs_it():
         with inference.inference(model):
             other = threads.submit(second)
             assert is_second_there.wait(9)
-            model.train()  # as somebody may
             with inference.inference(model):
                 assert not model.training
             assert not model.training
@@ -430,3 +429,17 @@ def test_a_model_trains_again_after_the_last_thread_that_runs_it():
     with inference.inference(model):
         pass
     assert not model.training and not inference._modes
+
+
+@pytest.mark.parametrize("after", [(), ("another",)], ids=["seen at its end", "seen by another thread"])
+def test_a_model_that_is_set_to_training_while_it_embeds_gives_an_error(after):
+    model = torch.nn.Dropout().eval()
+    with pytest.raises(RuntimeError, match="`model` was set to training mode by another thread"):
+        with inference.inference(model):
+            model.train()
+            for _ in after:
+                with inference.inference(model):
+                    assert not model.training
+    assert model.training
+    with inference.inference(model):
+        pass

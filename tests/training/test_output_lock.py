@@ -141,6 +141,29 @@ def test_the_command_line_waits_when_it_is_told_to(out, other_job):
     assert len(read_image_folder(out)) == 2
 
 
+@pytest.mark.parametrize("holder", [b"", b"\0\xff{", b"123", b'{"pid": 1, "host": "elsewhere"}'], ids=repr)
+def test_a_lock_that_nobody_holds_is_taken_whatever_is_in_it(out, holder):
+    """As one that is left by a machine that went down, or whose process has here the number of another one."""
+    out.parent.mkdir()
+    out.with_name("out.lock").write_bytes(holder)
+    with only_writer(out):
+        pass
+    assert os.listdir(out.parent) == []
+
+
+def test_a_file_system_without_locks_is_refused(out, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with waiting(), pytest.raises(OSError, match="`out` is .*, on a file system without locks .*; expected a place"):
+        with only_writer(out):
+            pass
+    monkeypatch.undo()
+    with only_writer(out):  # what is left of it is no lock
+        pass
+
+
 def test_an_unreadable_holder_is_another_process(tmp_path):
     (tmp_path / "lock").write_text("{")
     assert output_lock._holder(tmp_path / "lock") == "another process"
