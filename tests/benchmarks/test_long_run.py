@@ -21,10 +21,18 @@ def test_the_gallery_is_what_the_recipe_trains_on(tmp_path):
 
 
 def test_a_job_is_watched_until_it_ends_and_its_failure_is_told():
-    job = subprocess.Popen([sys.executable, "-S", "-c", "import time; held = b'x' * (2 << 25); time.sleep(0.5)"])
-    *during, end = long_run.watch([job], lambda: 7, every=0.05, after=100)
+    holds = "import sys; held = b'x' * (2 << 25); print(flush=True); sys.stdin.read()"
+    job = subprocess.Popen([sys.executable, "-S", "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # After the first look it is waited for; after the second, which sees all that it holds, it may end.
+    acts = iter([job.stdout.readline, job.stdin.close])
+
+    def done():
+        next(acts, lambda: None)()
+        return 7
+
+    *during, end = long_run.watch([job], done, every=0.05, after=100)
     assert max(sample["bytes"] for sample in during) > 2 << 25 and end["bytes"] == 0 < during[0]["bytes"]
-    assert end["seconds"] > 100.4 and all(sample["done"] == 7 for sample in during)
+    assert end["seconds"] > 100 and all(sample["done"] == 7 for sample in during)
     job = subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(3)"])
     with pytest.raises(RuntimeError, match="ended with an error"):
         list(long_run.watch([job], lambda: 0, every=0.05, after=0))
