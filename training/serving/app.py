@@ -21,16 +21,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from mmgem.training.search.index import SearchIndex
+from mmgem.training.search.row_search import Hit
 from mmgem.training.serving.answers import Answer, ChatSettings, until_stop
 from mmgem.training.serving.inputs import ModelInput
 from mmgem.training.serving.limits import Gate, Limits, error_body, error_response
-from mmgem.training.serving.schemas import (
-    ChatCompletions,
-    CohereEmbed,
-    OpenAIEmbeddings,
-    Searches,
-    refusal,
-)
+from mmgem.training.serving.schemas import ChatCompletions, CohereEmbed, OpenAIEmbeddings, Searches, refusal
 from mmgem.training.serving.server import Server
 
 READING = ["GET", "HEAD"]
@@ -47,8 +42,6 @@ def create_app(
 ) -> FastAPI:
     """Builds the application; arguments as for `Server`, and `allow_origins` as for `serve`."""
     server = Server(name, model, processor, index, limits)
-    prompts = model.config.prompts or {}
-    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "mmgem"}
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -63,6 +56,14 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(allow_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    _answer_errors(app)
+    for add_routes in (_add_status, _add_embeddings, _add_chat, _add_search):
+        add_routes(app, server)
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Whatever is refused or fails is answered with a sentence, in the shape of its route."""
 
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -83,14 +84,16 @@ def create_app(
             sentence = f"{request.method} {request.url.path} is not known here; expected {', '.join(paths)}."
         return error_response(request.url.path, status, sentence, headers)
 
+
+def _add_status(app: FastAPI, server: Server) -> None:
+    """The routes that say how the server is, and which model it has."""
+    card = {"id": server.name, "object": "model", "created": int(time.time()), "owned_by": "mmgem"}
+
     @app.api_route("/health", methods=READING)
     async def health() -> JSONResponse:
         is_alive = server.worker.is_alive
-        body = {
-            "status": "ok" if is_alive else "the model has stopped",
-            "model": name,
-            "in_work": server.worker.in_work,
-        }
+        status = "ok" if is_alive else "the model has stopped"
+        body = {"status": status, "model": server.name, "in_work": server.worker.in_work}
         return JSONResponse(body, 200 if is_alive else 503)
 
     @app.api_route("/metrics", methods=READING)
@@ -106,16 +109,19 @@ def create_app(
         server.check_model(model_name)
         return JSONResponse(card)
 
+
+def _add_embeddings(app: FastAPI, server: Server) -> None:
+    """The routes that embed texts and images, as OpenAI's and as Cohere's."""
+    prompts = server.model.config.prompts or {}
+
     @app.post("/v1/embeddings")
     async def embeddings(request: OpenAIEmbeddings) -> JSONResponse:
         server.check_model(request.model)
-        prompt = ""
-        if request.prompt_name is not None:
-            if request.prompt_name not in prompts:
-                known = f"one of {', '.join(map(repr, prompts))}" if prompts else "none, as the model has no prompts"
-                raise ValueError(f"`prompt_name` is {request.prompt_name!r}; expected {known}.")
-            prompt = prompts[request.prompt_name]
-        _check_dimensions("dimensions", request.dimensions, model)
+        if request.prompt_name is not None and request.prompt_name not in prompts:
+            known = f"one of {', '.join(map(repr, prompts))}" if prompts else "none, as the model has no prompts"
+            raise ValueError(f"`prompt_name` is {request.prompt_name!r}; expected {known}.")
+        prompt = "" if request.prompt_name is None else prompts[request.prompt_name]
+        _check_dimensions("dimensions", request.dimensions, server.model)
         vectors, count = await server.embed(request.input, "input", prompt=prompt)
         encode = _ENCODINGS[request.encoding_format]
         data = []
@@ -124,12 +130,12 @@ def create_app(
             own = {"embeddings": encoded} if request.return_multivector else {"embedding": encoded[0]}
             data.append({"object": "embedding", "index": number} | own)
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
+        return JSONResponse({"object": "list", "data": data, "model": server.name, "usage": usage})
 
     @app.post("/v2/embed")
     async def embed_as_cohere(request: CohereEmbed) -> JSONResponse:
         server.check_model(request.model)
-        _check_dimensions("output_dimension", request.output_dimension, model)
+        _check_dimensions("output_dimension", request.output_dimension, server.model)
         prompt = prompts.get(COHERE_PROMPTS.get(request.input_type, ""), "")
         given = next(part for part in ("texts", "images", "inputs") if getattr(request, part) is not None)
         inputs, is_cut = request.embedding_inputs(), request.truncate == "END"
@@ -137,23 +143,20 @@ def create_app(
         rows = [_shorten(row, request.output_dimension)[0] for row in vectors]
         found = {kind: [_ENCODINGS[kind](row) for row in rows] for kind in request.embedding_types}
         num_images = sum(1 if isinstance(item.image, str) else len(item.image or ()) for item in inputs)
-        body = {
-            "id": uuid.uuid4().hex,
-            "response_type": "embeddings_by_type",
-            "embeddings": found,
-            "texts": request.texts or [],
-            "meta": {
-                "api_version": {"version": "2"},
-                "billed_units": {"input_tokens": count, "images": num_images},
-            },
-        }
-        return JSONResponse(body)
+        units = {"input_tokens": count, "images": num_images}
+        meta = {"api_version": {"version": "2"}, "billed_units": units}
+        body = {"id": uuid.uuid4().hex, "response_type": "embeddings_by_type", "embeddings": found}
+        return JSONResponse(body | {"texts": request.texts or [], "meta": meta})
+
+
+def _add_chat(app: FastAPI, server: Server) -> None:
+    """The route that writes about images, at once or in pieces."""
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatCompletions) -> Response:
         server.check_model(request.model)
         read, settings = await server.read_chat(request)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": server.name}
         if request.stream:
             with_usage = request.stream_options is not None and request.stream_options.include_usage
             head["object"] = "chat.completion.chunk"
@@ -164,29 +167,23 @@ def create_app(
         head["object"] = "chat.completion"
         return JSONResponse(head | {"choices": [choice], "usage": _usage(read, answer)})
 
+
+def _add_search(app: FastAPI, server: Server) -> None:
+    """The route that searches the index."""
+
     @app.post("/search")
     async def search(request: Searches) -> JSONResponse:
-        if index is None:
+        if server.index is None:
             raise HTTPException(404, "there is no index here; expected a server with `--index`.")
-        answers = await server.search([request] if request.queries is None else request.queries)
-        root = Path(index.facts.folder)
-        found = [
-            {
-                "hits": [
-                    {
-                        "score": round(hit.score, 6),
-                        "path": hit.path.relative_to(root).as_posix(),
-                        "row": hit.row,
-                        **hit.details,
-                    }
-                    for hit in hits
-                ]
-            }
-            for hits in answers
-        ]
-        return JSONResponse(found[0] if request.queries is None else {"results": found})
+        root = Path(server.index.facts.folder)
 
-    return app
+        def shown(hit: Hit) -> dict[str, Any]:
+            path = hit.path.relative_to(root).as_posix()
+            return {"score": round(hit.score, 6), "path": path, "row": hit.row, **hit.details}
+
+        answers = await server.search([request] if request.queries is None else request.queries)
+        found = [{"hits": list(map(shown, hits))} for hits in answers]
+        return JSONResponse(found[0] if request.queries is None else {"results": found})
 
 
 async def _stream(
