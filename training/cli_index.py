@@ -22,6 +22,7 @@ from mmgem.training.cli_common import (
     check_model,
     check_table,
     folder_and_names,
+    importing,
     load_model,
     path,
     report_skipped,
@@ -106,23 +107,10 @@ def index(
     with work(wait):  # whoever cannot write learns it before a model is loaded
         from mmgem.training.search.up_to_date import update_index
 
-        report = update_index(
-            folder,
-            model,
-            out,
-            names,
-            batch_size,
-            moved,
-            max_pixels,
-            vectors=vectors,
-            dimensions=dimensions,
-            precision=precision,
-            memory=memory,
-            image_mode=image_mode,
-            captions=captions,
-            regions=parts,
-            texts=text_column if texts else None,
-        )
+        settings: dict[str, Any] = {"vectors": vectors, "dimensions": dimensions, "precision": precision}
+        settings |= {"memory": memory, "image_mode": image_mode, "captions": captions, "regions": parts}
+        settings |= {"texts": text_column if texts else None}
+        report = update_index(folder, model, out, names, batch_size, moved, max_pixels, **settings)
     report_skipped(report.skipped, report.passed_over)
     result = {"index": str(out), **report._asdict(), "skipped": [file._asdict() for file in report.skipped]}
     kinds = [f"{count} {kind}{'s' * (kind != 'fused')}" for kind, count in report.rows.items()]
@@ -205,28 +193,20 @@ def search(
     (--lexical-weight 1), or by --where and --kind without TEXT, no model is loaded.
     """
     weight = 0.5 if hybrid and lexical_weight is None else lexical_weight
-    is_limited = bool(where or kind)
     if fit_on is not None:
         if text is not None or image or weight is not None:
             raise typer.BadParameter("--fit-on takes its queries from FILE; give no other, and no weight")
         _fit(index, fit_on, prompt, vectors, query_vectors, kind, where, model, as_json)
         return
-    if text is None and not image and not is_limited and sys.stdin.isatty():
+    if text is None and not (image or where or kind) and sys.stdin.isatty():
         text = "-"
-    is_listing = text is None and not image
-    if is_listing and not is_limited:
-        raise typer.BadParameter("give TEXT, --image, or both; or --where or --kind alone")
     for_model = {"--prompt": prompt, "--vectors": vectors, "--query-vectors": query_vectors, "--explain": explain}
-    for_query = for_model | {"--boxes": boxes or None, "--lexical-weight": weight}
-    if is_listing and (option := next((name for name, value in for_query.items() if value is not None), None)):
-        raise typer.BadParameter(f"{option} says something of a query; give TEXT or --image")
-    if text == "-" and "-" in (image or []):
-        raise typer.BadParameter("- stands for TEXT or for --image; give it once")
+    _check_query(text, image, where or kind, for_model | {"--boxes": boxes or None, "--lexical-weight": weight})
     check_table(table_file)
     if explain is not None and explain.exists() and (not explain.is_dir() or any(explain.iterdir())):
         raise FileExistsError(f"`--explain` is {str(explain)!r}, which is there; expected a new or an empty folder.")
     parts, is_stream = [_box(box) for box in boxes or []], text == "-" or "-" in (image or [])
-    is_by_rows = not image and not boxes and (is_listing or weight == 1) and not any(for_model.values())
+    is_by_rows = not image and not boxes and (text is None or weight == 1) and not any(for_model.values())
     loaded: Any
     with work():
         from mmgem.training.search.conditions import Condition
@@ -268,15 +248,32 @@ def search(
                 maps = _draw_maps(loaded, hits, embed, vectors, folder)
             rows = [row | {"heat_map": str(file)} for row, file in zip(rows, maps, strict=True)]
         found += [{"query": query, "rank": rank, **row} for rank, row in enumerate(rows, 1)]
-        answers = [f"{hit.score:7.4f}  {_shown(hit)}" for hit in hits]
-        if is_stream and as_json:
-            typer.echo(to_json({"query": query, "hits": rows}))
-        elif not hits and not is_stream and not as_json:
-            where_words_are = ": no text, caption or name of a file has a word of it" if weight == 1 else ""
-            typer.secho(f"nothing was found{where_words_are}", err=True)
-        else:
-            answer(rows, as_json, [query, *answers, ""] if is_stream else answers)
+        _say_found(query, hits, rows, is_stream, as_json, is_by_words=weight == 1)
     write_table(found, table_file)
+
+
+def _check_query(text: str | None, image: list[str] | None, limits: Any, options: dict[str, Any]) -> None:
+    """Refuses a search for nothing without a limit either, what says something of a query where there is none, and
+    standard input asked for twice."""
+    if text is None and not image:
+        if not limits:
+            raise typer.BadParameter("give TEXT, --image, or both; or --where or --kind alone")
+        if option := next((name for name, value in options.items() if value is not None), None):
+            raise typer.BadParameter(f"{option} says something of a query; give TEXT or --image")
+    if text == "-" and "-" in (image or []):
+        raise typer.BadParameter("- stands for TEXT or for --image; give it once")
+
+
+def _say_found(query: str, hits: list, rows: list[dict], is_stream: bool, as_json: bool, is_by_words: bool) -> None:
+    """Prints the answers to a query."""
+    answers = [f"{hit.score:7.4f}  {_shown(hit)}" for hit in hits]
+    if is_stream and as_json:
+        typer.echo(to_json({"query": query, "hits": rows}))
+    elif not hits and not is_stream and not as_json:
+        where_words_are = ": no text, caption or name of a file has a word of it" if is_by_words else ""
+        typer.secho(f"nothing was found{where_words_are}", err=True)
+    else:
+        answer(rows, as_json, [query, *answers, ""] if is_stream else answers)
 
 
 def _load_index(
@@ -291,7 +288,8 @@ def _load_index(
         check_says_something(text)
     if kinds or conditions:
         RowSearch.load(index).list_rows(1, kinds, conditions)
-    from mmgem.training.search.index import SearchIndex
+    with importing():
+        from mmgem.training.search.index import SearchIndex
 
     return SearchIndex.load(index, *(() if model is None else load_model(model)))
 

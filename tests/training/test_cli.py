@@ -1,3 +1,4 @@
+import gc
 import inspect
 import json
 import os
@@ -164,6 +165,18 @@ def test_torch_is_set_up_unless_the_user_has(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY")
     run("train", tmp_path / "nowhere.yaml", "--out", tmp_path / "run", exit_code=1)
     assert "OMP_WAIT_POLICY" not in os.environ
+
+
+def test_no_garbage_is_looked_for_while_torch_is_imported(monkeypatch):
+    frozen = []
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(gc.isenabled()))
+    with cli_common.importing():
+        assert gc.isenabled()  # torch is there
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(ImportError), cli_common.importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and frozen == [False]
 
 
 @pytest.fixture
