@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,12 @@ from mmgem.training.data.image_files import (
     find_images,
     shorter_side_for,
 )
-from mmgem.training.inference import generate_captions, generate_region_captions, tower_runs_once
+from mmgem.training.inference import (
+    generate_captions,
+    generate_region_captions,
+    pictures_prepared_once,
+    tower_runs_once,
+)
 from mmgem.training.output_folder import whole_file
 from mmgem.training.output_lock import one_writer
 from mmgem.training.progress import progress
@@ -94,7 +99,10 @@ def caption_folder(
     reader = ImageReader(folder, None if with_boxes else shorter_side_for(processor), max_pixels)
 
     def write_lines(files: list[ImageFile]) -> list[dict[str, Any]]:
-        with nullcontext() if boxes is None else tower_runs_once(model):  # over an image and its boxes
+        with ExitStack() as stack:
+            if boxes is not None:  # an image comes again with its boxes
+                stack.enter_context(tower_runs_once(model))
+                stack.enter_context(pictures_prepared_once(processor))
             lines = _caption(model, processor, files, boxes)
         return [line | {"version": found.versions[line["file_name"]]} for line in lines]
 

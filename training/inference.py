@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import BatchFeature, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from xxhash import xxh3_128_digest
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.processing.token_batches import batches_of_tokens, restore, tokens_at_a_time
@@ -516,3 +517,43 @@ def tower_runs_once(model) -> Iterator[None]:
         yield
     finally:
         owner.__dict__.pop("_patch_grid", None)  # which another thread may have done
+
+
+@contextmanager
+def pictures_prepared_once(processor) -> Iterator[None]:
+    """Within it, a picture is resized and normalised once, however often and in whatever company it comes.
+
+    Args:
+        processor: An `MMGEMProcessor`. That of a VLM prepares its own at each call, and so does each where pictures
+            of a call differ in shape: it may depend on the others what becomes of one.
+    """
+    prepare = getattr(getattr(processor, "image_processor", None), "preprocess", None)
+    if prepare is None or processor.vlm_processor is not None:
+        yield
+        return
+    prepared: dict[tuple, Mapping[str, torch.Tensor]] = {}
+
+    def preprocess(images: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("return_tensors") != "pt":
+            return prepare(images, *args, **kwargs)
+        keys = [(xxh3_128_digest(image.tobytes()), image.size, repr((args, kwargs))) for image in images]
+        for key, image in zip(keys, images, strict=True):
+            if key not in prepared:
+                prepared[key] = prepare([image], *args, **kwargs)
+        batch = batch_of([prepared[key] for key in keys])
+        return prepare(images, *args, **kwargs) if batch is None else BatchFeature(batch)
+
+    processor.image_processor.preprocess = preprocess
+    try:
+        yield
+    finally:
+        processor.image_processor.__dict__.pop("preprocess", None)  # which another thread may have done
+
+
+def batch_of(parts: Sequence[Mapping[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:
+    """Returns inputs of single images as those of a batch, if there are all, of the same names and shapes."""
+    shapes = {None if part is None else tuple((name, part[name].shape) for name in sorted(part)) for part in parts}
+    if None in shapes or len(shapes) != 1:
+        return None
+    first, *_ = parts
+    return {name: torch.cat([part[name] for part in parts]) for name in first}  # type: ignore[index, union-attr]

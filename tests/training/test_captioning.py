@@ -1,5 +1,7 @@
 import json
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 from mmgem.training import captioning
 from mmgem.training.captioning import caption_folder
 from mmgem.training.data.image_files import find_images
-from mmgem.training.inference import generate_captions, generate_region_captions
+from mmgem.training.inference import generate_captions, generate_region_captions, pictures_prepared_once
 
 pytestmark = pytest.mark.usefixtures("short_answers")
 
@@ -84,6 +86,38 @@ def test_the_vision_tower_runs_once_over_an_image_and_its_boxes(folder, out, tin
     caption_folder(folder, tiny_model, tiny_processor, out, with_boxes=True)
     hook.remove()
     assert sum(counts) == len(NAMES)
+
+
+def test_an_image_is_prepared_once_for_itself_and_its_boxes(folder, out, tiny_model, tiny_processor, monkeypatch):
+    prepared, prepare = [], type(tiny_processor.image_processor).preprocess
+
+    def counting(processor, images, *args, **kwargs):
+        prepared.extend(image for image in images if image.getbbox())  # no blank ones, by which sizes are found
+        return prepare(processor, images, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny_processor.image_processor), "preprocess", counting)
+    caption_folder(folder, tiny_model, tiny_processor, out, with_boxes=True)
+    assert len(prepared) == len(NAMES)
+    monkeypatch.setattr(captioning, "pictures_prepared_once", lambda processor: nullcontext())
+    caption_folder(folder, tiny_model, tiny_processor, out.with_name("apart"), with_boxes=True)
+    assert len(prepared) == 2 * len(NAMES) + len(BOXES)
+    assert read(out) == read(out.with_name("apart"))
+
+
+@pytest.mark.parametrize("side", [30, 40])
+def test_pictures_that_differ_in_shape_are_prepared_together(side):
+    """As it may depend on the others what becomes of one: here they are padded to the widest."""
+
+    class Padding:
+        def preprocess(self, images, **options):
+            return {"pixel_values": torch.zeros(len(images), 3, 40, max(image.width for image in images))}
+
+    images = [Image.new("RGB", (40, 40)), Image.new("RGB", (side, 40), "red")]
+    processor = SimpleNamespace(image_processor=Padding(), vlm_processor=None)
+    with pictures_prepared_once(processor):
+        together = processor.image_processor.preprocess(images, return_tensors="pt")["pixel_values"]
+        assert together.shape == (2, 3, 40, 40)
+    assert vars(processor.image_processor) == {}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

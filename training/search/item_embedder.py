@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmgem.training.data.image_files import Skipped, apply_to_batch
 from mmgem.training.inference import (
+    batch_of,
     embed_and_remember,
     embed_fused,
     embed_images,
@@ -134,7 +135,7 @@ class ItemEmbedder:
             of_images, of_both, memory = embed_and_remember(self.model, self.processor, images)
             return self._arrays(of_images if self.settings.image_mode == "image" else of_both, memory)
         if self.settings.image_mode == "image":
-            inputs = _batch([read.inputs for read in group])
+            inputs = batch_of([read.inputs for read in group])
             processor = self.processor if inputs is None else lambda **images: inputs  # what it has prepared ahead
             return self._arrays(embed_images(self.model, processor, images))
         return self._arrays(embed_fused(self.model, self.processor, images, [""] * len(images)))
@@ -183,12 +184,3 @@ class ItemEmbedder:
 def _kind(read: ReadItem) -> str:
     """What the item is embedded with others as."""
     return "text" if read.item.kind == "caption" else read.item.kind
-
-
-def _batch(parts: Sequence[Mapping[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:
-    """The inputs of single images as those of a batch, if there are all, of the same names and shapes."""
-    shapes = {None if part is None else tuple((name, part[name].shape) for name in sorted(part)) for part in parts}
-    if None in shapes or len(shapes) != 1:
-        return None
-    first, *_ = parts
-    return {name: torch.cat([part[name] for part in parts]) for name in first}  # type: ignore[index, union-attr]

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save
 from tiny_models import build_model
 
-from mmgem.training.inference import embed_and_remember, embed_images, remember
+from mmgem.training.inference import batch_of, embed_and_remember, embed_images, remember
 from mmgem.training.search import building, item_embedder, storage
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
@@ -102,8 +102,8 @@ def test_images_are_prepared_in_the_threads_that_decode_them(folder, out, tiny_m
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 3, 8, 9)])
 def test_images_of_other_shapes_are_no_batch(shape):
     parts = [{"pixel_values": torch.zeros(1, 3, 8, 8)}, {"pixel_values": torch.ones(shape)}]
-    batch = item_embedder._batch(parts)
-    assert (batch is None) == (shape[3] == 9) and item_embedder._batch([*parts, None]) is None
+    batch = batch_of(parts)
+    assert (batch is None) == (shape[3] == 9) and batch_of([*parts, None]) is None
     assert batch is None or torch.equal(batch["pixel_values"].mean((1, 2, 3)), torch.tensor([0.0, 1.0]))
 
 
