@@ -24,6 +24,11 @@ COUNTS = {
 SHARES = ("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 FINITE = ("length_penalty", "guidance_scale", "max_time")
 SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores")
+# Of the arguments of features, what callers of any model give, and what changes no embedding of this one.
+WITHOUT_EFFECT = frozenset(
+    "interpolate_pos_encoding output_attentions output_hidden_states pixel_attention_mask return_dict token_type_ids "
+    "use_cache".split()
+)
 TOKEN_IDS = (*SPECIAL_TOKENS, "forced_bos_token_id", "forced_eos_token_id")
 
 
@@ -32,6 +37,25 @@ def check_tensor(name: str, value: object):
         is_tensor = isinstance(value, torch.Tensor) and value.layout is not torch.strided
         kind = value.layout if is_tensor else f"a {type(value).__name__}"  # type: ignore[attr-defined]
         raise TypeError(f"`{name}` is {kind}; expected a dense tensor.")
+
+
+def check_no_other(arguments: Mapping[str, Any], method: str):
+    """Refuses arguments that nobody would read, such as a name that is mistyped."""
+    if others := sorted(arguments.keys() - WITHOUT_EFFECT):
+        raise TypeError(f"`{others[0]}` is no argument of `{method}`; expected those that it documents.")
+
+
+def check_labels(labels: torch.Tensor, shape: tuple[int, ...], vocabulary_size: int, image_token_id: int):
+    """Ids of tokens to be written, and -100."""
+    check_tensor("labels", labels)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`labels` is {labels.dtype}; expected whole numbers, of 64 or 32 bits.")
+    if tuple(labels.shape) != shape:
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}; expected that of `input_ids`, {shape}.")
+    if not torch.compiler.is_compiling():
+        known = ((labels >= 0) & (labels < vocabulary_size)) | (labels == -100) | (labels == image_token_id)
+        if not known.all():
+            raise ValueError(f"`labels` has {int(labels[~known][0])}; expected 0 to {vocabulary_size - 1}, or -100.")
 
 
 def is_box(boxes: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,8 @@ from .input_checks import (
     check_boxes,
     check_generation,
     check_ids,
+    check_labels,
+    check_no_other,
     check_pixels,
     checked_mask,
     fit_length,
@@ -472,8 +474,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             (B, k, D) or (B, R, k, D). `last_hidden_state` (B, n, C) or (B, R, n, C), the visual tokens it comes from.
 
         Raises:
+            TypeError: For an argument that is none.
             ValueError: For shapes that do not fit.
         """
+        if self.vlm is None:  # whose processors give more
+            check_no_other(kwargs, "get_image_features")
         tokens = self._visual_tokens(pixel_values, boxes, spatial_shapes)
         embeds = self._calibrated(self._embed_visual_tokens(tokens), "image")
         if boxes is not None:
@@ -643,8 +648,11 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             vectors.
 
         Raises:
+            TypeError: For an argument that is none.
             ValueError: For an empty batch, shapes that do not fit, or more tokens than the model takes.
         """
+        if self.vlm is None:
+            check_no_other(kwargs, "get_text_features")
         attention_mask = checked_mask(input_ids, attention_mask)
         self._check_placeholders(input_ids, None, None)
         outputs = self._embed_sequences(self.get_input_embeddings()(input_ids), attention_mask)
@@ -685,6 +693,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             ValueError: If images and placeholders do not match, if a rationale is to follow texts that are padded on
                 the right, if `visual_tokens` come with `pixel_values`, and as [`get_text_features`].
         """
+        if self.vlm is None:
+            check_no_other(kwargs, "get_multimodal_features")
         attention_mask = checked_mask(input_ids, attention_mask)
         if visual_tokens is None:
             self._check_placeholders(input_ids, pixel_values, boxes)
@@ -905,6 +915,7 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             {columns}
 
         Raises:
+            TypeError: In meaning 3, for an argument that is none.
             ValueError: If numbers or shapes do not fit together, or a column is unknown.
         """
         text_columns = {name: kwargs.pop(name) for name in TEXT_COLUMNS if name in kwargs}
@@ -934,6 +945,9 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
                 inputs_embeds = self.embed_prompt(input_ids, **images, visual_tokens=visual_tokens)  # (B, L, H)
             if labels is not None:
+                shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
+                rows = self.get_input_embeddings().num_embeddings
+                check_labels(labels, tuple(shape), rows, self.config.image_token_id)
                 kwargs["labels"], kwargs["num_items_in_batch"] = labels, num_items_in_batch
             if attention_mask is not None and inputs_embeds is not None and self._is_state_space:
                 attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # a state needs no mask of its past
@@ -996,6 +1010,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 "expected image placeholders in `input_ids` to generate from, or `return_loss=True` to train. Boxes "
                 "are embedded by `get_image_features`."
             )
+        if self.vlm is None:
+            check_no_other(kwargs, "forward")
         image_features = self.get_image_features(pixel_values, spatial_shapes=spatial_shapes).pooler_output
         image_embeds = F.normalize(image_features, dim=-1)  # (I, D)
         text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)  # (T, D)

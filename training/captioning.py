@@ -175,6 +175,8 @@ def _read_done(out: Path, with_boxes: bool) -> dict[str, str | None]:
     for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line.decode())
+            if not isinstance(row["file_name"], str) or not isinstance(row["caption"], str):
+                raise TypeError("these are no texts")
             done[row["file_name"]] = row.get("version")
             has_boxes = "region_captions" in row
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -153,6 +153,8 @@ def main(
     for stream in (sys.stdout, sys.stderr):  # so that no name of a file costs the result
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, TextIOWrapper):  # which may name files whose names are any bytes
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 @app.command()

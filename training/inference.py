@@ -4,7 +4,7 @@ An embedding is one vector (D,), or k vectors (k, D) of a model with `embedding_
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -446,6 +446,8 @@ class _Part(NamedTuple):
 def _in_batches(boxes: Sequence[Sequence[Box]]) -> Iterator[list[_Part]]:
     """The boxes of all images, `BOXES_AT_A_TIME` with the padding of a batch, which images with as many boxes lack;
     an image with more than that comes several times."""
+    if odd := [own for own in boxes if not isinstance(own, Sized)]:
+        raise TypeError(f"`boxes` holds {odd[0]!r:.80} for an image; expected a list of [x0, y0, x1, y1] in pixels.")
     starts = [(image, first) for image, own in enumerate(boxes) for first in range(0, len(own), BOXES_AT_A_TIME)]
     parts = [_Part(image, first, boxes[image][first : first + BOXES_AT_A_TIME]) for image, first in starts]
     parts = parts or [_Part(image, 0, own) for image, own in enumerate(boxes)]  # which the processor refuses

@@ -48,9 +48,9 @@ def patch_grid(
     """
     if spatial_shapes is not None:
         return _padded_grids(vision_tower, pixel_values, spatial_shapes)
-    if pixel_values.ndim != 4 or pixel_values.shape[0] == 0 or pixel_values.shape[1] != grid.num_channels:
+    if pixel_values.ndim != 4 or 0 in pixel_values.shape or pixel_values.shape[1] != grid.num_channels:
         raise ValueError(
-            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (B, {grid.num_channels}, H, W) with B at "
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (B, {grid.num_channels}, H, W), each at "
             "least 1."
         )
     name, (height, width), own_size = vision_tower.config.model_type, pixel_values.shape[2:], grid.image_size

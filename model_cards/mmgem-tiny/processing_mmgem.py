@@ -10,7 +10,7 @@ from itertools import groupby
 from json import JSONDecodeError
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -568,19 +568,20 @@ class MMGEMProcessor(ProcessorMixin):
         if boxes is not None and images is None:
             raise ValueError("`boxes` was given without `images`; expected the images they lie in.")
 
-    def check_proportions(self, size: tuple[int, int], name: str = "image", **kwargs):
+    def check_proportions(self, size: tuple[int, int], name: str = "image", resized_to: Any = None):
         """Refuses a picture so narrow that it would become huge once its shorter side fits the model's view.
 
         Args:
             size: (width, height) in pixels.
             name: What the error calls it.
-            kwargs: Arguments of a call that change how images are resized.
+            resized_to: The `size` of a call, instead of that of the image processor.
 
         Raises:
             ValueError: If more than `MAX_RESIZED_PIXELS` would come of it.
         """
         for image_processor in (self.image_processor, getattr(self.vlm_processor, "image_processor", None)):
-            edges = kwargs.get("size") or getattr(image_processor, "size", None) or {}
+            edges = resized_to or getattr(image_processor, "size", None) or {}
+            edges = {"shortest_edge": edges} if isinstance(edges, int) else edges
             shortest = edges.get("shortest_edge")
             # Others bound the longer side, or cut into tiles.
             if not shortest or edges.get("longest_edge") or getattr(image_processor, "image_grid_pinpoints", None):
@@ -594,7 +595,7 @@ class MMGEMProcessor(ProcessorMixin):
 
     def _process_images(self, images, boxes=None, **kwargs):
         for number, image in enumerate(images):
-            self.check_proportions(image.size, f"images[{number}]", **kwargs)
+            self.check_proportions(image.size, f"images[{number}]", kwargs.get("size"))
         distinct, numbers = _distinct(images)
         features = self.image_processor(distinct, **kwargs)
         if self.vlm_processor is not None:

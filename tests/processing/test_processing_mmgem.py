@@ -70,6 +70,14 @@ def test_a_batch_of_images_and_texts(processor, image):
     assert set(inputs) < set(processor.model_input_names)
 
 
+@pytest.mark.parametrize(
+    "size", [{"height": 64, "width": 64}, {"shortest_edge": 64}, 64], ids=["sides", "edge", "side"]
+)
+def test_a_call_may_resize_images_otherwise(processor, image, size):
+    pixels = processor(images=[image], size=size, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    assert min(pixels.shape[2:]) == 64
+
+
 def test_padding_side_is_the_tokenizers(processor):
     processor.tokenizer.padding_side = "right"
     assert processor(text=["a", "a cat"], return_tensors="pt").input_ids.tolist() == [[3, 0], [3, 5]]

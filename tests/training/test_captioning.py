@@ -245,6 +245,11 @@ def test_a_file_that_is_something_else_is_not_appended_to(folder, out, echo):
     with pytest.raises(ValueError, match="line 1 is 'dear diary'"):
         caption_folder(folder, None, None, out)
     assert out.read_text() == "dear diary\n"
+    for line in ({"file_name": "a.png", "text": "of a gallery"}, {"file_name": 3, "caption": "a star"}):
+        out.write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match="line 1 is .*; expected captions of an earlier run"):
+            caption_folder(folder, None, None, out)
+        assert json.loads(out.read_text()) == line
     out.unlink()
     caption_folder(folder, None, None, out)
     with pytest.raises(ValueError, match="written without captions of boxes"):

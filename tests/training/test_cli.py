@@ -601,6 +601,8 @@ def test_each_line_of_standard_input_is_a_query(index, gallery):
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert [answer["query"] for answer in answers] == [str(path) for path in pictures]
     assert [answer["hits"] for answer in answers] == alone
+    error = run("search", index, "-", input=b"\xff\n", exit_code=1).stderr
+    assert "expected text without half a surrogate pair" in error
     blocks = run("search", index, "-", "--top", 1, input="a red star\ntwo moons\n").stdout.split("\n\n")
     assert [block.splitlines()[0] for block in blocks[:2]] == ["a red star", "two moons"]
     run("search", index, "-", "--image", "-", exit_code=2)

@@ -26,9 +26,11 @@ def find_metadata(path: str | Path) -> Path:
         raise FileNotFoundError(f"`path` is {str(folder)!r}, where there is nothing; expected an image folder.")
     if not folder.is_dir():
         raise ValueError(f"`path` is {str(folder)!r}, a file; expected an image folder.")
-    for name in METADATA_NAMES:
-        if (folder / name).is_file():
-            return folder / name
+    there = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if len(there) > 1:
+        raise ValueError(f"`path` is {str(folder)!r}, which has {' and '.join(METADATA_NAMES)}; expected one of them.")
+    if there:
+        return there[0]
     known = Image.registered_extensions()
     count = sum(file.suffix.lower() in known for file in folder.rglob("*"))
     if not count:

@@ -5,6 +5,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,10 +118,13 @@ def _distinct(column: pa.ChunkedArray) -> tuple[list, np.ndarray]:
     return encoded.dictionary.to_pylist(), np.from_dlpack(encoded.indices)  # `to_numpy` imports pandas
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, str | int):
+        with suppress(ValueError):
+            return int(value)  # exactly: ids may be larger than what a float tells apart
     try:
         number = float(value)
-    except (OverflowError, TypeError, ValueError):  # a JSON object, an integer of hundreds of digits, a word
+    except (OverflowError, TypeError, ValueError):  # a JSON object, a word
         return None
     return number if math.isfinite(number) else None  # "nan" is a word, too
 

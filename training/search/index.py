@@ -17,7 +17,7 @@ from mmgem.training.search.conditions import Condition
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.hybrid import RANKED, fuse_ranks
 from mmgem.training.search.inverted_lists import InvertedLists
-from mmgem.training.search.row_search import Hit, RowSearch, check_says_something, check_top, read_finished
+from mmgem.training.search.row_search import Hit, RowSearch, check_says_something, check_top, is_whole, read_finished
 from mmgem.training.search.storage import IndexFacts, IndexRows
 from mmgem.training.search.vector_search import VectorSearch
 from mmgem.training.similarity_maps import SimilarityMap, similarity_map
@@ -158,11 +158,11 @@ class SearchIndex(RowSearch):
             ValueError: If `query` is none such; and as [`search`].
         """
         width, is_query = self.facts.settings.dimensions, isinstance(query, torch.Tensor)
-        fits = is_query and query.ndim in (2, 3) and (len(query), query.shape[-1]) == (1, width)
+        fits = is_query and query.ndim in (2, 3) and (len(query), query.shape[-1]) == (1, width) and not query.is_meta
         if not (fits and query.isfinite().all()):
             what = f"of shape {tuple(query.shape)}" if is_query else f"a {type(query).__name__}"
             raise ValueError(f"`query` is {what}; expected a finite tensor, (1, {width}) or (1, k, {width}).")
-        return self._answer(query[0].float().cpu(), None, *self._limits(None, top, kinds, where, None, None))
+        return self._answer(query[0].detach().float().cpu(), None, *self._limits(None, top, kinds, where, None, None))
 
     def query(
         self,
@@ -203,6 +203,8 @@ class SearchIndex(RowSearch):
             FileNotFoundError, ValueError: If the file is gone or cannot be read; as `similarity_map`; if the model
                 embeds images otherwise than it did; for a row whose vector is not that of an image alone.
         """
+        if not is_whole(row) or not 0 <= row < len(self):
+            raise ValueError(f"`row` is {row!r:.80}; expected 0 to {len(self) - 1}.")
         kind, mode = self.rows.table["kind"][row].as_py(), self.facts.settings.image_mode
         if kind != "image" or mode != "image":
             raise ValueError(
@@ -223,7 +225,8 @@ class SearchIndex(RowSearch):
             ValueError: If the index has none.
         """
         self.check_memory()
-        if bad := [row for row in rows if not 0 <= row < len(self.rows.arrays.get("memory", ()))]:
+        count = len(self.rows.arrays.get("memory", ()))
+        if bad := [row for row in rows if not is_whole(row) or not 0 <= row < count]:
             raise ValueError(f"`rows` holds {bad[0]}, which is no whole image; expected rows that have a memory.")
         return torch.tensor(self.rows.arrays["memory"][rows])
 
@@ -238,9 +241,9 @@ class SearchIndex(RowSearch):
     ) -> tuple[int, np.ndarray | None, int | None, float | None]:
         """What `_answer` takes besides a query, checked."""
         check_top(top)
-        if lexical_weight is not None and (text is None or not 0 <= lexical_weight <= 1):
-            if text is None:
-                raise ValueError(f"`lexical_weight` is {lexical_weight}, but there is no `text`; expected one.")
+        if lexical_weight is not None and text is None:
+            raise ValueError(f"`lexical_weight` is {lexical_weight}, but there is no `text`; expected one.")
+        if lexical_weight is not None and (isinstance(lexical_weight, bool) or not 0 <= lexical_weight <= 1):
             raise ValueError(f"`lexical_weight` is {lexical_weight}; expected 0 to 1, or None.")
         return top, self._select(kinds, where), vectors, lexical_weight
 

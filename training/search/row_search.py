@@ -164,7 +164,7 @@ class RowSearch:
 
     def _select(self, kinds: Iterable[str] | None, where: Sequence[Condition] | None) -> np.ndarray | None:
         """The numbers of the rows that are searched; None for all."""
-        limits = tuple(kinds or ()), tuple(where or ())
+        limits = _all_of("kinds", kinds, str), _all_of("where", where, Condition)
         if limits == ((), ()):
             return None
         if self._selected[0] != limits:
@@ -207,8 +207,21 @@ def read_finished(path: str | Path) -> StoredIndex:
 
 def check_top(top: int) -> None:
     """Refuses what is no number of answers, or one below 1."""
-    if isinstance(top, bool) or not hasattr(top, "__index__") or top < 1:
+    if not is_whole(top) or top < 1:
         raise ValueError(f"`top` is {top!r:.80}; expected 1 or more, a whole number.")
+
+
+def _all_of(name: str, values: Iterable[Any] | None, kind: type) -> tuple:
+    """Several values of a kind, of which one alone is refused."""
+    found = () if values is None or isinstance(values, str) else tuple(values)
+    if isinstance(values, str) or not all(isinstance(value, kind) for value in found):
+        raise TypeError(f"`{name}` is {values!r:.80}; expected a list of {kind.__name__}.")
+    return found
+
+
+def is_whole(number: Any) -> bool:
+    """Whether it is a whole number, of any library, and no truth value."""
+    return hasattr(number, "__index__") and not isinstance(number, bool)
 
 
 def check_says_something(text: str) -> None:

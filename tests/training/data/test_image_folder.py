@@ -58,6 +58,10 @@ def test_missing_folder_file_images_and_metadata(tmp_path):
         read_image_folder(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match="with 1 images; expected a metadata.jsonl or metadata.csv"):
         read_image_folder(tmp_path)
+    for name in ("metadata.jsonl", "metadata.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="which has metadata.jsonl and metadata.csv; expected one of them"):
+        read_image_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

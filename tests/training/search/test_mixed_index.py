@@ -160,7 +160,11 @@ def test_conditions_compare_numbers_as_numbers_and_texts_as_texts():
         ("name=nan", "nan", True),
         ("edit>1", {"image": "b.png"}, False),
         ("edit!=1", [{"image": "b.png"}, [1]], True),
-        ("year>1", 10**400, False),
+        ("year>1", 10**400, True),
+        ("id=9007199254740993", 9007199254740993, True),
+        ("id=9007199254740993", "9007199254740993", True),
+        ("id=9007199254740993", 9007199254740992, False),
+        ("id>9007199254740992", 9007199254740993, True),
     ]:
         assert Condition.parse(text).holds(value) == holds, text
     for text in ("year", "=3", ""):
@@ -317,6 +321,8 @@ def test_images_are_fused_with_their_captions_or_alone(corpus, out, tiny_process
     assert hit.path == paths[2] and hit.score == pytest.approx(1, abs=1e-5)
     memory = index.memory([index.rows["file_name"].index(NAMES[1])])
     np.testing.assert_array_equal(memory, remember(model, tiny_processor, [paths[1]]).half())
+    with pytest.raises(ValueError, match="`rows` holds 0.5, which is no whole image"):
+        index.memory([0, 0.5])
     with pytest.raises(ValueError, match="`rows` holds 9, which is no whole image"):
         index.memory([9])
 
