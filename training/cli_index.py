@@ -246,7 +246,7 @@ def search(
                 embed = loaded.query(of_line, images, parts or None, prompt, vectors, query_vectors)
                 folder = explain / f"{number:04}" if is_stream else explain
                 maps = _draw_maps(loaded, hits, embed, vectors, folder)
-            rows = [row | {"heat_map": str(file)} for row, file in zip(rows, maps, strict=True)]
+            rows = [row | {"heat_map": file and str(file)} for row, file in zip(rows, maps, strict=True)]
         found += [{"query": query, "rank": rank, **row} for rank, row in enumerate(rows, 1)]
         _say_found(query, hits, rows, is_stream, as_json, is_by_words=weight == 1)
     write_table(found, table_file)
@@ -294,14 +294,21 @@ def _load_index(
     return SearchIndex.load(index, *(() if model is None else load_model(model)))
 
 
-def _draw_maps(index, hits: list, query, vectors: int | None, folder: Path) -> list[Path]:
-    """A heat map over each found image, as files by rank and name."""
-    names = [f"{rank:03}-{hit.path.stem[:50]}.jpg" for rank, hit in enumerate(hits, 1)]
+def _draw_maps(index, hits: list, query, vectors: int | None, folder: Path) -> list[Path | None]:
+    """A heat map over each found image, as files by rank and name; None for one whose file is gone."""
+    files: list[Path | None] = []
     with whole_folder(folder) as partial:
-        for hit, name in zip(hits, names, strict=True):
-            picture, similarity_map = index.explain(hit.row, query, vectors)
+        for rank, hit in enumerate(hits, 1):
+            name = f"{rank:03}-{hit.path.stem[:50]}.jpg"
+            try:
+                picture, similarity_map = index.explain(hit.row, query, vectors)
+            except FileNotFoundError as error:
+                typer.secho(printable(f"no heat map: {error}"), err=True, fg=typer.colors.YELLOW)
+                files.append(None)
+                continue
             similarity_map.draw(picture).save(partial / name, quality=90)
-    return [folder / name for name in names]
+            files.append(folder / name)
+    return files
 
 
 def _fit(index: Path, file: Path, prompt, vectors, query_vectors, kinds, where, model, as_json: bool) -> None:

@@ -642,6 +642,14 @@ def test_what_is_found_is_explained_by_heat_maps(index, tmp_path):
         "expected a new or an empty folder"
         in run("search", index, "x", "--explain", tmp_path / "why", exit_code=1).stderr
     )
+    gone = Path(rows[0]["path"])
+    gone.rename(gone.with_suffix(".away"))
+    try:
+        result = run("search", index, "a star", "--top", 2, "--explain", tmp_path / "one", "--json")
+    finally:
+        gone.with_suffix(".away").rename(gone)
+    assert [row["heat_map"] is None for row in json.loads(result.stdout)] == [True, False]
+    assert f"no heat map: `image` ('{gone}') is not there" in result.stderr and len(os.listdir(tmp_path / "one")) == 1
     run("search", index, "-", "--top", 1, "--explain", tmp_path / "each", input="a star\ntwo moons\n")
     assert [file.parent.name for file in sorted((tmp_path / "each").rglob("*.jpg"))] == ["0001", "0002"]
 
