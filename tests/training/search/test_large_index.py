@@ -124,7 +124,7 @@ def test_who_has_an_index_open_keeps_it_and_a_full_disk_leaves_it(
 
 
 def test_the_command_says_what_the_lists_find(folder, out, tiny_model, tiny_processor, monkeypatch):
-    monkeypatch.setattr("mmgem.training.cli_index.load_model", lambda name: (tiny_model, tiny_processor))
+    monkeypatch.setattr("mmgem.training.loading.load_checkpoint", lambda name: (tiny_model, tiny_processor))
     result = CliRunner().invoke(app, ["index", str(folder), "--model", "m", "--out", str(out)])
     reached = "recall@10 against a comparison with all vectors: 1.000 by images and texts of it, 1.000 half"
     assert reached in result.stdout
