@@ -450,6 +450,8 @@ def test_a_recipe_is_refused_before_anything_is_trained(place, tmp_path, row):
     [
         ("", "recipe is None; expected a mapping"),
         ("seed: 1\nseed: 2", "expected YAML: the key 'seed' is there twice"),
+        ("seed: 010", "expected YAML: 010 would be 8, to base 60 or 8; expected digits without"),
+        ("seed: 1:30", "expected YAML: 1:30 would be 90, to base 60 or 8; expected digits without"),
         ("[" * 3000, "nested too deeply; expected YAML"),
         ("!!python/object:os.system {}", "expected YAML: could not determine a constructor"),
         ("&a [*a]", "its aliases repeat themselves"),

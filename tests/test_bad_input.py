@@ -583,6 +583,8 @@ ROWS = [
     ("arguments", {"learning_rate": NAN}, "`learning_rate` is nan; expected"),
     ("arguments", {"learning_rate": -1.0}, "`learning_rate` is -1.0; expected"),
     ("arguments", {"no_argument": 1}, "no_argument"),
+    ("arguments", {"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1; expected 0, as no loss reads it"),
+    ("arguments", {"remove_unused_columns": True}, "`remove_unused_columns` is True; expected False, as the coll"),
     *[("arguments", {name: True}, f"`{name}` is True; expected a number") for name in [
         "max_steps", "save_steps", "learning_rate", "caption_loss_weight", "seed", "grad_cache_chunk_size",
     ]],

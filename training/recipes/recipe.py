@@ -168,6 +168,11 @@ class _Loader(yaml.SafeLoader):
         if abs(value) >= 1 << 63:
             message = f"{node.value:.80} is beyond the numbers of 64 bits"
             raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        if ":" in node.value or re.match(r"[-+]?0\d", node.value):
+            message = (
+                f"{node.value:.80} would be {value}, to base 60 or 8; expected digits without colon and first zero"
+            )
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
         return value
 
     def compose_mapping_node(self, anchor):

@@ -79,6 +79,12 @@ class MMGEMTrainingArguments(TrainingArguments):
             raise ValueError(f"`max_steps` is {self.max_steps}; expected 1 or more, or -1 for `num_train_epochs`.")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; expected a number above 0.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}; expected 0, as no loss reads it."
+            )
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` is True; expected False, as the collator reads all columns.")
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             # Each process reads its own rows of a stream; accelerate would cut batches, whose parts differ in length.
