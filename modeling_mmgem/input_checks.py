@@ -40,8 +40,9 @@ def check_tensor(name: str, value: object):
 
 
 def check_no_other(arguments: Mapping[str, Any], method: str):
-    """Refuses arguments that nobody would read, such as a name that is mistyped."""
-    if others := sorted(arguments.keys() - WITHOUT_EFFECT):
+    """Refuses arguments that nobody would read, such as a name that is mistyped; None asks for nothing."""
+    given = {name for name, value in arguments.items() if value is not None}
+    if others := sorted(given - WITHOUT_EFFECT):
         raise TypeError(f"`{others[0]}` is no argument of `{method}`; expected those that it documents.")
 
 

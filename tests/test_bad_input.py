@@ -448,6 +448,7 @@ ROWS = [
     ("forward", {"input_ids": PLACES}, "image placeholders, but there are no `pixel_values`"),
     ("text features", {"input_ids": IDS, "attention_msk": IDS}, "`attention_msk` is no argument of `get_text_feat"),
     ("text features", {"input_ids": IDS, "position_ids": IDS}, "`position_ids` is no argument of `get_text_features`"),
+    ("text features", {"input_ids": IDS, "position_ids": None}, None),
     ("image features", {"pixel_values": PIXELS, "box": BOXES}, "`box` is no argument of `get_image_features`; expec"),
     ("fused features", {"input_ids": PLACES, "pixel_values": PIXELS, "box": BOXES}, "`box` is no argument of `get_m"),
     ("forward", {"input_ids": IDS, "pixel_values": PIXELS, "returnloss": True}, "`returnloss` is no argument of `fo"),
