@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from .configuration_mmgem import GridLayout, VisionGrid
+from .tower_batches import in_small_batches, measured
 
 DEFAULT_IMAGE_SIZE = 224  # of towers that say nothing about it
 MAP_AXES: dict[GridLayout, slice] = {"channels_first": slice(2, 4), "channels_last": slice(1, 3)}
@@ -67,8 +68,12 @@ def patch_grid(
             )
     if grid.layout == "channels_first":  # such towers convolve, which takes the less time with channels last in memory
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # (B, channels, H, W)
-    features = _features(vision_tower, pixel_values, is_own_size=(height, width) == own_size)
-    return _placed(features, grid, vision_tower, pixel_values)
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        features = _features(vision_tower, images, is_own_size=(height, width) == own_size)
+        return _placed(features, grid, vision_tower, images)  # (B, C, rows, columns)
+
+    return in_small_batches(vision_tower, pixel_values, run)
 
 
 @torch.no_grad()
@@ -93,7 +98,7 @@ def check_grid(vision_tower: PreTrainedModel, grid: VisionGrid):
     # Where the tokens beside the patches fill a row of them, patches may be taken for those of the next row.
     num_edges = min(num_beside, 1 if num_beside < grid.image_size[1] // grid.stride[1] else 2)
     images = torch.cat([image, *_edges_of(image, other, grid.stride)[:num_edges]])  # (1, 2 or 3, channels, H, W)
-    features = _features(vision_tower, images, is_own_size=True)
+    features = measured(vision_tower, images, lambda images: _features(vision_tower, images, is_own_size=True))
     placed = _placed(features, grid, vision_tower, images)
     found: VisionGrid | None = None
     plain = _explain(vision_tower.config, grid.image_size, features, len(images), None)
