@@ -20,8 +20,8 @@ def in_small_batches(
     """Run a tower over as many images at a time as keep its tensors small.
 
     How large they are is found out by the first call for images of a size, over all of them, or where a checkpoint is
-    checked. With gradients, in training mode, when compiled or traced, sharded, or on another device all images run
-    at once.
+    checked. With gradients, in training mode, when compiled or traced, sharded, offloaded, or on another device all
+    images run at once.
 
     Args:
         vision_tower: The tower.
@@ -37,7 +37,7 @@ def in_small_batches(
         or vision_tower.training
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or any(hasattr(parameter, "device_mesh") for parameter in vision_tower.parameters())
+        or any(hasattr(one, "device_mesh") or one.is_meta for one in vision_tower.parameters())
     ):
         return run(pixel_values)
     bytes_of_image = _bytes_of_image.get(vision_tower, {}).get(_kind(pixel_values))
