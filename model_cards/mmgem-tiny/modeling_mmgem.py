@@ -28,7 +28,7 @@ from transformers.utils import (
     torch_compilable_check,
 )
 
-from .candidate_ranking import generate_ranked, why_not_ranked
+from .candidate_ranking import generate_ranked, is_caption_prompt, why_not_ranked
 from .configuration_mmgem import MMGEMConfig
 from .contrastive_batch import ContrastiveBatch, default_image_ids, is_distributed
 from .image_vectors import QUERY_STD, ImageVectors
@@ -432,13 +432,6 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         check_boxes(boxes, pixel_values.shape[0])
         return self._pool(self._patch_grid(pixel_values, spatial_shapes), pixel_values, boxes, spatial_shapes)
 
-    def _unit_tokens(
-        self, pixel_values: torch.Tensor, boxes: torch.Tensor | None, spatial_shapes: torch.Tensor | None
-    ) -> torch.Tensor:
-        """-> (units, n, C), of each image, or of each box if there are boxes."""
-        tokens = self._visual_tokens(pixel_values, boxes, spatial_shapes)
-        return tokens if boxes is None else tokens[is_box(boxes)]
-
     def _embed_visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., n, C) -> (..., D), or (..., k, D)"""
         if tokens.ndim == 4:  # of boxes; layers of bitsandbytes take three dimensions at most
@@ -833,7 +826,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
         # Some VLMs have no row in their vocabulary for it.
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
         if pixel_values is not None:
-            visual_tokens = self._unit_tokens(pixel_values, boxes, spatial_shapes)  # (units, n, C)
+            tokens = self._visual_tokens(pixel_values, boxes, spatial_shapes)
+            visual_tokens = tokens if boxes is None else tokens[is_box(boxes)]  # (units, n, C)
         if visual_tokens is None:
             return inputs_embeds
         tokens = visual_tokens.flatten(0, 1)  # (units * n, C)
@@ -1136,15 +1130,18 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             settings = self.generation_config.to_dict() | given | {"input_ids": prompt_ids}
             if weight := settings.get("image_similarity_weight"):
                 obstacle = why_not_ranked(self, settings)
-                if obstacle is None:
-                    mask = checked_mask(prompt_ids, kwargs.get("attention_mask"))
+                mask = None if obstacle else checked_mask(prompt_ids, kwargs.get("attention_mask"))
+                if mask is not None and is_caption_prompt(self, prompt_ids, mask).any():
                     images |= {name: kwargs.pop(name, None) for name in IMAGES_OF_PROMPTS}
                     tokens = images["visual_tokens"]
-                    if tokens is None:
-                        tokens = self._unit_tokens(images["pixel_values"], images["boxes"], images["spatial_shapes"])
+                    if tokens is None:  # by a method for which FSDP gathers parameters
+                        pixels, boxes = images["pixel_values"], images["boxes"]
+                        features = self.get_image_features(pixels, boxes, images["spatial_shapes"])
+                        tokens = features.last_hidden_state  # (B, n, C) or (B, R, n, C)
+                        tokens = tokens if boxes is None else tokens[is_box(boxes)]  # (units, n, C)
                     kwargs |= {"input_ids": prompt_ids, "attention_mask": mask, "visual_tokens": tokens}
                     return generate_ranked(self, partial(generate, None, *args), weight, settings, kwargs)
-                if image_similarity_weight is not None:
+                if obstacle is not None and image_similarity_weight is not None:
                     raise ValueError(
                         f"`image_similarity_weight` is {weight}, but {obstacle}; expected 0, or beams of captions."
                     )

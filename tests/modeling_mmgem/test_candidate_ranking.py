@@ -109,6 +109,14 @@ def test_answers_are_left_as_they_are_beside_captions(tiny_model, pixel_values):
 
 
 @torch.no_grad()
+def test_answers_alone_are_not_embedded(tiny_model, pixel_values, monkeypatch):
+    words = prompts_of(tiny_model, pixel_values, [(10,), (10, 11)])
+    expected = tiny_model.generate(**words, **BEAMS)
+    monkeypatch.setattr(tiny_model, "get_text_features", None)
+    assert torch.equal(tiny_model.generate(**words, **BEAMS, image_similarity_weight=100.0), expected)
+
+
+@torch.no_grad()
 def test_the_weight_of_the_folder_counts_for_captions_by_beam_search(tiny_model, pixel_values, tmp_path):
     model = copy.deepcopy(tiny_model)
     model.generation_config.update(image_similarity_weight=100.0, num_beams=4, allow_custom_entries=True)
