@@ -58,9 +58,9 @@ def train(
         **arguments,
     )
     evaluated = [{"image": row["image"], eval_column: row["caption"]} for row in rows()]
-    trainer = MMGEMTrainer(
-        build_model(), arguments, processing_class=processor, train_dataset=rows(), eval_dataset=evaluated
-    )
+    model = build_model()
+    model.generation_config.update(num_beams=2, image_similarity_weight=1.0, allow_custom_entries=True)
+    trainer = MMGEMTrainer(model, arguments, processing_class=processor, train_dataset=rows(), eval_dataset=evaluated)
     with patch.object(trainer_module, "evaluate_model", partial(evaluate_model, max_new_tokens=4)):
         trainer.train(resume_from_checkpoint=resume)
     names = ("loss", "caption_loss", "contrastive_loss", "grad_norm", "temperature")
