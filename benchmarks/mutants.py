@@ -5,7 +5,8 @@
 The operators are those of mutmut. Its runner names a function by the path of its file, and finds no test of a package
 whose folders have other names than its modules. Here pytest collects once. A mutant is a process forked from there, in
 which a function has other code, and which runs the tests that call the function, until one fails or they take too
-long. Only the bodies of functions are changed, but for the errors that they raise, whose wording other tests hold.
+long, by the time of a processor. Only the bodies of functions are changed, but for the errors that they raise, whose
+wording other tests hold.
 
 `mutants.yaml`, beside this file, says of each mutant that no test notices why it makes no difference. The command ends
 with 1 if there are others, or if one of those is noticed, or not made any more.
@@ -58,7 +59,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "training/search/vector_search.py": SEARCH,
     "training/trainer/contrastive_losses.py": (LOSS[1], *PARTS),
 }
-SECONDS = 20  # that a mutant may take beyond ten times what the tests take without it
+SECONDS = 20  # of a processor, that a mutant may take beyond ten times what the tests take without it
+IDLE = 5  # times as long may pass before it is ended, which waits for what never comes
 _UNCHANGED = (cst.Annotation, cst.Param, cst.Decorator, cst.Raise, cst.Assert)
 
 
@@ -236,14 +238,14 @@ class MutationRun:
 
         os.register_at_fork(before=notice_fork)
         for item in session.items:
-            begin = time.monotonic()
+            begin = time.process_time()
             sys.setprofile(notice)
             try:  # without the next one: what tests share is made anew by whichever comes first after a fork
                 reports = runtestprotocol(item, log=False, nextitem=None)
             finally:
                 sys.setprofile(None)
             self.failed += [item.nodeid for report in reports if report.failed]
-            self.seconds.append(time.monotonic() - begin)
+            self.seconds.append(time.process_time() - begin)
         if not self.failed:
             for mutant in self.mutants:
                 self._try(mutant, session.items)
@@ -259,8 +261,9 @@ class MutationRun:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its own time, whatever else the machine does
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(int(seconds))
+            signal.alarm(int(IDLE * seconds))
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             try:
