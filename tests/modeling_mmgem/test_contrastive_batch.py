@@ -51,6 +51,8 @@ def test_ids_of_texts_after_images_depend_on_both_and_on_the_order_of_the_images
     assert ids[2][0] == token_row_ids(*padded([7, 7]))
     copies = ids_of_rows(*padded([7], [7]), torch.tensor([[0, -1], [-1, 1]]), torch.tensor([4, 4]))
     assert copies[0] == copies[1]
+    twice = ids_of_rows(*padded([7], [7], [7]), torch.tensor([[0, 1], [0, 1], [1, 0]]), torch.tensor([4, 5]))
+    assert twice[0] == twice[1] != twice[2]
 
 
 def test_images_without_ids_get_numbers_of_their_own():

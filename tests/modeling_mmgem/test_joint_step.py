@@ -45,6 +45,13 @@ def test_queries_and_targets_are_what_the_model_embeds(side, pooling, attention)
     found.check()
 
 
+def test_what_captions_are_drawn_from_comes_with_the_batch_alone():
+    model = tiny()
+    expected = model.get_image_features(batch()["pixel_values"]).last_hidden_state  # (I, N, C)
+    torch.testing.assert_close(run(model).visual_tokens, expected)
+    assert model(**batch()).visual_tokens is None
+
+
 def from_memory_by_hand(model):
     """Summed loss of rows 4 and 5, each run alone behind the states of the bare image."""
     memory = embed(model, [], 0).last_hidden_state  # (1, K, H)

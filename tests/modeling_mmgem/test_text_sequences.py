@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmgem.text_rows import IGNORED_LABEL, TextRows
-from mmgem.text_sequences import caption_sequences, count_labels, embedded_sequences, recalled_sequences
+from mmgem.text_sequences import caption_sequences, count_labels, embedded_sequences, lay_out, recalled_sequences
 
 IMAGE, BOS, EOS, OTHER_END = 9, 2, 3, 4
 LENGTHS = {"image": 4, "box": 3, "memory": 2}
@@ -112,6 +112,13 @@ def assert_equal(found, expected: dict[str, list]) -> None:
         token for token in expected["token"] if token is not None
     ]
     assert found.sequence.tolist() == [n for n, length in enumerate(expected["lengths"]) for _ in range(length)]
+
+
+def test_one_image_stands_where_its_placeholder_is():
+    ids, nothing = torch.tensor([[BOS, 5, IMAGE, 6]]), torch.zeros(1, 0, dtype=torch.long)
+    labels, has_unit, length = torch.full_like(ids, IGNORED_LABEL), torch.ones(1, 1).bool(), torch.tensor([3])
+    found = lay_out(ids, torch.ones_like(ids), labels, has_unit, length, nothing.bool(), nothing, config(BOS, EOS))
+    assert found.unit.tolist() == [-1, -1, 0, 0, 0, -1] and found.lengths.tolist() == [6]
 
 
 @pytest.mark.parametrize("bos", [None, BOS])

@@ -29,6 +29,7 @@ from mmgem.training.search.storage import (
     is_free,
     is_index,
     next_part,
+    note_stamp,
     read_index,
     read_parts,
     remove_parts,
@@ -568,6 +569,18 @@ def test_an_index_is_verified_with_what_is_unfinished_in_it_and_named_in_errors(
     (tmp_path / "old" / "rows.arrow").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="`index` is .*, a damaged index"):
         verify_index(tmp_path / "old")
+
+
+def test_a_stamp_is_noted_once_and_changes_nothing_else(facts, tmp_path):
+    write(tmp_path, facts)
+    before = read_checked_json(tmp_path / MANIFEST)
+    assert read_index(tmp_path, "index").stamp is None
+    note_stamp(tmp_path, "as it was")
+    assert read_index(tmp_path, "index").stamp == "as it was"
+    assert read_checked_json(tmp_path / MANIFEST) == before | {"stamp": "as it was"}
+    written = (tmp_path / MANIFEST).stat().st_ino
+    note_stamp(tmp_path, "as it was")
+    assert (tmp_path / MANIFEST).stat().st_ino == written
 
 
 @pytest.mark.parametrize("file", [MANIFEST, "rows-1.parquet", "probes-1.safetensors"])

@@ -146,6 +146,13 @@ def test_loss_and_gradients_are_those_of_the_reference(options):
     assert teacher.query_embeds.grad is None and teacher.logit_scale.grad is None
 
 
+@pytest.mark.parametrize("loss, reference", [("infonce", reference_infonce), ("sigmoid", reference_sigmoid)])
+def test_captions_and_texts_of_regions_weigh_the_same_however_many_there_are(loss, reference):
+    batch = part_of(mixed_batch(), [0, 1, 2, 3, 4, 5, 6, 7], range(9))  # 5 captions, 2 texts of regions
+    expected, _ = reference(batch, batch)
+    assert build_objective(loss=loss)(batch).item() == pytest.approx(expected, abs=1e-10)
+
+
 def test_every_option_of_the_list_makes_a_difference():
     losses = [build_objective(**options)(mixed_batch(), teacher=a_teacher()).item() for options in OPTIONS]
     assert len({round(loss, 6) for loss in losses}) == len(OPTIONS)
