@@ -1,13 +1,14 @@
-"""Kills, full disks, power cuts, folders that are away, doubled jobs and corruptions, over `index`, `caption`, `demo`,
-`push` and `serve`.
+"""Kills, power cuts, disks that are full or fail, folders that are away, doubled jobs and corruptions, over `index`,
+`caption`, `demo`, `push` and `serve`.
 
     python -m benchmarks.campaign --write docs/reliability.md
 
 A run is forked for each trial, so that whatever becomes of it, the next one begins as it did. The moments of a run are
 its operations on files: each that opens one to write, brings one to the disk, renames, deletes or makes one. There the
 run is killed, or killed with the power cut (what was not brought to the disk becomes zeros from some byte on), or the
-disk is full. Then the same command is run again, and has to leave what an undisturbed run leaves. The index has lists,
-as one of many vectors has. What meets a network is in `campaign_network`.
+disk is full or fails; it also fails at each file that is opened to read, and at each folder that is listed. Then the
+same command is run again, and has to leave what an undisturbed run leaves. The index has lists, as one of many vectors
+has. What meets a network is in `campaign_network`.
 
 Embeddings and captions are of `mmgem-tiny`, which computes them once; trials look them up.
 """
@@ -43,6 +44,7 @@ from benchmarks.campaign_jobs import (
     Moments,
     attempt,
     cut_power,
+    fail_disk,
     fill_disk,
     fork,
     kill,
@@ -52,11 +54,19 @@ from mmgem.training.search import building
 from mmgem.training.search.building import build_index
 from mmgem.training.search.storage import MANIFEST, UNFINISHED, read_index, verify_index
 
+ACTS = {  # what is done, and whether where something is read
+    "killed": (kill, False),
+    "killed with the power cut": (cut_power, False),
+    "disk full": (fill_disk, False),
+    "disk fails, writing": (fail_disk, False),
+    "disk fails, reading": (fail_disk, True),
+}
 DOUBLED = 20  # pairs of jobs, updates while a folder is away, and servers that are ended
 
 
-def disturb(jobs: Jobs, name: str, prepare: Callable[[Path], None], act, most: int) -> Counter:
+def disturb(jobs: Jobs, name: str, prepare: Callable[[Path], None], how: str, most: int) -> Counter:
     """Disturbs a job at every moment, or as many as `most`, evenly spaced; runs it again each time."""
+    act, is_reading = ACTS[how]
     outcomes: Counter = Counter()
 
     def start(at: int | None) -> tuple[Path, tuple[int, Any]]:
@@ -65,19 +75,24 @@ def disturb(jobs: Jobs, name: str, prepare: Callable[[Path], None], act, most: i
         out.unlink(missing_ok=True)
         prepare(out)
 
-        def run() -> int:
-            moments = Moments(at, act)
+        def run() -> list[int]:
+            moments = Moments(at, act, jobs.root if is_reading else None)
             jobs.run(out)
-            return moments.count
+            count, moments.at = moments.count, None
+            return [count, jobs.left_out(out)]
 
         return out, fork(run)()
 
-    _, (_, count) = start(None)
+    _, (_, (count, _)) = start(None)
     for at in sorted({round(step) for step in np.linspace(0, count - 1, min(count, most))}):
         out, (_, result) = start(at)
-        was_stopped = result is None or (isinstance(result, dict) and "No space left" in result["message"])
-        status, again = fork(lambda out=out: [jobs.run(out), jobs.is_as_undisturbed(out)])()
+        was_stopped = not isinstance(result, list)
+        status, again = fork(lambda out=out: [jobs.run(out), jobs.is_as_undisturbed(out, not is_reading)])()
         is_right = status == 0 and isinstance(again, list) and again[1]
+        if isinstance(result, dict):  # it says of which file
+            is_right = is_right and str(jobs.root) in result["message"]
+        elif result is not None and not result[1]:  # nothing was left out without a word
+            is_right = is_right and again[0] == (campaign_jobs.PHOTOGRAPHS if name == DEMO else 0)
         if not is_right:
             print(f"wrong at moment {at} of {count}: {result}, then {again}", file=sys.stderr)
         outcomes["as undisturbed" if is_right else WRONG] += 1
@@ -307,8 +322,8 @@ def run(most: int, corruptions: int, seconds: float) -> list[tuple[str, int, Cou
             ("caption", CAPTIONS, nothing),
             ("demo", DEMO, nothing),
         ]:
-            for how, act in [("killed", kill), ("killed with the power cut", cut_power), ("disk full", fill_disk)]:
-                outcomes = disturb(jobs, name, prepare, act, most)
+            for how in ACTS:
+                outcomes = disturb(jobs, name, prepare, how, most)
                 add(f"{what}: {how}", outcomes, outcomes["as undisturbed"] + outcomes[WRONG])
         for kind in KINDS:
             share = corruptions // len(KINDS)

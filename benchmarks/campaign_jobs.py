@@ -1,5 +1,6 @@
 """The jobs of the campaign, the moments at which they are disturbed, and what is done to them there."""
 
+import errno
 import gc
 import json
 import os
@@ -41,6 +42,7 @@ QUERY = "a red star"
 INDEX_FILES = {"embedding", "lists", "memory", "probes", "rows", MANIFEST}
 TIMEOUT = 120  # seconds that a trial may take
 _OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
+_LISTINGS = {"os.listdir", "os.scandir"}
 WRONG = "wrong"
 REFUSALS = ValueError, FileNotFoundError, PermissionError, ConnectionError, DamagedFileError
 
@@ -51,24 +53,36 @@ class Moments:
     Args:
         at: The number of the operation; None for none.
         act: What is done there.
+        read: The folder below which each file that is opened to read, and each folder that is listed, is an operation;
+            None for those that write, anywhere.
     """
 
-    def __init__(self, at: int | None = None, act: Callable[["Moments"], None] = lambda moments: None):
-        self.at, self.act, self.count = at, act, 0
+    def __init__(
+        self,
+        at: int | None = None,
+        act: Callable[["Moments"], None] = lambda moments: None,
+        read: Path | None = None,
+    ):
+        self.at, self.act, self.read, self.count = at, act, read, 0
         self.unsynced: set[str] = set()
         self._fsync = os.fsync
         os.fsync = self._sync  # type: ignore[assignment]
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple) -> None:
-        is_opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and "/dev/" not in str(arguments[0])
-        if is_opened or event in _OPERATIONS:
+        is_written = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        is_opened = is_written and "/dev/" not in str(arguments[0])
+        if self.read is not None:
+            if (event in _LISTINGS or event == "open" and not is_written) and str(self.read) in str(arguments[0]):
+                self._meet()
+        elif is_opened or event in _OPERATIONS:
             self._meet()
-            if is_opened:
-                self.unsynced.add(str(arguments[0]))
+        if is_opened:
+            self.unsynced.add(str(arguments[0]))
 
     def _sync(self, number: int) -> None:
-        self._meet()
+        if self.read is None:
+            self._meet()
         self._fsync(number)
         self.unsynced.discard(os.readlink(f"/proc/self/fd/{number}"))
 
@@ -95,7 +109,12 @@ def cut_power(moments: Moments) -> None:
 
 def fill_disk(moments: Moments) -> None:
     """Lets the operation fail."""
-    raise OSError(28, "No space left on device")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fail_disk(moments: Moments) -> None:
+    """Lets the operation fail, as what is read or written does on a disk that fails: it says of no file."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def attempt(task: Callable[[], Any]) -> Any:
@@ -144,6 +163,7 @@ class Jobs:
     def __init__(self, root: Path):
         self.root, self.images, self.photographs = root, root / "images", root / "photographs"
         self.model, self.processor = load_checkpoint(str(TINY), device="cpu")
+        self._left_out = 0
         for number, row in enumerate(SceneDataset(8_000_000, IMAGES, columns=["image"])):
             path = self.images / ("" if number % 3 else "disk/deep") / f"{number:02}.{'jpg' if number % 2 else 'png'}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,11 +186,21 @@ class Jobs:
         """Runs the job whose output has this name; how many images it embeds or captions."""
         given = self.model, self.processor
         if out.name == CAPTIONS:
-            return caption_folder(self.images, *given, out, batch_size=BATCH_SIZE).captioned
+            captions = caption_folder(self.images, *given, out, batch_size=BATCH_SIZE)
+            self._left_out = len(captions.skipped)
+            return captions.captioned
         if out.name == DEMO:
             run_demo(out, *given, folder=self.photographs)
             return PHOTOGRAPHS
-        return build_index(self.images, *given, out, BATCH_SIZE, memory=1).embedded
+        report = build_index(self.images, *given, out, BATCH_SIZE, memory=1)
+        self._left_out = len(report.skipped)
+        return report.embedded
+
+    def left_out(self, out: Path) -> int:
+        """How many files and folders the last run named that it left out."""
+        if out.name == DEMO:
+            return len(json.loads((out / RESULTS_FILE).read_text())["photographs"]["skipped"])
+        return self._left_out
 
     def search(self, out: Path) -> list:
         """What is found, and the memory of it."""
@@ -179,13 +209,14 @@ class Jobs:
         names = [hit.path.name for hit in hits]
         return [names, [round(hit.score, 4) for hit in hits], np.asarray(index.memory([hits[0].row])).tolist()]
 
-    def is_as_undisturbed(self, out: Path) -> bool:
-        """Whether an output is what a run leaves that was not disturbed."""
+    def is_as_undisturbed(self, out: Path, in_order: bool = True) -> bool:
+        """Whether an output is what a run leaves that was not disturbed; captions perhaps in another order."""
         reference = self.root / "reference" / out.name
         if out.with_name(f"{out.name}.lock").exists():
             return False
         if out.name == CAPTIONS:
-            return out.read_bytes() == reference.read_bytes()
+            lines, expected_lines = (path.read_bytes().splitlines(keepends=True) for path in (out, reference))
+            return lines == expected_lines if in_order else sorted(lines) == sorted(expected_lines)
         if out.name == DEMO:
             figures, expected = (json.loads((place / RESULTS_FILE).read_text()) for place in (out, reference))
             names, expected_names = ({path.name for path in place.rglob("*")} for place in (out, reference))

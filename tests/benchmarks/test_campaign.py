@@ -38,6 +38,24 @@ def test_moments_are_the_operations_on_files(tmp_path):
     assert campaign_jobs.fork(lambda: campaign_jobs.kill(None))() == (9, None)
 
 
+def test_what_is_read_is_an_operation_where_the_disk_fails_at_reading(tmp_path):
+    (tmp_path / "here").mkdir()
+    for name in ("here/a", "b"):
+        (tmp_path / name).write_text("1")
+
+    def work():
+        moments = campaign_jobs.Moments(2, campaign_jobs.fail_disk, tmp_path / "here")
+        (tmp_path / "b").read_text()
+        (tmp_path / "here" / "c").write_text("2")
+        (tmp_path / "here" / "a").read_text()
+        list((tmp_path / "here").iterdir())
+        assert moments.count == 2
+        (tmp_path / "here" / "a").read_text()
+
+    error = {"error": "OSError", "message": "[Errno 5] Input/output error", "is_refusal": False}
+    assert campaign_jobs.fork(work)() == (0, error)
+
+
 @pytest.mark.slow
 def test_nothing_goes_wrong(monkeypatch):
     small = {"IMAGES": 9, "BATCH_SIZE": 2, "ROWS_PER_PART": 4, "TIMEOUT": 900, "PHOTOGRAPHS": 1}
@@ -50,7 +68,7 @@ def test_nothing_goes_wrong(monkeypatch):
         return [results, campaign.report(results)]
 
     _, (results, table) = campaign_jobs.fork(run)()  # it replaces parts of mmgem
-    assert len(results) == 12 + 3 * len(campaign.KINDS) + 5 + 7
+    assert len(results) == 4 * len(campaign.ACTS) + 3 * len(campaign.KINDS) + 5 + 7
     assert [what for what, _, outcomes in results if outcomes.get(campaign.WRONG)] == []
     lines = table.splitlines()
     assert len(lines) == len(results) + 2
