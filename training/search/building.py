@@ -21,6 +21,7 @@ from mmgem.training.search.items import Item, RowKey, content_of
 from mmgem.training.search.list_making import make_lists
 from mmgem.training.search.merging import (
     EarlierRows,
+    EarlierRun,
     Place,
     common_bound,
     finished_run,
@@ -118,9 +119,8 @@ def build_index(
     stored = None if is_free(out) else _read_same(out, facts, moved)
     facts = _begin(unfinished, facts, stored, moved)
 
-    finished = finished_run(stored)
-    runs = finished + runs_of_parts(unfinished, facts)
-    earlier = EarlierRows(runs)
+    finished, parts = finished_run(stored), runs_of_parts(unfinished, facts)
+    earlier = EarlierRows(finished + parts)
     embedder = ItemEmbedder(model, processor, items.settings, unfinished, items.skipped)
     try:  # what was embedded is kept, also of a run that is interrupted
         rows = _embed_texts(items, earlier, embedder)
@@ -128,7 +128,7 @@ def build_index(
     finally:
         embedder.write()
     rows |= {key: place for key, place in earlier.by_key.items() if items.hides(key[0])}
-    known_runs, runs = len(runs), finished + runs_of_parts(unfinished, facts)
+    known_runs, runs = len(finished + parts), finished + _read_again(unfinished, facts, len(parts) + embedder.written)
     new = {key: place for number in range(known_runs, len(runs)) for key, _, place in runs[number].places(number)}
     rows = sort_rows(rows | new)
     if not rows:
@@ -141,6 +141,17 @@ def build_index(
         write_index(out, facts, stored.version + 1 if stored else 1, len(rows), batches, whole_images(rows), make)
     remove_parts(unfinished)
     return report_on(read_index(out, "out"), rows, len(new), items)
+
+
+def _read_again(unfinished: Path, facts: IndexFacts, count: int) -> list[EarlierRun]:
+    """Reads the parts of this run too; one that were missing now would leave its rows out, or give them to others."""
+    parts = runs_of_parts(unfinished, facts)
+    if len(parts) != count:
+        raise DamagedFileError(
+            f"{str(unfinished)!r} has {len(parts)} parts that can be read; expected {count}, as were written. The "
+            "same command embeds anew what is lost."
+        )
+    return parts
 
 
 def _facts_of(model, processor, items: FolderItems) -> IndexFacts:

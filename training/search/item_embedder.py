@@ -65,6 +65,7 @@ class ItemEmbedder:
         self.model, self.processor, self.settings = model, processor, settings
         self._place, self._skipped = place, skipped
         self._part_numbers = count(next_part(place))
+        self.written = 0  # parts
         self._rows: list[dict[str, Any]] = []
         self._embedders: dict[str, Callable[[list[ReadItem]], list[dict[str, np.ndarray]]]] = {
             "image": self._embed_images,
@@ -106,6 +107,7 @@ class ItemEmbedder:
         if memories := [row["memory"] for row in rows if "memory" in row]:
             columns["memory"] = np.stack(memories)
         write_part(self._place, next(self._part_numbers), columns)
+        self.written += 1
         self._rows.clear()
 
     def _repeats_images(self, groups: Sequence[Sequence[ReadItem]]) -> bool:

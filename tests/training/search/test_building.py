@@ -325,6 +325,32 @@ def test_a_damaged_part_of_a_killed_run_is_embedded_again(folder, out, tiny_mode
     np.testing.assert_allclose(vectors_of(out), embed_images(tiny_model, tiny_processor, paths), atol=1e-5)
 
 
+@pytest.mark.parametrize("number", [0, 2], ids=["of a killed run", "of this one"])
+def test_a_part_that_cannot_be_read_again_leaves_no_row_out(
+    folder, out, tiny_model, tiny_processor, monkeypatch, number
+):
+    monkeypatch.setattr(item_embedder, "ROWS_PER_PART", 2)
+    names = sorted(NAMES)
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "merge", None)
+        with pytest.raises(TypeError):
+            build_index(folder, tiny_model, tiny_processor, out, batch_size=2, names=names[:4])
+    write = item_embedder.ItemEmbedder.write
+
+    def write_on_a_bad_disk(self):
+        write(self)
+        if self.written == 2:  # all of this run
+            (out / UNFINISHED / f"part-{number:06d}.json").write_bytes(b"")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(item_embedder.ItemEmbedder, "write", write_on_a_bad_disk)
+        with pytest.raises(ValueError, match="unfinished' has 3 parts that can be read; expected 4, as were written"):
+            build_index(folder, tiny_model, tiny_processor, out, batch_size=2)
+    assert build_index(folder, tiny_model, tiny_processor, out)[:3] == (7, 2, [])
+    expected = embed_images(tiny_model, tiny_processor, [folder / name for name in names])
+    np.testing.assert_allclose(vectors_of(out), expected, atol=1e-5)
+
+
 def test_an_index_of_0_1_0_is_brought_up_to_date(folder, out, tiny_model, tiny_processor, embedded):
     """One is made of an index of today."""
     build_index(folder, tiny_model, tiny_processor, out)
