@@ -1,5 +1,6 @@
 """The part of a demonstration about photographs of which nothing is known: no captions, no boxes, no right answers."""
 
+import logging
 import math
 import re
 import shutil
@@ -15,9 +16,12 @@ from mmgem.training.data.image_files import ImageFile, ImageReader, Skipped, app
 from mmgem.training.demo.gallery import HITS
 from mmgem.training.evaluation.caption_words import caption_words
 from mmgem.training.inference import ANSWER_TOKENS, classify, generate_answers, generate_captions
+from mmgem.training.printable import printable
 from mmgem.training.search.building import build_index
 from mmgem.training.search.index import SearchIndex
 from mmgem.training.search.row_search import Hit
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 48  # photographs that are captioned, evenly over the folder
 BATCH_SIZE = 16
@@ -87,17 +91,20 @@ def show_photographs(
     kinds, names = index.rows.table["kind"].to_pylist(), index.rows.table["file_name"].to_pylist()
     names = [name for name, kind in zip(names, kinds, strict=True) if kind == "image"]
     sample = names[:: math.ceil(len(names) / SAMPLE)]
-    skipped: list[Skipped] = []
+    skipped: list[Skipped] = [*report.skipped]
     files: list[ImageFile] = []
     captions: dict[str, str] = {}
     for batch in ImageReader(folder, shorter_side_for(processor)).read_batches(sample, BATCH_SIZE, skipped):
         for file, caption in apply_to_batch(lambda some: _caption(model, processor, some), batch, skipped):
             files.append(file)
             captions[file.file_name] = caption
+    for file_name, reason in skipped:
+        logger.warning("left out %s", printable(f"{file_name}: {reason}"))
     words = suggest_words(list(captions.values()), WORDS)
     labels = list(labels) or words
     return {
         "images": len(names),
+        "skipped": [one._asdict() for one in skipped],
         "bytes": report.bytes_per_image,
         "first": sample[:24],
         "searches": [_search(index, word) for word in words],

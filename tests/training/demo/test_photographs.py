@@ -46,6 +46,7 @@ def demonstration(tmp_path_factory, model, tiny_processor, folder):
 
 def test_the_page_shows_every_result_and_knows_no_scenes(demonstration):
     page, results, out = demonstration
+    assert results["photographs"]["skipped"] == []
     text = " ".join(page.text.split())
     shown = results["photographs"]
     assert results["images"] == shown["images"] == len(NAMES) and results["gallery"] is None
@@ -98,6 +99,15 @@ def test_free_photographs_are_real_pictures(tmp_path):
     files = list(tmp_path.iterdir())
     assert len(files) == count >= 13  # of scikit-image
     assert all(min(Image.open(file).size) > 100 for file in files)
+
+
+def test_photographs_that_cannot_be_read_are_named(tmp_path, model, tiny_processor, caplog):
+    write_folder(tmp_path / "photographs")
+    (tmp_path / "photographs" / "0\n.png").write_bytes(b"no picture")
+    run_demo(tmp_path / "out", model, tiny_processor, folder=tmp_path / "photographs", questions=["is it?"])
+    shown = json.loads((tmp_path / "out" / "demo.json").read_text())["photographs"]
+    assert shown["images"] == len(NAMES) and [file["file_name"] for file in shown["skipped"]] == ["0\n.png"]
+    assert any(record.message.startswith("left out 0\\n.png: the file holds 10 bytes") for record in caplog.records)
 
 
 def test_what_is_no_place_for_photographs_is_refused(tmp_path, folder):
