@@ -10,6 +10,8 @@ from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor  # from the package it
 from mmgem.training.data.paths import no_checkpoint
 from mmgem.training.printable import is_utf8
 
+# Weights so small are read, and not mapped: who cuts a file that is mapped ends the process by a signal (SIGBUS).
+_READ_WHOLE = 1 << 30  # bytes
 _SUFFIXES = (".jinja", ".json", ".model", ".safetensors", ".txt")  # of what a model is loaded from
 
 
@@ -36,7 +38,8 @@ def _load(name: str | Path, device: str | torch.device | None) -> tuple[MMGEMMod
     try:
         # The code in the folder is what is installed here; without saying so, the parts of the processor ask about it.
         processor = MMGEMProcessor.from_pretrained(name, trust_remote_code=False)
-        model = MMGEMModel.from_pretrained(name)
+        sizes = [file.stat().st_size for file in Path(name).glob("*.safetensors")]
+        model = MMGEMModel.from_pretrained(name, disable_mmap=True if 0 < sum(sizes) <= _READ_WHOLE else None)
     except (OSError, TypeError, ValueError) as error:
         if "; expected" in str(error):
             raise

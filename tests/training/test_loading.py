@@ -3,7 +3,9 @@ import os
 import pytest
 import torch
 from tiny_models import build_model
+from transformers import modeling_utils
 
+from benchmarks.campaign_jobs import fork
 from mmgem import MMGEMModel
 from mmgem.training import soup
 from mmgem.training.loading import load_checkpoint
@@ -27,7 +29,7 @@ def test_who_writes_into_the_file_of_a_loaded_model_does_not_change_it(folder):
 
 @pytest.mark.parametrize("fails", [False, True], ids=["read", "not read"])
 def test_a_checkpoint_that_is_written_while_it_is_read_is_refused(folder, monkeypatch, fails):
-    def load(name):
+    def load(name, disable_mmap):
         config = folder / "config.json"
         config.write_text(config.read_text() + " ")
         if fails:
@@ -37,6 +39,21 @@ def test_a_checkpoint_that_is_written_while_it_is_read_is_refused(folder, monkey
     monkeypatch.setattr(MMGEMModel, "from_pretrained", load)
     with pytest.raises(ValueError, match="`model` is '.*model', which was written while it was read; expected one th"):
         load_checkpoint(folder)
+
+
+def test_weights_that_are_cut_while_they_are_loaded_end_no_process(folder, monkeypatch):
+    load = modeling_utils.convert_and_load_state_dict_in_model
+
+    def cut_and_load(*args, **kwargs):
+        os.truncate(folder / "model.safetensors", 1000)
+        return load(*args, **kwargs)
+
+    def run():
+        monkeypatch.setattr(modeling_utils, "convert_and_load_state_dict_in_model", cut_and_load)
+        with pytest.raises(ValueError, match="which was written while it was read"):
+            load_checkpoint(folder, device="cpu")
+
+    assert fork(run)() == (0, None)
 
 
 def test_a_soup_of_what_is_written_meanwhile_is_refused(folder, tmp_path, monkeypatch):
