@@ -2,9 +2,10 @@
 
 import copy
 import logging
+import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from json import JSONDecodeError
@@ -21,7 +22,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.tokenization_utils_base import LARGE_INTEGER, AddedToken
 
 from .boxes import boxes_in_view, check_boxes, model_views
-from .image_loading import load_image
+from .image_loading import MAX_PIXELS, load_image
 from .url_fetching import AllowedURLs
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ WHOLE_IMAGE = {"do_image_splitting": False, "crop_to_patches": False, "do_pan_an
 # Arguments of a call that tokenizers keep, save, and take for their defaults when they are loaded.
 CALL_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 MAX_RESIZED_PIXELS = 1 << 24  # of a picture, before its middle is cut out
+MAX_TOKENS = 1 << 20  # of a text, in a call that says how many
 WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # to load from
 
 
@@ -479,13 +481,17 @@ class MMGEMProcessor(ProcessorMixin):
                 an empty batch; placeholders without images or images without placeholders; truncation that would cut
                 image tokens.
         """
+        for name in ("images_kwargs", "text_kwargs"):
+            if not isinstance(kwargs.get(name, {}), Mapping):
+                raise TypeError(f"`{name}` is {kwargs[name]!r:.100}; expected a mapping of arguments.")
+        _check_lengths({**kwargs, **kwargs.get("text_kwargs", {})})
+        check_views({**kwargs, **kwargs.get("images_kwargs", {})})
         if boxes is not None:
             kwargs["boxes"] = boxes
         elif self.vlm_processor is not None and images is not None and self._has_placeholders(text):
             return self._vlm_inputs(images, text, **kwargs)
         if text is not None:
             given = {**kwargs, **kwargs.get("text_kwargs", {})}
-            _check_max_length(given.get("max_length"))
             defaults = self.text_defaults | ({"truncation": True} if _has_max_length(kwargs) else {})
             kwargs |= {name: value for name, value in defaults.items() if name not in given}
         limit = self.text_limit
@@ -582,11 +588,14 @@ class MMGEMProcessor(ProcessorMixin):
         for image_processor in (self.image_processor, getattr(self.vlm_processor, "image_processor", None)):
             edges = resized_to or getattr(image_processor, "size", None) or {}
             edges = {"shortest_edge": edges} if isinstance(edges, int) else edges
-            shortest = edges.get("shortest_edge")
+            shortest = None if isinstance(edges, Sequence) else edges.get("shortest_edge")
             # Others bound the longer side, or cut into tiles.
             if not shortest or edges.get("longest_edge") or getattr(image_processor, "image_grid_pinpoints", None):
                 continue
             most = MAX_RESIZED_PIXELS // shortest**2
+            if not most:
+                largest = math.isqrt(MAX_RESIZED_PIXELS)
+                raise ValueError(f"`shortest_edge` of `size` is {shortest}; expected at most {largest} pixels.")
             if max(size) > most * min(size):
                 raise ValueError(
                     f"`{name}` has {size[0]} x {size[1]} pixels; expected a longer side of at most {most} times the "
@@ -733,10 +742,33 @@ def _forget_calls(tokenizer):
         tokenizer.backend_tokenizer.no_padding()
 
 
-def _check_max_length(max_length):
-    is_whole = isinstance(max_length, int) and not isinstance(max_length, bool)
-    if max_length is not None and (not is_whole or max_length < 1):
-        raise ValueError(f"`max_length` is {max_length!r}; expected a whole number of at least 1.")
+def _check_lengths(given: Mapping[str, Any]):
+    """Refuses what a tokenizer ends the process for, as there is no memory for it, or names no argument for."""
+    for name, least in (("max_length", 1), ("pad_to_multiple_of", 1), ("stride", 0)):
+        value = given.get(name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (is_whole and least <= value <= MAX_TOKENS):
+            raise ValueError(
+                f"`{name}` is {value!r:.40}; expected a whole number of at least {least}, and at most {MAX_TOKENS:,}."
+            )
+
+
+def check_views(given: Mapping[str, Any]):
+    """Refuses views of a picture that are larger than the largest picture that is read.
+
+    Args:
+        given: Arguments of an image processor.
+
+    Raises:
+        ValueError: If its `size`, `crop_size` or `pad_size` is.
+    """
+    for name in ("size", "crop_size", "pad_size"):
+        value = given.get(name)
+        edges: Any = [value.get("height"), value.get("width")] if hasattr(value, "get") else value
+        edges = [edges] * 2 if isinstance(edges, int) else edges
+        is_numbers = isinstance(edges, Sequence) and all(isinstance(edge, int) for edge in edges)
+        if is_numbers and math.prod(edges) > MAX_PIXELS:
+            raise ValueError(f"`{name}` is {value!r:.100}; expected at most {MAX_PIXELS:,} pixels.")
 
 
 def _has_max_length(kwargs: dict) -> bool:

@@ -305,6 +305,7 @@ RECIPES = [
     (("image_processor",), {"sizes": 3}, "`image_processor` has the unknown key `sizes`"),
     (("image_processor",), {"size": "large"}, "`image_processor` is {'size': 'large'}, with which no picture can be"),
     (("image_processor",), {"size": {"height": 0, "width": 0}}, "with which no picture can be processed"),
+    (("image_processor",), {"size": {"height": 10**5, "width": 10**5}}, "expected at most 268,435,456 pixels"),
     (("image_processor",), {"image_std": [0, 0, 0]}, "which makes pixels that are NaN or infinite"),
     (("image_processor",), {"image_mean": "grey"}, "with which no picture can be processed"),
     (("tokenizer",), {"vocab_size": 300}, "`tokenizer` has no `model_max_length`; expected a value"),
@@ -338,6 +339,14 @@ RECIPES = [
     (("stages",), [], "recipe has no section `stages`"),
     (("stages",), [3], "stage 1 is 3; expected a mapping"),
     (("stages",), RECIPE["stages"] * 2, "`stages` are called first, first; expected a name of its own"),
+    *[
+        (("stages",), [RECIPE["stages"][0], RECIPE["stages"][0] | {"name": name}], f"are called first, {name}; expect")
+        for name in ("First", "\uff46irst")  # one folder, on some systems
+    ],
+    *[
+        ((*STAGE, "name"), name, "expected a name for a folder")
+        for name in ("NUL", "com1.x", "a.", "first.partial", "\u5b57" * 90)
+    ],
     ((*STAGE, "name"), "", "`name` of stage 1 is ''; expected a name for a folder"),
     ((*STAGE, "name"), "../up", "`name` of stage 1 is '../up'; expected a name for a folder"),
     ((*STAGE, "name"), "a\n", "expected a name for a folder"),
@@ -393,7 +402,8 @@ RECIPES = [
         ("weight_decay", NAN), ("max_grad_norm", -1.0), ("max_grad_norm", NAN), ("adam_beta1", 2.0),
         ("adam_epsilon", -1.0), ("warmup_steps", -5), ("save_steps", 0), ("save_steps", -1), ("logging_steps", -1),
         ("per_device_train_batch_size", 0), ("per_device_eval_batch_size", -2), ("gradient_accumulation_steps", 0),
-        ("dataloader_num_workers", -1), ("ema_decay", 2.0), ("caption_loss_weight", -1.0), ("seed", -1),
+        ("dataloader_num_workers", -1), ("dataloader_num_workers", 10**6), ("ema_decay", 2.0),
+        ("caption_loss_weight", -1.0), ("seed", -1),
         ("bf16", "perhaps"), ("lora", 3), ("freeze", "vision_tower"), ("grad_cache_chunk_size", 0),
     ]],
     ((*TRAINING, "save_steps"), INF, "`training` of stage `first`: cannot convert float infinity"),

@@ -391,6 +391,23 @@ ROWS = [
     ("processor", {"text": "a", "max_length": 0}, "`max_length` is 0; expected a whole number of at least 1"),
     ("processor", {"text": "a", "max_length": -3}, "`max_length` is -3; expected"),
     ("processor", {"text": "a", "max_length": "ten"}, "`max_length` is 'ten'; expected"),
+    ("processor", {"text": "a", "max_length": 10**9}, "`max_length` is 1000000000; expected .* at most 1,048,576"),
+    ("processor", {"text": "a", "max_length": 10**30}, "`max_length` is 10{30}; expected"),
+    ("processor", {"text": "a", "max_length": 100, "padding": "max_length"}, None),
+    ("processor", {"text": "a", "text_kwargs": {"max_length": 10**9, "padding": "max_length"}}, "`max_length` is 100"),
+    ("processor", {"text": "a", "text_kwargs": 3}, "`text_kwargs` is 3; expected a mapping"),
+    ("processor", {"images": PICTURE, "images_kwargs": 3}, "`images_kwargs` is 3; expected a mapping"),
+    ("processor", {"text": "a", "pad_to_multiple_of": 10**8}, "`pad_to_multiple_of` is 100000000; expected"),
+    ("processor", {"text": "a", "pad_to_multiple_of": 0}, "`pad_to_multiple_of` is 0; expected"),
+    ("processor", {"text": "a", "max_length": 3, "stride": -1}, "`stride` is -1; expected a whole number"),
+    ("processor", {"images": PICTURE, "size": (32, 32)}, None),
+    ("processor", {"images": PICTURE, "size": 5000}, "`shortest_edge` of `size` is 5000; expected at most 4096"),
+    *[
+        ("processor", {"images": PICTURE, name: value}, f"`{name}` is .*; expected at most 268,435,456 pixels")
+        for name in ("size", "crop_size", "pad_size")
+        for value in (10**5, (10**5, 10**5), {"height": 10**5, "width": 10**5})
+    ],
+    ("processor", {"images": PICTURE, "images_kwargs": {"size": 10**5}}, "`size` is 100000; expected at most"),
     ("processor", {"text": "a", "padding_side": "above"}, "above"),
     ("processor", {"text": "a", "return_tensors": "xx"}, "xx"),
     ("processor", {"videos": [1], "text": "a"}, "`videos` or `audio` was given; expected only images and texts"),

@@ -6,6 +6,7 @@ Reading one imports neither a model nor a trainer. Names and values that only th
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,7 +21,8 @@ from mmgem.training.recipes.stage_kinds import STAGE_KINDS
 TRAINED_WITH = ("attn_implementation", "dtype")  # sections of `model` beside those that say which model
 MAX_IMAGE_SIZE = 1 << 14  # the side of the largest picture that is read
 MAX_NODES = 100_000  # values of a recipe, with what aliases repeat
-_FOLDER_NAME = re.compile(r"[\w-][\w.-]{0,99}")
+# Names that every file system keeps as they are, and that no folder has which is not finished.
+_FOLDER_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[\w-][\w.-]*(?<!\.)(?<!\.partial)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,8 +297,10 @@ def parse_recipe(sections: Any) -> Recipe:
     check_type(sections["stages"], list, "`stages`")
     stages = [_parse_stage(stage, number) for number, stage in enumerate(sections["stages"], start=1)]
     names = [stage.name for stage in stages]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`stages` are called {', '.join(names)}; expected a name of its own for each.")
+    if len({unicodedata.normalize("NFKC", name).casefold() for name in names}) < len(names):
+        raise ValueError(
+            f"`stages` are called {', '.join(names)}; expected a name of its own for each, be letters small or large."
+        )
     return Recipe(**{**sections, "model": model, "stages": stages})
 
 
@@ -364,7 +368,7 @@ def _parse_stage(section: Any, number: int) -> Stage:
         if name not in section:
             raise ValueError(f"stage {number} comes without `{name}`; expected one.")
     check_type(section["name"], str, f"`name` of stage {number}")
-    if not _FOLDER_NAME.fullmatch(section["name"]):
+    if not _FOLDER_NAME.fullmatch(section["name"]) or len(section["name"].encode()) > 100:
         raise ValueError(f"`name` of stage {number} is {section['name']!r}; expected a name for a folder.")
     of_stage = f"of stage `{section['name']}`"
     check_type(section.get("image_size", 1), int, f"`image_size` {of_stage}")

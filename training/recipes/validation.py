@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, SiglipIma
 from mmgem.configuration_mmgem import MMGEMConfig
 from mmgem.input_checks import check_generation
 from mmgem.modeling_mmgem import MMGEMModel
+from mmgem.processing.processing_mmgem import check_views
 from mmgem.training.argument_checks import check_arguments, check_keys, check_type
 from mmgem.training.data.augmentation import Augmentation
 from mmgem.training.data.collator import MMGEMCollator
@@ -175,6 +176,7 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_image_processor(section: Mapping[str, Any]) -> None:
     try:
+        check_views(section)
         pixels = SiglipImageProcessorPil(**section)([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
     except Exception as error:  # of any kind, by what libraries make of it
         raise ValueError(

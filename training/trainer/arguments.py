@@ -14,7 +14,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
-    "dataloader_num_workers": (0, math.inf),
+    "dataloader_num_workers": (0, 1024),  # processes, each with a copy of the data's pages that it writes into
     "weight_decay": (0, math.inf),
     "max_grad_norm": (0, math.inf),
     "adam_beta1": (0, 1),
