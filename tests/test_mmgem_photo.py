@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from mmgem.training.demo.photographs import copy_free_photographs
-from mmgem.training.inference import embed_images, embed_texts, generate_captions
+from mmgem.training.inference import embed_images, embed_texts, generate_answers, generate_captions
 from mmgem.training.loading import load_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "model_cards" / "mmgem-photo"
@@ -46,6 +46,18 @@ def test_the_weights_are_small_and_run_in_float32(loaded):
         types = {file.get_slice(name).get_dtype() for name in file.keys()}
     assert types <= {"F16", "I64"}
     assert {parameter.dtype for parameter in loaded[0].parameters()} == {torch.float32}
+
+
+def test_lora_for_answers_leaves_embeddings_of_images_alone(loaded, photographs):
+    path = FOLDER / "answers" / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
+    assert path.stat().st_size < 4e6
+    answering, pictures = load_checkpoint(FOLDER / "answers", device="cpu"), list(photographs.values())[:4]
+    assert torch.equal(embed_images(*answering, pictures), embed_images(*loaded, pictures))
+    questions = ["what color is it ?"] * 4
+    with_lora, without = (generate_answers(*pair, pictures, questions) for pair in (answering, loaded))
+    assert with_lora != without and all(0 < len(answer.split()) <= 3 for answer in with_lora)
 
 
 def test_the_card_has_the_figures_of_the_results_and_the_terms_of_the_data():

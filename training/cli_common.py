@@ -134,7 +134,8 @@ def check_model(model: str) -> None:
         raise ValueError("`model` is ''; expected the folder of a checkpoint, or a name on the Hub.")
     if model == str(TINY) and not TINY.exists():
         raise FileNotFoundError("`model` is mmgem-tiny, which comes with a source checkout only; expected --model.")
-    may_be_there = Path(model, "config.json").is_file() if Path(model).is_dir() else _HUB_NAME.fullmatch(model)
+    configs = Path(model, "config.json"), Path(model, "adapter_config.json")  # of a whole model, of LoRA
+    may_be_there = any(map(Path.is_file, configs)) if Path(model).is_dir() else _HUB_NAME.fullmatch(model)
     if not may_be_there and is_utf8(model):  # of other names `load_config` says what is wrong with them
         raise no_checkpoint(model)
 

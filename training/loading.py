@@ -1,5 +1,7 @@
 """Loading a checkpoint by name, with an answer a person can use when it is not one."""
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +21,42 @@ def load_checkpoint(name: str | Path, device: str | torch.device | None = None) 
     """Loads model and processor, in evaluation mode. What becomes of their files later does not change them.
 
     Args:
-        name: A folder that holds a checkpoint, or a name on the Hub.
+        name: A folder that holds a checkpoint, or LoRA that peft saved, which is merged into the model that it names;
+            or a name on the Hub.
         device: Where to; by default the GPU where there is one.
 
     Raises:
-        FileNotFoundError: If it is neither.
+        FileNotFoundError: If it is none of them.
         ValueError: If it is a checkpoint of another kind of model, a damaged one, or one that is written meanwhile.
     """
     with unchanged(name, "model"):
-        return _load(name, device)
+        base = _base_of_adapter(name)
+        if base is None:
+            return _load(name, device)
+        from mmgem.training.trainer.lora import load_lora
+
+        model, processor = load_checkpoint(base, device)
+        return load_lora(model, name).eval(), processor
+
+
+def _base_of_adapter(folder: str | Path) -> str | None:
+    """The model that LoRA in a folder is for, a folder where there is one of the name; None without LoRA."""
+    folder = Path(folder)
+    file = folder / "adapter_config.json"
+    if not os.path.isfile(file) or os.path.isfile(folder / "config.json"):  # of names of any length, unlike Path's
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`model` is {str(folder)!r}, whose {file.name} cannot be read ({error}).") from error
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"`model` is {str(folder)!r}, whose {file.name} has {base!r} as `base_model_name_or_path`; expected the "
+            "model that it is for."
+        )
+    starts = (Path(), *folder.resolve().parents)  # LoRA may lie in the folder of its model, which may have moved
+    return next((str(start / base) for start in starts if (start / base / "config.json").is_file()), base)
 
 
 def _load(name: str | Path, device: str | torch.device | None) -> tuple[MMGEMModel, MMGEMProcessor]:
@@ -98,11 +127,12 @@ def load_config(name: str | Path) -> MMGEMConfig:
     """Loads the configuration of a checkpoint; arguments and errors are those of `load_checkpoint`."""
     if not is_utf8(str(name)):
         raise ValueError(f"`model` is {str(name)!r}, a name that is not UTF-8; expected one that is.")
+    name = _base_of_adapter(name) or name
     try:
         return MMGEMConfig.from_pretrained(name)
     except OSError as error:
-        name, file = str(name), Path(name, "config.json")
-        if file.is_file():
+        name = str(name)
+        if os.path.isfile(Path(name, "config.json")):
             reason = str(error).rstrip(".")
             raise ValueError(
                 f"`model` is {name!r}, which cannot be read ({reason}); expected a checkpoint."

@@ -34,6 +34,7 @@ from mmgem.training.recipes.run import TrainingReport
 from mmgem.training.recipes.step_memory import StepMemory
 from mmgem.training.search.index import SearchIndex
 from mmgem.training.search.storage import MANIFEST, UNFINISHED
+from mmgem.training.trainer.lora import add_lora
 
 pytestmark = pytest.mark.usefixtures("short_answers")
 
@@ -114,6 +115,16 @@ def test_what_was_indexed_is_found(checkpoint, gallery, tmp_path):
     assert line.split()[1].startswith(str(gallery))
     both = ("search", tmp_path / "index", "a red star", "--image", picture, "--model", checkpoint)
     assert len(run(*both, "--top", 3).stdout.splitlines()) == 3
+
+
+def test_lora_makes_another_model(checkpoint, gallery, tmp_path):
+    model = add_lora(MMGEMModel.from_pretrained(checkpoint), r=2, lora_alpha=64, init_lora_weights=False)
+    model.save_pretrained(tmp_path / "lora")
+    run("index", gallery, "--model", tmp_path / "lora", "--out", tmp_path / "index")
+    query = "search", tmp_path / "index", "a red star", "--top", 1
+    assert len(run(*query).stdout.splitlines()) == 1
+    assert "0 of them new" in run("index", gallery, "--model", tmp_path / "lora", "--out", tmp_path / "index").stdout
+    assert "embeds texts otherwise" in run(*query, "--model", checkpoint, exit_code=1).stderr
 
 
 @pytest.mark.parametrize("command", ["index", "caption"])

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -59,7 +59,8 @@ def add_lora(
 ) -> MMGEMPeftModel:
     """Add low-rank adapters to the blocks of the towers (LoRA, https://arxiv.org/abs/2106.09685).
 
-    The towers freeze, also one without LoRA; everything beside them goes on training, unless it was frozen before.
+    The towers freeze, also one without LoRA; everything beside them goes on training, unless it was frozen before. Of
+    modules of which nothing trains, the adapter holds no copy.
     The model becomes part of the one that is returned, which trains, embeds and generates as it does, and whose
     `save_pretrained` writes the adapter alone. [`merge_lora`] makes it an `MMGEMModel` again.
 
@@ -85,13 +86,15 @@ def add_lora(
         layers = [name for name in layers if name.rpartition(".")[2] in target_modules]
 
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    beside = {name: module for name, module in model.named_children() if name not in TOWERS}
     config = LoraConfig(
         target_modules=_as_pattern(layers),
-        modules_to_save=[name for name, _ in model.named_children() if name not in TOWERS],
+        modules_to_save=[name for name, module in beside.items() if any(p.requires_grad for p in module.parameters())],
         **lora_config,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # a GPT-2 stores its weights transposed, which peft sees
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # by peft's own use of it
         peft_model = MMGEMPeftModel(model, config)
     for name, parameter in peft_model.named_parameters():
         if own_name(name) in frozen:
@@ -113,6 +116,34 @@ def merge_lora(model: PeftModel) -> MMGEMModel:
         raise TypeError(f"`model` is {type(model).__name__}; expected a model with LoRA.")
     merged = model.merge_and_unload(safe_merge=True)
     set_trainable(merged)
+    return merged
+
+
+def load_lora(model: MMGEMModel, folder: str | Path) -> MMGEMModel:
+    """Add a saved adapter to the weights of a model, as [`merge_lora`] does.
+
+    Args:
+        model: The model that the adapter was trained on, which is used up.
+        folder: The folder that `save_pretrained` wrote.
+
+    Raises:
+        ValueError: If the folder holds no whole LoRA for this model.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # by peft's own use of it
+        try:
+            adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
+            found = adapted.load_adapter(str(folder), adapted.active_adapter, torch_device=str(model.device))
+            if wrong := [*found.missing_keys, *found.unexpected_keys]:
+                raise ValueError(f"{wrong[0]} is missing or unknown")
+            merged = merge_lora(adapted)
+        except Exception as error:  # of peft, of any kind
+            reason = " ".join(line.strip() for line in str(error).strip().split("\n")[:2]).rstrip(".")
+            raise ValueError(
+                f"`model` is {str(folder)!r}, an adapter that cannot be added to {model.name_or_path!r} ({reason}); "
+                "expected a whole LoRA that was trained on it."
+            ) from error
+    merged.name_or_path = str(folder)  # by which an index finds its model again
     return merged
 
 
