@@ -29,7 +29,10 @@ WITHOUT_EFFECT = frozenset(
     "interpolate_pos_encoding output_attentions output_hidden_states pixel_attention_mask return_dict token_type_ids "
     "use_cache".split()
 )
-TOKEN_IDS = (*SPECIAL_TOKENS, "forced_bos_token_id", "forced_eos_token_id")
+TOKEN_IDS = (
+    *(*SPECIAL_TOKENS, "forced_bos_token_id", "forced_eos_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
 
 
 def check_tensor(name: str, value: object):
@@ -101,6 +104,21 @@ def check_ids(input_ids: torch.Tensor, vocabulary_size: int, image_token_id: int
         unknown = input_ids[((input_ids < 0) | (input_ids >= vocabulary_size)) & (input_ids != image_token_id)]  # (N,)
         if len(unknown):
             raise ValueError(f"`input_ids` has {int(unknown[0])}; expected 0 to {vocabulary_size - 1}.")
+
+
+def check_vectors(
+    inputs_embeds: torch.Tensor,
+    width: int,
+    input_ids: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+):
+    """What takes the place of ids and pictures: vectors of the language model's width."""
+    check_tensor("inputs_embeds", inputs_embeds)
+    for name, value in (("input_ids", input_ids), ("pixel_values", pixel_values)):
+        if value is not None:
+            raise ValueError(f"`inputs_embeds` and `{name}` came together; expected one of them.")
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != width:
+        raise ValueError(f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}; expected (B, L, {width}).")
 
 
 def checked_mask(

@@ -112,7 +112,7 @@ def folder_and_names(folder: Path) -> tuple[Path, list[str] | None]:
 
     Raises:
         FileNotFoundError: If FOLDER is not there.
-        ValueError: If it is a file, or a name is not below the current folder.
+        ValueError: If it is a file, there are no names, or one is not below the current folder.
     """
     if str(folder) != "-":
         check_folder(folder)
@@ -125,6 +125,8 @@ def folder_and_names(folder: Path) -> tuple[Path, list[str] | None]:
             raise ValueError(f"standard input names {line!r}; expected files below the current folder, {str(here)!r}.")
         if line:
             names[name.relative_to(here).as_posix()] = None
+    if not names:
+        raise ValueError("standard input names no file; expected one on each line, or ended by NUL.")
     return here, list(names)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoProcessor, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoProcessor, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -40,6 +40,7 @@ from .input_checks import (
     check_labels,
     check_no_other,
     check_pixels,
+    check_vectors,
     checked_mask,
     fit_length,
     is_box,
@@ -923,6 +924,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
             if pixel_values is None:
                 raise ValueError("`input_ids` and `pixel_values` are both None; expected at least one of them.")
             return self.get_image_features(pixel_values, boxes, spatial_shapes, return_dict=True)
+        if inputs_embeds is not None:
+            check_vectors(inputs_embeds, self.get_input_embeddings().embedding_dim, input_ids, pixel_values)
 
         if not return_loss and (input_ids is None or pixel_values is None or self._has_placeholders(input_ids)):
             cache = past_key_values
@@ -938,6 +941,10 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                     self._check_placeholders(input_ids, pixel_values, boxes)  # later the model may have written some
                 images = {"pixel_values": pixel_values, "boxes": boxes, "spatial_shapes": spatial_shapes}
                 inputs_embeds = self.embed_prompt(input_ids, **images, visual_tokens=visual_tokens)  # (B, L, H)
+                if not torch.compiler.is_compiling() and not inputs_embeds.numel():
+                    raise ValueError(
+                        f"`input_ids` has shape {tuple(input_ids.shape)}; expected tokens of each prompt."
+                    )
             if labels is not None:
                 shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
                 rows = self.get_input_embeddings().num_embeddings
@@ -1094,6 +1101,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
                 which there is but one, or no image.
         """
         settings = args[0] if args else kwargs.get("generation_config")
+        if settings is not None and not isinstance(settings, GenerationConfig):
+            raise TypeError(f"`generation_config` is {settings!r:.100}; expected a `GenerationConfig`.")
         given = ({} if settings is None else settings.to_diff_dict()) | kwargs
         given |= {} if image_similarity_weight is None else {"image_similarity_weight": image_similarity_weight}
         check_generation(given, self.get_input_embeddings().num_embeddings)
@@ -1115,8 +1124,8 @@ class MMGEMModel(JointStep, PreTrainedModel, GenerationMixin):
 
         if embedding_tokens is None:
             prompt_ids = kwargs.get("input_ids", inputs)
-            has_images = kwargs.get("pixel_values") is not None and prompt_ids is not None
-            if has_images and not (prompt_ids == self.config.image_token_id).any():
+            has_images = kwargs.get("pixel_values") is not None and kwargs.get("inputs_embeds") is None
+            if has_images and (prompt_ids is None or not (prompt_ids == self.config.image_token_id).any()):
                 raise ValueError(
                     "`pixel_values` came, but `input_ids` has no image placeholders; expected a prompt with one "
                     "`<image>` for each image, as `processor.prompt(text)` writes it."

@@ -322,7 +322,8 @@ def test_files_are_named_by_standard_input(checkpoint, gallery, tmp_path, monkey
     arguments = ("index", "-", "--model", checkpoint, "--out", tmp_path / "none")
     result = run(*arguments, input="../outside.png", exit_code=1)
     assert "standard input names '../outside.png'; expected files below the current folder" in result.stderr
-    assert "without images" in run(*arguments, input="", exit_code=1).stderr
+    for nothing in ("", "\n", "\0"):
+        assert "standard input names no file; expected one on" in run(*arguments, input=nothing, exit_code=1).stderr
 
 
 @pytest.mark.parametrize(
