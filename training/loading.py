@@ -56,7 +56,12 @@ def _base_of_adapter(folder: str | Path) -> str | None:
             "model that it is for."
         )
     starts = (Path(), *folder.resolve().parents)  # LoRA may lie in the folder of its model, which may have moved
-    return next((str(start / base) for start in starts if (start / base / "config.json").is_file()), base)
+    base = next((str(start / base) for start in starts if (start / base / "config.json").is_file()), base)
+    if os.path.isfile(os.path.join(base, file.name)) and not os.path.isfile(os.path.join(base, "config.json")):
+        raise ValueError(
+            f"`model` is {str(folder)!r}, LoRA for {base!r}, which is LoRA too; expected LoRA for a model."
+        )
+    return base
 
 
 def _load(name: str | Path, device: str | torch.device | None) -> tuple[MMGEMModel, MMGEMProcessor]:

@@ -137,6 +137,11 @@ def with_settings(**values):
             "has None as `base_model_name_or_path`; expected the",
         ),
         (with_settings(base_model_name_or_path="gone"), FileNotFoundError, "`model` is 'gone'"),
+        (
+            lambda path: with_settings(base_model_name_or_path=str(path))(path),
+            ValueError,
+            "which is LoRA too; expected LoRA for a model",
+        ),
     ],
 )
 def test_lora_that_does_not_fit_is_refused(adapter, damage, error, message):
