@@ -75,7 +75,7 @@ def open_parquet(parquet: str | list[str], columns: Mapping[str, ColumnName] | N
 
     Raises:
         FileNotFoundError: If there are none.
-        ValueError: If none can be read, they do not have the same columns, or not those meant.
+        ValueError: If none can be read or has rows, they do not have the same columns, or not those meant.
     """
     import datasets
     import pyarrow as pa
@@ -88,7 +88,8 @@ def open_parquet(parquet: str | list[str], columns: Mapping[str, ColumnName] | N
     def check(path: str, whole: bool) -> None:
         try:
             with pq.ParquetFile(path) as file:
-                files[path] = file.metadata.num_rows
+                if file.metadata.num_rows:  # of others, which jobs of many parts write, `datasets` makes an error
+                    files[path] = file.metadata.num_rows
                 for _ in file.iter_batches() if whole else ():
                     pass
         except (pa.ArrowException, OSError) as error:
@@ -96,6 +97,8 @@ def open_parquet(parquet: str | list[str], columns: Mapping[str, ColumnName] | N
             damaged.append((Path(path).name, str(error)))
 
     def load() -> datasets.Dataset:
+        if not files and not damaged:
+            raise ValueError(f"{name} has no rows; expected some.")
         if not files:
             raise ValueError(f"{name} cannot be read: {'; '.join(f'{file}: {reason}' for file, reason in damaged)}")
         paths = [os.path.abspath(path) for path in files]

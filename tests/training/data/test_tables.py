@@ -87,6 +87,16 @@ def test_damaged_files_are_left_out(tmp_path):
         open_source({"parquet": str(tmp_path / "0.parquet")})
 
 
+def test_files_without_rows_are_passed_over(tmp_path):
+    for number, count in enumerate([0, 5, 0, 5]):
+        write_table(tmp_path / f"{number}.parquet", number, count)
+    source = open_source({"parquet": str(tmp_path / "*.parquet")})
+    assert source.damaged == [] and red_of(source) == [*range(1, 6), *range(3, 8)]
+    assert source.key(6) == "3.parquet/1"
+    with pytest.raises(ValueError, match=r"0.parquet has no rows; expected some"):
+        open_source({"parquet": str(tmp_path / "0.parquet")})
+
+
 def test_damaged_rows_fail_when_they_are_read(tmp_path):
     path = write_table(tmp_path / "t.parquet", image=lambda i: png((i, 0, 0)) if i else b"no image")
     source = open_source({"parquet": path})
