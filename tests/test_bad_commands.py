@@ -404,6 +404,8 @@ RECIPES = [
         ("per_device_train_batch_size", 0), ("per_device_eval_batch_size", -2), ("gradient_accumulation_steps", 0),
         ("dataloader_num_workers", -1), ("dataloader_num_workers", 10**6), ("ema_decay", 2.0),
         ("caption_loss_weight", -1.0), ("seed", -1),
+        ("neftune_noise_alpha", NAN), ("neftune_noise_alpha", -1.0), ("eval_accumulation_steps", 0),
+        ("ddp_timeout", 0), ("per_device_train_batch_size", 10**12), ("per_device_eval_batch_size", 10**12),
         ("bf16", "perhaps"), ("lora", 3), ("freeze", "vision_tower"), ("grad_cache_chunk_size", 0),
     ]],
     ((*TRAINING, "save_steps"), INF, "`training` of stage `first`: cannot convert float infinity"),
@@ -416,6 +418,7 @@ RECIPES = [
     ((*TRAINING, "learning_rates"), {"vision_tower": -1}, "`vision_tower` in `learning_rates` of .* is -1; expec"),
     ((*TRAINING, "learning_rates"), {"vision_tower": NAN}, "is nan; expected 0 or more"),
     ((*TRAINING, "lora"), {"r": 0}, "`r` in `lora` of stage `first` is 0; expected 1 or more"),
+    ((*TRAINING, "lora"), {"r": 10**9}, "`r` in `lora` of stage `first` is 1000000000; expected 1 or more, up to"),
     ((*TRAINING, "lora"), {"rank": 4}, "`lora` of stage `first` has the unknown key `rank`"),
     ((), RECIPE, None),
 ]  # fmt: skip

@@ -50,6 +50,7 @@ _NOT_IN_MODEL = (
     "prompts",
     "calibrated_modalities",
 )
+_MAX_RANK = 1 << 14  # of LoRA; no matrix of a model has a higher one
 # Of the collator: texts that stand after images, or after what was read of them.
 _READ_WITH_IMAGES = (
     "edits_per_image",
@@ -244,8 +245,8 @@ def _check_stage(stage: Stage) -> None:
         if not 0 <= rate < math.inf:
             raise ValueError(f"`{part}` in `learning_rates` {of_stage} is {rate}; expected 0 or more.")
     rank = (training.get("lora") or {}).get("r", 1)
-    if rank < 1:
-        raise ValueError(f"`r` in `lora` {of_stage} is {rank}; expected 1 or more.")
+    if not 1 <= rank <= _MAX_RANK:
+        raise ValueError(f"`r` in `lora` {of_stage} is {rank}; expected 1 or more, up to {_MAX_RANK}.")
     if not any(section.get("weight", 1) for section in stage.train_data):
         raise ValueError(f"`weight` of all `train_data` {of_stage} is 0; expected one above it.")
 

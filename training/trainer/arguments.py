@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 
 # Arguments of the library that it takes whatever they are, with the least and the most that they may be.
 RANGES: dict[str, tuple[float, float]] = {
-    "per_device_train_batch_size": (1, math.inf),
-    "per_device_eval_batch_size": (1, math.inf),
+    "per_device_train_batch_size": (1, 1 << 20),
+    "per_device_eval_batch_size": (1, 1 << 20),
     "gradient_accumulation_steps": (1, math.inf),
     "dataloader_num_workers": (0, 1024),  # processes, each with a copy of the data's pages that it writes into
     "weight_decay": (0, math.inf),
@@ -23,6 +23,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup_steps": (0, math.inf),
     "logging_steps": (0, math.inf),
     "seed": (0, 2**32 - 1),
+    "neftune_noise_alpha": (0, math.inf),
+    "eval_accumulation_steps": (1, math.inf),
+    "ddp_timeout": (1, math.inf),
 }
 
 
