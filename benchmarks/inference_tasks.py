@@ -18,6 +18,7 @@ CLIP, LLAVA = "CLIPModel", "LlavaForConditionalGeneration"
 EMBEDDER = "embedder on the language model"  # that of LLaVA, without its vocabulary, read at the last token
 BARE = "its towers in a bare loop"  # of forward passes: what no way of writing with them falls below
 TEXTS = 128
+BATCHES = {"a batch": 32, "a large batch": 128}  # of images; 32 is what `encode` and `mmgem index` take by default
 NEW_TOKENS = 20
 PER_IMAGE = 4  # regions, and questions
 QUESTION_TOKENS = 10
@@ -88,6 +89,13 @@ def build_tasks(contestants: Contestants, setting: Setting) -> list[Task]:
         shared = read_prefix(ours, prompts(questions, visual), tokens, numbers)
         return write(ours, questions, visual, **shared)
 
+    def embed_batch(name: str, count: int) -> Task:
+        """Of a batch as users have it, whose tensors are large."""
+        many = build_batch(replace(setting, num_images=count))["pixel_values"].to(**to)
+        models = {OURS: ours, CLIP: clip}
+        steps = {by: lambda model=model: model.get_image_features(many).pooler_output for by, model in models.items()}
+        return Task(f"image vectors of {name}", count, "images", steps)
+
     nothing = questions.new_zeros(images, 0)
     text = batch["input_ids"][:images].clamp(min=FIRST_WORD_ID).to(ours.device)  # all as long as the longest
     units = asked * PER_IMAGE
@@ -103,6 +111,7 @@ def build_tasks(contestants: Contestants, setting: Setting) -> list[Task]:
                 EMBEDDER: lambda: read(nothing, pixels),
             },
         ),
+        *(embed_batch(name, count) for name, count in BATCHES.items() if count > images),
         Task(
             "text vectors",
             TEXTS,
