@@ -44,7 +44,7 @@ def test_snippets_run(tmp_path, monkeypatch):
         names["ray"].shutdown()
     pictures = len(list(Path("photos").glob("*.png")))
     assert names["report"].images == pictures and names["report"].skipped == []
-    assert f"{pictures} images in million, 0 of them new" in outputs[2]
+    assert f"{pictures} images in million, 0 new" in outputs[2]
     hits = [Path(line.split()[1]).name for line in outputs[1].splitlines() if line]
     assert hits == names["found"]
 

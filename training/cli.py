@@ -33,6 +33,7 @@ from mmgem.training.cli_common import (
     check_model,
     check_table,
     folder_and_names,
+    left_out,
     load_model,
     path,
     report_skipped,
@@ -43,7 +44,7 @@ from mmgem.training.cli_common import (
     write_table,
 )
 from mmgem.training.output_lock import only_writer
-from mmgem.training.printable import printable
+from mmgem.training.printable import counted, printable
 
 # Errors that a user can cause and mend take a line; any other is a defect and comes with its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OverflowError, MemoryError)
@@ -209,7 +210,7 @@ def scenes(
         from mmgem.training.scenes.dataset import write_scene_folder
 
         write_scene_folder(out, seed, count, image_size)
-    answer({"folder": str(out), "count": count}, as_json, [f"{count} scenes in {out}"])
+    answer({"folder": str(out), "count": count}, as_json, [f"{counted(count, 'scene')} in {out}"])
 
 
 @app.command()
@@ -384,7 +385,7 @@ def _evaluate_on_mteb(
 
 def _left_out(skipped) -> list[str]:
     """A line for each source of which rows could not be used; each was said when it was met."""
-    return [f"{count} rows of {source} were left out" for source, count in skipped.counts().items()]
+    return [f"left out of {source}: {counted(count, 'row')}" for source, count in skipped.counts().items()]
 
 
 @app.command()
@@ -549,7 +550,7 @@ def caption(
     counts = {"images": report.images, "captioned": report.captioned}
     skipped = [file._asdict() for file in report.skipped]
     result = {"file": str(out), **counts, "skipped": skipped, "passed_over": report.passed_over}
-    summary = f"{report.images} images in {out}, {report.captioned} of them new; {len(report.skipped)} files left out"
+    summary = f"{counted(report.images, 'image')} in {out}, {report.captioned:,} new; {left_out(report.skipped)}"
     answer(result, as_json, [summary])
 
 

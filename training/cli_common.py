@@ -14,7 +14,7 @@ import typer
 from mmgem.training.data.paths import check_folder, no_checkpoint
 from mmgem.training.json_text import to_json
 from mmgem.training.output_folder import check_writable, whole_file
-from mmgem.training.printable import is_utf8, printable
+from mmgem.training.printable import counted, is_utf8, printable
 from mmgem.training.progress import shown
 
 KEPT = "search_index.json", "config.json"  # in folders none of whose files is replaced by a table
@@ -157,7 +157,12 @@ def report_skipped(skipped: Iterable, passed_over: dict[str, int]) -> None:
     for file_name, reason in skipped:
         typer.secho(printable(f"left out {file_name}: {reason}"), err=True, fg=typer.colors.YELLOW)
     for kind, count in passed_over.items():
-        typer.secho(f"not read: {count} {kind}", err=True, fg=typer.colors.YELLOW)
+        typer.secho(f"not read: {kind} ({count:,})", err=True, fg=typer.colors.YELLOW)
+
+
+def left_out(skipped: list) -> str:
+    """The end of a summary: how many files were left out."""
+    return f"{counted(len(skipped), 'file')} left out"
 
 
 def table(figures: dict[str, float], intervals: dict[str, tuple[float, float]] | None = None) -> list[str]:

@@ -23,6 +23,7 @@ from mmgem.training.cli_common import (
     check_table,
     folder_and_names,
     importing,
+    left_out,
     load_model,
     path,
     report_skipped,
@@ -31,7 +32,7 @@ from mmgem.training.cli_common import (
 )
 from mmgem.training.json_text import to_json
 from mmgem.training.output_folder import check_writable, whole_folder
-from mmgem.training.printable import printable
+from mmgem.training.printable import counted, printable
 
 IndexArgument = Annotated[Path, typer.Argument(parser=path, metavar="INDEX", help="Folder that `mmgem index` wrote.")]
 MovedModel = Annotated[str | None, typer.Option("--model", help="The model of the index, if it has moved.")]
@@ -113,10 +114,10 @@ def index(
         report = update_index(folder, model, out, names, batch_size, moved, max_pixels, **settings)
     report_skipped(report.skipped, report.passed_over)
     result = {"index": str(out), **report._asdict(), "skipped": [file._asdict() for file in report.skipped]}
-    kinds = [f"{count} {kind}{'s' * (kind != 'fused')}" for kind, count in report.rows.items()]
+    kinds = [counted(count, "fused image" if kind == "fused" else kind) for kind, count in report.rows.items()]
     summary = (
-        f"{', '.join(kinds)} in {out}, {report.embedded} of them new; {len(report.skipped)} files left out; "
-        f"{report.bytes_per_image:,} bytes for each image"
+        f"{', '.join(kinds)} in {out}, {report.embedded:,} new; {left_out(report.skipped)}; "
+        f"{counted(report.bytes_per_image, 'byte')} each"
     )
     lines = [summary]
     if report.recall:
@@ -341,8 +342,8 @@ def _fit(index: Path, file: Path, prompt, vectors, query_vectors, kinds, where, 
         fitted._asdict(),
         as_json,
         [
-            f"--lexical-weight {best:.2f}: mean reciprocal rank {reached:.3f} over {len(queries)} queries; by vectors "
-            f"alone {dense:.3f}, by words alone {lexical:.3f}"
+            f"--lexical-weight {best:.2f}: mean reciprocal rank {reached:.3f} over "
+            f"{counted(len(queries), 'query', 'queries')}; by vectors alone {dense:.3f}, by words alone {lexical:.3f}"
         ],
     )
 
@@ -374,7 +375,8 @@ def verify(index: IndexArgument, as_json: AsJson = False):
         from mmgem.training.search.storage import verify_index
 
         check = verify_index(index)
-    whole = f"{check.files} files of {check.bytes:,} bytes, {'some damaged' if check.damaged else 'all as written'}"
+    state = "some damaged" if check.damaged else "all as written"
+    whole = f"{counted(check.files, 'file')} of {counted(check.bytes, 'byte')}, {state}"
     answer(check._asdict(), as_json, [*(f"{name}: {what}" for name, what in check.damaged.items()), whole])
     if check.damaged:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Names of files and texts of models as they are printed: nothing in them steers a terminal."""
+"""Names of files and texts of models as they are printed: nothing in them steers a terminal; and numbers of things."""
 
 import unicodedata
 
@@ -10,6 +10,11 @@ _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 def printable(text: str) -> str:
     """Returns a text in one line, with escapes such as `\\\\x1b` for what would steer a terminal."""
     return "".join(one.encode("unicode_escape").decode() if _steers(one) else one for one in text)
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """Returns a number of things, such as "1 image" or "6,086 images"; `several` is a plural of another kind."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
 
 
 def is_utf8(name: str) -> bool:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from mmgem.training.printable import counted
+
 SECONDS = 60.0  # between lines, and before the first
 shown: dict[str, str | None] = {"as": None}  # "bar", "lines", "nothing", or, by the place that it goes to, None
 
@@ -65,5 +67,5 @@ class Lines:
             line += f" of {self._total:,}"
         line += f", {rate:.3g} a second"
         if self._total is not None and rate:
-            line += f", {(self._total - self._done) / rate / 60:.0f} minutes left"
+            line += f", {counted(round((self._total - self._done) / rate / 60), 'minute')} left"
         print(line, file=sys.stderr, flush=True)

@@ -214,7 +214,7 @@ def test_boxes_need_metadata_that_has_them(folder, out, echo):
     with pytest.raises(ValueError, match="captions of boxes are asked for, but no line of .*jsonl' has any; expected"):
         caption_folder(folder, None, None, out, with_boxes=True)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "boxes": [5, 5, 20, 20]}\n')
-    with pytest.raises(ValueError, match=r"Left out are 1 lines: 1 has `boxes` with 5; expected a list of \[x0, y0,"):
+    with pytest.raises(ValueError, match=r"Left out: 1 line: 1 has `boxes` with 5; expected a list of \[x0, y0,"):
         caption_folder(folder, None, None, out, with_boxes=True)
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):

@@ -274,7 +274,7 @@ def test_an_index_follows_images_that_moved(checkpoint, gallery, tmp_path):
     run("index", gallery, *arguments)
     moved = gallery.rename(tmp_path / "moved")
     assert "--moved" in run("index", moved, *arguments, exit_code=1).stderr
-    assert "0 of them new" in run("index", moved, *arguments, "--moved").stdout
+    assert ", 0 new" in run("index", moved, *arguments, "--moved").stdout
 
 
 def test_calibrate_leaves_a_model_that_is_calibrated(checkpoint, gallery, tmp_path):
@@ -292,7 +292,7 @@ def test_caption_writes_json_lines(checkpoint, gallery, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert answer["images"] == answer["captioned"] == len(lines) == len(list(gallery.glob("*.png")))
     assert all(len(line["boxes"]) == len(line["region_captions"]) for line in lines)
-    assert "0 of them new" in run(*arguments).stdout
+    assert ", 0 new" in run(*arguments).stdout
 
 
 def test_captions_are_written_in_the_type_that_is_asked_for(checkpoint, gallery, tmp_path, monkeypatch):
@@ -313,7 +313,7 @@ def test_files_are_named_by_standard_input(checkpoint, gallery, tmp_path, monkey
     given = end.join([str(names[0]), f"./{names[1].relative_to(gallery.parent)}", str(names[0]), "", "gone.png", ""])
     index = tmp_path / "of-names"
     result = run("index", "-", "--model", checkpoint, "--out", index, "--json", input=given)
-    assert json.loads(result.stdout)["rows"] == {"image": 2} and "not read: 1 names of no file" in result.stderr
+    assert json.loads(result.stdout)["rows"] == {"image": 2} and "not read: names of no file (1)" in result.stderr
     run("caption", "-", "--model", checkpoint, "--out", tmp_path / "c.jsonl", input=given)
     lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert [line["file_name"] for line in lines] == [str(name.relative_to(gallery.parent)) for name in names[:2]]

@@ -1,6 +1,6 @@
 import pytest
 
-from mmgem.training.printable import printable
+from mmgem.training.printable import counted, printable
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,8 @@ from mmgem.training.printable import printable
 )
 def test_nothing_steers_the_terminal(text, printed):
     assert printable(text) == printed
+
+
+def test_a_number_of_things_is_singular_for_one_alone():
+    assert [counted(number, "row") for number in (0, 1, 2, 6086)] == ["0 rows", "1 row", "2 rows", "6,086 rows"]
+    assert counted(1, "query", "queries") == "1 query" and counted(3, "query", "queries") == "3 queries"

@@ -11,6 +11,7 @@ from mmgem.training.data.image_files import FoundImages, Skipped
 from mmgem.training.data.records import read_records
 from mmgem.training.data.rows import CAPTION_COLUMNS, check_texts, checked_captions, is_box
 from mmgem.training.json_text import to_json
+from mmgem.training.printable import counted
 
 _SHOWN = 3  # records that are left out of a file and named
 _EXPECTED = {"boxes": "[[x0, y0, x1, y1], ...] in pixels", "captions": "`captions`, `caption` or `text`"}
@@ -83,7 +84,7 @@ def read_descriptions(
     skipped += said
     for column, asked in needed.items():
         if not any(getattr(description, column) for description in descriptions.values()):
-            such = f" Left out are {said[0].reason}" if said else ""
+            such = f" Left out: {said[0].reason}" if said else ""
             raise ValueError(f"{asked}, but no line of {str(metadata)!r} has any; expected {_EXPECTED[column]}.{such}")
     return descriptions
 
@@ -119,8 +120,10 @@ class LeftOut:
 
     def report(self) -> list[Skipped]:
         """Returns what is to be said of them, if there are any."""
+        if not self.count:
+            return []
         more = "" if self.count <= _SHOWN else f" And {self.count - _SHOWN} more."
-        return [Skipped(self.file_name, f"{self.count} lines: {' '.join(self._shown)}{more}")] if self.count else []
+        return [Skipped(self.file_name, f"{counted(self.count, 'line')}: {' '.join(self._shown)}{more}")]
 
 
 def _describe(fields: Mapping[str, Any] | str) -> tuple[str, Description]:

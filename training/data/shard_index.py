@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import constants
 
+from mmgem.training.printable import counted
+
 # The directory and the name up to its first dot are the key of a sample, the rest is the name of its part; see
 # https://github.com/webdataset/webdataset, `base_plus_ext` in `tariterators.py`, and `tar_file_iterator` for names
 # between double underscores. Files whose name begins with a dot, which macOS adds, are no part of a sample.
@@ -95,7 +97,7 @@ def _scan(path: str) -> ShardIndex:
     except (tarfile.TarError, OSError) as error:
         damage = f": {error}"
     starts, ends = starts[:-1], ends[:-1]  # the last sample may be cut off
-    reason = f"is damaged at byte {end}{damage}; {len(starts)} samples before it are used"
+    reason = f"is damaged at byte {end}{damage}; {counted(len(starts), 'sample')} before it can be used"
     return ShardIndex(np.array(starts, np.int64), np.array(ends, np.int64), reason)
 
 

@@ -13,6 +13,7 @@ from mmgem.training.data.mixture import Mixture
 from mmgem.training.data.skipped import SkippedLog
 from mmgem.training.data.sources import Source
 from mmgem.training.output_lock import one_writer
+from mmgem.training.printable import counted
 from mmgem.training.recipes.batch_preview import contact_sheet, describe_row, describe_texts, image_pixels
 from mmgem.training.recipes.check_report import StageCheck, describe_check, describe_model
 from mmgem.training.recipes.recipe import Stage, load_recipe
@@ -90,7 +91,7 @@ def check_recipe(
     folder.mkdir(parents=True)
     measured = eval_rows(recipe)
     if measured is not None:
-        count = f"{len(measured):,} rows" if isinstance(measured, Sized) else "a stream of rows"
+        count = counted(len(measured), "row") if isinstance(measured, Sized) else "a stream of rows"
         say(f"eval_data: {count} with {', '.join(next(iter(measured)))}")
 
     skipped = SkippedLog(folder / SKIPPED_NAME)
@@ -137,7 +138,7 @@ def _show_rows(
     """Say what some rows of each source hold and what the model gets of them; draw their images."""
     rows: list[dict[str, Any]] = []
     for source in sources:
-        say(f"  source {source.name}: {f'{len(source):,} rows' if isinstance(source, Sized) else 'a stream'}")
+        say(f"  source {source.name}: {counted(len(source), 'row') if isinstance(source, Sized) else 'a stream'}")
         sample = Mixture([source], None, trainer.args.seed, ROWS_SHOWN, skipped)
         rows += [sample[position] for position in range(ROWS_SHOWN)]
         _read_ahead(source, trainer, skipped)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from mmgem.training.printable import counted
 from mmgem.training.recipes.step_memory import StepMemory
 from mmgem.training.trainer.parameter_selection import own_name
 
@@ -68,7 +69,7 @@ def describe_check(check: StageCheck) -> Iterator[str]:
     yield f"  trains {check.trained_parameters:,} of {check.parameters:,} parameters"
     yield f"  memory: {parts} ({per_row} a row); {_in_bytes(memory.total)} in all, on each process"
     losses = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in check.losses.items())
-    yield f"  one of {check.steps:,} steps, of {check.rows_per_step} rows: {losses}"
+    yield f"  one of {counted(check.steps, 'step')}, of {counted(check.rows_per_step, 'row')}: {losses}"
     yield f"  it took {check.seconds:.1f} s, as the first one; those after it are faster"
     if check.skipped:
         yield f"  could not be read so far: {', '.join(f'{n} of {source}' for source, n in check.skipped.items())}"

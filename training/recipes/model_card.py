@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mmgem.modeling_mmgem import MMGEMModel
 from mmgem.training.evaluation.evaluate import evaluate_model
+from mmgem.training.printable import counted
 from mmgem.training.recipes.recipe import Recipe
 from mmgem.training.recipes.stage_kinds import stage_kind
 
@@ -112,7 +113,7 @@ def _describe_embedding(config) -> str:
     if not config.is_multi_vector:
         return width
     return (
-        f"{count} nested vectors of {width} (with sentence-transformers by `MultiVectorEncoder`; "
+        f"{counted(count, 'nested vector')} of {width} (with sentence-transformers by `MultiVectorEncoder`; "
         "`SentenceTransformer` gives the first of them); MaxSim was trained both ways, so that a query may be a text "
         "or an image; `encode_query` gives an image's first vector, which finds as much as all"
     )

@@ -65,6 +65,7 @@ def build_index(
     regions: Literal["boxes"] | int | None = None,
     texts: str | None = None,
     names: Sequence[str] | None = None,
+    items: FolderItems | None = None,
 ) -> IndexReport:
     """Embeds every image below a folder into an index, or brings an index up to date.
 
@@ -97,6 +98,7 @@ def build_index(
         texts: Gives each text a row of its own: `.txt` and `.md` files, and this column of `.jsonl`, `.csv` and
             `.parquet` files, whose other columns are metadata.
         names: The only files that are indexed, relative to `folder`, with forward slashes; by default all below it.
+        items: What is there of them, if that is known, for an index with the same settings.
 
     Returns:
         How many images there are, and were embedded, and what was left out.
@@ -113,7 +115,9 @@ def build_index(
     if out.name == UNFINISHED and is_index(out.parent):
         raise ValueError(f"`out` is {str(out)!r}, where an index keeps what is unfinished; expected another place.")
     kinds = {"image_mode": image_mode, "captions": captions, "regions": regions, "texts": texts}
-    items = FolderItems(folder, IndexSettings.settle(model, vectors, dimensions, precision, memory, **kinds), names)
+    settings = IndexSettings.settle(model, vectors, dimensions, precision, memory, **kinds)
+    if items is None or items.settings != settings:
+        items = FolderItems(folder, settings, names)
     facts = _facts_of(model, processor, items)
     unfinished = out / UNFINISHED
     stored = None if is_free(out) else _read_same(out, facts, moved)

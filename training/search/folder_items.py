@@ -3,11 +3,13 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 
 from mmgem.training.data.descriptions import read_descriptions
 from mmgem.training.data.folder_metadata import METADATA_NAMES
 from mmgem.training.data.image_files import Skipped, find_images
+from mmgem.training.printable import counted
 from mmgem.training.search.items import TEXT_SUFFIXES, Item, RowKey, is_text_file, items_of_image, read_texts
 from mmgem.training.search.settings import IndexSettings
 
@@ -37,6 +39,13 @@ class FolderItems:
         needed = {} if settings.captions is None else {"captions": f"`captions` is {settings.captions!r}"}
         needed |= {"boxes": "`regions` is 'boxes'"} if settings.regions == "boxes" else {}
         self._descriptions = read_descriptions(self.folder, self.found, self.skipped, needed)
+        self._known_skipped = len(self.skipped)
+
+    def unread(self) -> "FolderItems":
+        """Returns the same items, to be read by somebody else, without another look at the folder."""
+        items = copy(self)
+        items.skipped = self.skipped[: self._known_skipped]
+        return items
 
     def images(self) -> Iterator[tuple[str, list[Item]]]:
         """Yields each image file with its items, without captions of their own."""
@@ -79,6 +88,6 @@ class FolderItems:
         for place in sorted({*self.found.unseen, *filter(None, kept)}):
             reason = self.found.unseen.get(place, "it is empty, as if its disk were away")
             if kept[place]:
-                reason += f"; what the index has of it, {kept[place]} rows, is kept until it is gone"
+                reason += f"; what the index has of it, {counted(kept[place], 'row')}, is kept until it is gone"
             report.append(Skipped(place, reason))
         return report + self.skipped

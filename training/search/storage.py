@@ -455,7 +455,7 @@ def verify_index(place: str | Path) -> IndexCheck:
                 damaged[path.name] = "it is not what was written"
     for file in files:
         if blocks := file.damaged_blocks():
-            damaged[file.path.name] = f"{len(blocks)} of {len(file.checksums)} MiB are not what was written"
+            damaged[file.path.name] = f"not what was written: {len(blocks):,} of {len(file.checksums):,} MiB"
     return IndexCheck(len(files), sum(file.size for file in files), damaged)
 
 

@@ -22,7 +22,7 @@ from mmgem.training.search.folder_items import FolderItems
 from mmgem.training.search.index_report import IndexReport, report_on
 from mmgem.training.search.items import RowKey
 from mmgem.training.search.merging import EarlierRows, EarlierRun, Place, is_current
-from mmgem.training.search.storage import UNFINISHED, note_stamp, read_index
+from mmgem.training.search.storage import UNFINISHED, StoredIndex, note_stamp, read_index
 
 _LIBRARIES = ("pillow", "timm", "tokenizers", "torch", "transformers")  # that decide what an embedding is
 
@@ -49,13 +49,18 @@ def update_index(
         Exception: As `load_checkpoint` and `build_index`.
     """
     stamp = stamp_of(model, settings)
-    if stamp is not None and (report := _find_unchanged(folder, model, out, names, stamp)):
-        return report
+    items = None
+    with suppress(OSError, ValueError):  # which `build_index` says, if it meets it
+        stored = None if stamp is None else _read_same(folder, model, out, stamp)
+        if stored is not None:
+            items = FolderItems(folder, stored.facts.settings, names)
+            if report := _find_unchanged(stored, items.unread()):
+                return report
     from mmgem.training.loading import load_checkpoint
     from mmgem.training.search.building import build_index
 
     loaded, processor = load_checkpoint(model)
-    settings |= {"moved": moved, "max_pixels": max_pixels, "names": names}
+    settings |= {"moved": moved, "max_pixels": max_pixels, "names": names, "items": items}
     report = build_index(folder, loaded, processor, out, batch_size, **settings)
     note_stamp(Path(out), stamp)
     return report
@@ -86,29 +91,28 @@ def stamp_of(model: str | Path, settings: Mapping[str, Any]) -> str | None:
     return content_hash(to_json([settings, *map(_version, _LIBRARIES), known]).encode())
 
 
-def _find_unchanged(
-    folder: str | Path, model: str | Path, out: str | Path, names: Sequence[str] | None, stamp: str
-) -> IndexReport | None:
-    """The report on an index in which nothing is to be changed; None if anything is, or may be."""
+def _read_same(folder: str | Path, model: str | Path, out: str | Path, stamp: str) -> StoredIndex | None:
+    """Reads a finished index of the same folder by the same model; None if it is anything else."""
     out = Path(out).resolve()
-    with suppress(OSError, ValueError):  # which `build_index` says, if it meets it
-        stored = read_index(out, "out")
-        known = stored.stamp, stored.facts.folder, stored.facts.model
-        if known != (stamp, _resolved(folder), _resolved(model)) or (out / UNFINISHED).exists():
+    stored = read_index(out, "out")
+    known = stored.stamp, stored.facts.folder, stored.facts.model
+    is_same = known == (stamp, _resolved(folder), _resolved(model)) and not (out / UNFINISHED).exists()
+    return stored if is_same else None
+
+
+def _find_unchanged(stored: StoredIndex, items: FolderItems) -> IndexReport | None:
+    """The report on an index in which nothing is to be changed; None if anything is, or may be."""
+    assert stored.rows is not None
+    earlier = EarlierRows([EarlierRun(stored.rows, stored.facts.codec)])
+    rows: dict[RowKey, Place] = {}
+    for item in chain(items.texts(), chain.from_iterable(of_image for _, of_image in items.images())):
+        place = earlier.unchanged(item)
+        if place is None:
             return None
-        assert stored.rows is not None
-        items = FolderItems(folder, stored.facts.settings, names)
-        earlier = EarlierRows([EarlierRun(stored.rows, stored.facts.codec)])
-        rows: dict[RowKey, Place] = {}
-        for item in chain(items.texts(), chain.from_iterable(of_image for _, of_image in items.images())):
-            place = earlier.unchanged(item)
-            if place is None:
-                return None
-            rows[item.key] = place
-        if items.left_out(rows) or not is_current(stored, stored.facts, rows) or stored.rows.damaged().any():
-            return None
-        return report_on(stored, rows, 0, items)
-    return None
+        rows[item.key] = place
+    if items.left_out(rows) or not is_current(stored, stored.facts, rows) or stored.rows.damaged().any():
+        return None
+    return report_on(stored, rows, 0, items)
 
 
 def _resolved(folder: str | Path) -> str:

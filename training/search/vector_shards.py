@@ -23,6 +23,7 @@ from mmgem.training.data.rows import CAPTION_COLUMNS, checked_captions
 from mmgem.training.json_text import to_json
 from mmgem.training.loading import load_checkpoint
 from mmgem.training.output_lock import one_writer
+from mmgem.training.printable import counted
 from mmgem.training.search.fingerprint import Fingerprint
 from mmgem.training.search.index_report import IndexReport
 from mmgem.training.search.item_embedder import ItemEmbedder, ReadItem
@@ -270,7 +271,7 @@ def _choose_rows(shards: Path, model: str, skipped: list[Skipped]) -> dict[Path,
                 is_kept[row] = True
         kept[path] = _Shard(is_kept, version)
     skipped += [Skipped(name, reason) for name, reason in failed.items() if name not in names]
-    skipped += [Skipped(name, f"{count} of its images are in other rows already") for name, count in repeated.items()]
+    skipped += [Skipped(name, f"in other rows already: {counted(count, 'image')}") for name, count in repeated.items()]
     return kept
 
 

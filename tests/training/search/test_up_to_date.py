@@ -11,7 +11,8 @@ from image_folders import NAMES, write_folder, write_noise
 from tiny_models import build_model
 
 from mmgem.training import loading
-from mmgem.training.search import up_to_date
+from mmgem.training.data.image_files import find_images
+from mmgem.training.search import folder_items, up_to_date
 from mmgem.training.search.building import build_index
 from mmgem.training.search.storage import MANIFEST, UNFINISHED, read_index, write_checked_json
 from mmgem.training.search.up_to_date import stamp_of, update_index
@@ -75,7 +76,7 @@ def test_the_command_needs_no_torch(made_here):
     settings = ["--captions", "beside", "--regions", "boxes", "--texts", "--text-column", "body", "--with-memory"]
     paths = ["index", made_here.folder, "--model", made_here.model, "--out", made_here.index]
     said = fresh_process.run(WITHOUT_TORCH, *paths, *settings, cwd=made_here.folder, installed=True)
-    assert said.startswith(f"2 captions, 7 images, 1 regions, 3 texts in {made_here.index}, 0 of them new; 0 files")
+    assert said.startswith(f"2 captions, 7 images, 1 region, 3 texts in {made_here.index}, 0 new; 0 files")
 
 
 def keep_time(path, content):
@@ -115,11 +116,14 @@ def _mkdir(here):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_changed_goes_the_usual_way(made_here, change):
+def test_whatever_changed_goes_the_usual_way(made_here, change, monkeypatch):
     make_it, embedded, skipped = CHANGES[change]
     make_it(made_here)
+    walks = []
+    monkeypatch.setattr(folder_items, "find_images", lambda *args: walks.append(args) or find_images(*args))
     report = made_here.update()
     assert (made_here.loads, report.embedded, len(report.skipped)) == ([made_here.model], embedded, skipped)
+    assert len(walks) == 1  # the folder is looked through once
     rows = read_index(made_here.index, "out").rows
     assert len(rows) == sum(report.rows.values()) and not rows.damaged().any()
     assert made_here.update()._replace(embedded=embedded) == report

@@ -102,7 +102,7 @@ def test_images_that_cannot_be_read_are_reported_and_cost_nothing_else(
     )
     assert (first, second, shard) == (NAMES[1], NAMES[4], "1.parquet")
     assert "no image" in first_reason and "expected the bytes of an image" in second_reason
-    assert repeated == "3 of its images are in other rows already"  # as of a worker that died before it said so
+    assert repeated == "in other rows already: 3 images"  # as of a worker that died before it said so
     # Another try that succeeds counts.
     write_noise(folder / NAMES[1], 1)
     pq.write_table(ImageEmbedder(shards)(files(folder, [NAMES[1], NAMES[4]])), shards / "2.parquet")
