@@ -35,6 +35,7 @@ from mmgem.training.cli_common import (
     folder_and_names,
     left_out,
     load_model,
+    look_for_less_garbage,
     path,
     report_skipped,
     set_up_torch,
@@ -149,6 +150,7 @@ def main(
     or with `mmgem caption PHOTOGRAPHS --model MODEL --out captions.jsonl`. `mmgem COMMAND --help` says more.
     """
     start(quiet)
+    look_for_less_garbage()
     if context.invoked_subcommand != "train":  # whose steps keep all threads busy
         set_up_torch()
     for stream in (sys.stdout, sys.stderr):  # so that no name of a file costs the result

@@ -22,7 +22,6 @@ from mmgem.training.cli_common import (
     check_model,
     check_table,
     folder_and_names,
-    importing,
     left_out,
     load_model,
     path,
@@ -289,8 +288,7 @@ def _load_index(
         check_says_something(text)
     if kinds or conditions:
         RowSearch.load(index).list_rows(1, kinds, conditions)
-    with importing():
-        from mmgem.training.search.index import SearchIndex
+    from mmgem.training.search.index import SearchIndex
 
     return SearchIndex.load(index, *(() if model is None else load_model(model)))
 

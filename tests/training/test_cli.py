@@ -178,16 +178,16 @@ def test_torch_is_set_up_unless_the_user_has(tmp_path, monkeypatch):
     assert "OMP_WAIT_POLICY" not in os.environ
 
 
-def test_no_garbage_is_looked_for_while_torch_is_imported(monkeypatch):
-    frozen = []
-    monkeypatch.setattr("gc.freeze", lambda: frozen.append(gc.isenabled()))
-    with cli_common.importing():
-        assert gc.isenabled()  # torch is there
-    monkeypatch.delitem(sys.modules, "torch")
-    with pytest.raises(ImportError), cli_common.importing():
-        assert not gc.isenabled()
-        raise ImportError
-    assert gc.isenabled() and frozen == [False]
+def test_every_command_looks_for_less_garbage_than_python_does(monkeypatch, tmp_path):
+    set_to, at_end = [], []
+    monkeypatch.setattr("gc.get_threshold", lambda: (700, 10, 10))
+    monkeypatch.setattr("gc.set_threshold", lambda *numbers: set_to.append(numbers))
+    monkeypatch.setattr("atexit.register", at_end.append)
+    run("verify", tmp_path / "nowhere", exit_code=1)
+    assert set_to == [(cli_common.OBJECTS, 50)] and at_end == [gc.freeze]
+    monkeypatch.setattr("gc.get_threshold", lambda: (cli_common.OBJECTS, 50, 10))
+    run("verify", tmp_path / "nowhere", exit_code=1)
+    assert len(set_to) == 1
 
 
 @pytest.fixture
