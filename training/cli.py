@@ -57,6 +57,9 @@ LOST = re.compile("DataLoader worker .*(killed by signal|exited unexpectedly)")
 # What stands before the message of an error in a worker of a loader: its traceback.
 OF_WORKER = re.compile(r"^Caught \w+ in DataLoader worker.*\n[\w.]+: ", re.DOTALL)
 
+# Options of `mmgem` that may stand anywhere.
+OF_ALL = ("--quiet", "--traceback")
+
 # What is said to whoever interrupts a command.
 GOING_ON = {
     "index": "; what is embedded is kept, and the same command goes on from there",
@@ -71,6 +74,12 @@ ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signa
 
 class _Commands(TyperGroup):
     """Reports user errors in one line, with exit code 1; wrong usage has typer's 2."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """Takes what every command has after the command, too."""
+        end = args.index("--") if "--" in args else len(args)
+        first = [word for word in args[:end] if word in OF_ALL]
+        return super().parse_args(ctx, first + [word for word in args[:end] if word not in OF_ALL] + args[end:])
 
     def invoke(self, ctx) -> Any:
         try:
@@ -128,6 +137,7 @@ def _discard(stream: Any) -> None:
     os.close(nowhere)
 
 
+OF_MODELS = "Commands for models"  # which stand in `--help` after those for pictures and texts
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -160,11 +170,21 @@ def main(
         sys.stdin.reconfigure(errors="surrogateescape")
 
 
+app.command(cls=cli_index.IndexCommand)(cli_index.index)
+app.command()(cli_index.search)
+app.command()(cli_index.ask)
+app.command()(cli_index.verify)
+
+
 @app.command()
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Argument(parser=path, help="Folder of photographs; by default scenes and free photographs are shown."),
+        typer.Argument(
+            parser=path,
+            metavar="FOLDER",
+            help="Folder of photographs; by default scenes and free photographs are shown.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(parser=path, help="Folder for the page and its parts.")] = Path("demo"),
     count: Annotated[int, typer.Option(min=12, help="Scenes in the gallery, without FOLDER.")] = 500,
@@ -198,9 +218,11 @@ def demo(
     answer(result, as_json, [*table(figures), *[""] * bool(figures), f"The page is {page.resolve().as_uri()}"])
 
 
-@app.command()
+@app.command(rich_help_panel=OF_MODELS)
 def scenes(
-    out: Annotated[Path, typer.Argument(parser=path, help="New folder for the images and their metadata.jsonl.")],
+    out: Annotated[
+        Path, typer.Argument(parser=path, metavar="OUT", help="New folder for the images and their metadata.jsonl.")
+    ],
     seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 96,
@@ -215,9 +237,11 @@ def scenes(
     answer({"folder": str(out), "count": count}, as_json, [f"{counted(count, 'scene')} in {out}"])
 
 
-@app.command()
+@app.command(rich_help_panel=OF_MODELS)
 def train(
-    recipe: Annotated[Path, typer.Argument(parser=path, help="YAML file that says everything about the run.")],
+    recipe: Annotated[
+        Path, typer.Argument(parser=path, metavar="RECIPE", help="YAML file that says everything about the run.")
+    ],
     out: Annotated[
         Path | None, typer.Option(parser=path, help="Folder for the checkpoint; by default runs/ and its name.")
     ] = None,
@@ -266,10 +290,10 @@ def _check(recipe: Path, out: Path, stage: str | None, wait: bool, as_json: bool
     answer(result, as_json, ["", "Nothing was trained."])
 
 
-@app.command()
+@app.command(rich_help_panel=OF_MODELS)
 def soup(
-    out: Annotated[Path, typer.Argument(parser=path, help="New folder for the averaged model.")],
-    folders: Annotated[list[Path], typer.Argument(parser=path, metavar="FOLDER...", help="Models to average.")],
+    out: Annotated[Path, typer.Argument(parser=path, metavar="OUT", help="New folder for the averaged model.")],
+    folders: Annotated[list[Path], typer.Argument(parser=path, metavar="FOLDER", help="Models to average.")],
     weights: Annotated[list[float] | None, typer.Option("--weight", help="Of each folder, in their order.")] = None,
     wait: Wait = False,
     as_json: AsJson = False,
@@ -298,11 +322,12 @@ class _EvaluateCommand(TyperCommand):
         return super().parse_args(ctx, parsed)
 
 
-@app.command(cls=_EvaluateCommand)
+@app.command(cls=_EvaluateCommand, rich_help_panel=OF_MODELS)
 def evaluate(
     model: ModelArgument,
     data: Annotated[
-        Path | None, typer.Argument(parser=path, help="Image folder with metadata.jsonl; not with --mteb.")
+        Path | None,
+        typer.Argument(parser=path, metavar="DATA", help="Image folder with metadata.jsonl; not with --mteb."),
     ] = None,
     subset: Annotated[
         tuple[float, float] | None,
@@ -390,11 +415,14 @@ def _left_out(skipped) -> list[str]:
     return [f"left out of {source}: {counted(count, 'row')}" for source, count in skipped.counts().items()]
 
 
-@app.command()
+@app.command(rich_help_panel=OF_MODELS)
 def calibrate(
     model: ModelArgument,
     data: Annotated[
-        Path, typer.Argument(parser=path, help="Image folder with metadata.jsonl: a sample of what is searched.")
+        Path,
+        typer.Argument(
+            parser=path, metavar="DATA", help="Image folder with metadata.jsonl: a sample of what is searched."
+        ),
     ],
     out: Annotated[Path, typer.Option(parser=path, help="New folder for the calibrated model.")],
     batch_size: BatchSize = 64,
@@ -414,10 +442,12 @@ def calibrate(
     answer({"folder": str(out), **report._asdict()}, as_json, lines)
 
 
-@app.command()
+@app.command(rich_help_panel=OF_MODELS)
 def export(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(parser=path, help="Folder for the ONNX graphs and the processor.")],
+    out: Annotated[
+        Path, typer.Argument(parser=path, metavar="OUT", help="Folder for the ONNX graphs and the processor.")
+    ],
     int8: Annotated[bool, typer.Option("--int8", help="Write graphs with quantized weights, too.")] = False,
     data: Annotated[
         Path | None,
@@ -446,9 +476,11 @@ def export(
     answer(result, as_json, lines)
 
 
-@app.command()
+@app.command(rich_help_panel=OF_MODELS)
 def push(
-    folder: Annotated[Path, typer.Argument(parser=path, help="Folder of a checkpoint, with its card.")],
+    folder: Annotated[
+        Path, typer.Argument(parser=path, metavar="FOLDER", help="Folder of a checkpoint, with its card.")
+    ],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Only its owner sees it, if it is made now.")] = False,
     as_json: AsJson = False,
@@ -508,12 +540,6 @@ def serve(
         run_server(
             model, index, host, port, limits, "*" in (allow_urls or []) or allow_urls or False, allow_origins or []
         )
-
-
-app.command(cls=cli_index.IndexCommand)(cli_index.index)
-app.command()(cli_index.search)
-app.command()(cli_index.ask)
-app.command()(cli_index.verify)
 
 
 @app.command()

@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -36,6 +37,7 @@ ImageFolder = Annotated[
     Path,
     typer.Argument(
         parser=path,
+        metavar="FOLDER",
         help="Folder of images, at any depth; - for the files that standard input names, below the current folder.",
     ),
 ]
@@ -80,7 +82,7 @@ def set_up_torch() -> None:
 def look_for_less_garbage() -> None:
     """Lets Python look for garbage after 10,000 new objects instead of 700, and not when it ends.
 
-    It took a third of the time in which torch and transformers are imported, which define a million objects.
+    Torch and transformers define a million objects when they are imported, of which none is garbage.
     """
     if gc.get_threshold()[0] < OBJECTS:
         gc.set_threshold(OBJECTS, 50)
@@ -98,6 +100,8 @@ def work(wait: bool = False) -> Iterator[None]:
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # What follows a memory shall not be kept from repeating the question, which has no ids there.
+    warnings.filterwarnings("ignore", "Passing `.*` with `inputs_embeds`", UserWarning)
     with redirect_stdout(sys.stderr), waiting(wait):
         yield
 

@@ -1,7 +1,7 @@
 """The commands of `mmgem` that make an index of images and texts, search it, and ask about what is in it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, Literal
@@ -131,8 +131,9 @@ def search(
     text: Annotated[
         str | None,
         typer.Argument(
+            metavar="TEXT",
             help="What to look for; - for each line of standard input. Without it a terminal is asked; with --where "
-            "or --kind what they leave is listed."
+            "or --kind what they leave is listed.",
         ),
     ] = None,
     image: Annotated[
@@ -218,7 +219,8 @@ def search(
 
             loaded = RowSearch.load(index)
         else:
-            loaded = _load_index(index, model, None if image else text, kinds, conditions)
+            files = [name for name in image or [] if name != "-"]
+            loaded = _load_index(index, model, None if image else text, kinds, conditions, files)
     if explain is not None:
         explain.mkdir(parents=True, exist_ok=True)
         check_writable(explain / "0001", "--explain")
@@ -269,23 +271,33 @@ def _say_found(query: str, hits: list, rows: list[dict], is_stream: bool, as_jso
     answers = [f"{hit.score:7.4f}  {_shown(hit)}" for hit in hits]
     if is_stream and as_json:
         typer.echo(to_json({"query": query, "hits": rows}))
-    elif not hits and not is_stream and not as_json:
+    elif hits or as_json or is_stream:
+        answer(rows, as_json, [query, *answers, ""] if is_stream else answers)
+    if not hits and not as_json:
         where_words_are = ": no text, caption or name of a file has a word of it" if is_by_words else ""
         typer.secho(f"nothing was found{where_words_are}", err=True)
-    else:
-        answer(rows, as_json, [query, *answers, ""] if is_stream else answers)
 
 
 def _load_index(
-    index: Path, model: str | None, text: str | None, kinds: list[str] | None = None, conditions: Any = None
+    index: Path,
+    model: str | None,
+    text: str | None,
+    kinds: list[str] | None = None,
+    conditions: Any = None,
+    images: Iterable[str] = (),
 ) -> Any:
-    """Loads an index with its model; before that, refuses what is no finished index or has no such rows, and a text
-    that says nothing."""
+    """Loads an index with its model; before that, refuses what is no finished index or has no such rows, a text that
+    says nothing, and images that cannot be read."""
+    from mmgem.processing.image_loading import load_image
+    from mmgem.processing.url_fetching import is_url
     from mmgem.training.search.row_search import RowSearch, check_finished, check_says_something
 
     check_finished(index)
     if text is not None:
         check_says_something(text)
+    for image in images:
+        if not is_url(image):  # of which the model's processor knows whether it is fetched
+            load_image(image)
     if kinds or conditions:
         RowSearch.load(index).list_rows(1, kinds, conditions)
     from mmgem.training.search.index import SearchIndex
@@ -382,7 +394,9 @@ def verify(index: IndexArgument, as_json: AsJson = False):
 
 def ask(
     index: IndexArgument,
-    question: Annotated[str | None, typer.Argument(help="What to answer; without it, images are captioned.")] = None,
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="What to answer; without it, images are captioned.")
+    ] = None,
     image: Annotated[
         list[str] | None, typer.Option(help="Image to ask about, by its name in the index; may be given again.")
     ] = None,

@@ -67,5 +67,6 @@ class Lines:
             line += f" of {self._total:,}"
         line += f", {rate:.3g} a second"
         if self._total is not None and rate:
-            line += f", {counted(round((self._total - self._done) / rate / 60), 'minute')} left"
+            minutes = round((self._total - self._done) / rate / 60)
+            line += f", {counted(minutes, 'minute') if minutes else 'less than a minute'} left"
         print(line, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 from filelock import FileLock
 from image_folders import build_multi_vector_model
 from PIL import Image
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import mmgem
@@ -123,7 +125,7 @@ def test_lora_makes_another_model(checkpoint, gallery, tmp_path):
     run("index", gallery, "--model", tmp_path / "lora", "--out", tmp_path / "index")
     query = "search", tmp_path / "index", "a red star", "--top", 1
     assert len(run(*query).stdout.splitlines()) == 1
-    assert "0 of them new" in run("index", gallery, "--model", tmp_path / "lora", "--out", tmp_path / "index").stdout
+    assert ", 0 new" in run("index", gallery, "--model", tmp_path / "lora", "--out", tmp_path / "index").stdout
     assert "embeds texts otherwise" in run(*query, "--model", checkpoint, exit_code=1).stderr
 
 
@@ -155,6 +157,8 @@ def test_what_cannot_be_searched_is_refused_before_a_model_is_loaded(gallery, ch
     for command in (("search", ""), ("ask", "--search", " ")):
         error = run(command[0], tmp_path / "index", *command[1:], exit_code=1).stderr
         assert "expected something to look for" in error
+    error = run("search", tmp_path / "index", "a star", "--image", tmp_path / "gone.png", exit_code=1).stderr
+    assert "gone.png') is not there; expected" in error
     error = run("ask", tmp_path / "index", "--search", "a star", exit_code=1).stderr
     assert "has no memory; expected one that was made" in error
     (tmp_path / UNFINISHED).mkdir()
@@ -216,6 +220,7 @@ def test_an_index_holds_and_compares_what_it_is_told_to(multi_vector_checkpoint,
     calls = []
     with monkeypatch.context() as patch:
         patch.setattr(SearchIndex, "search", lambda self, *args: calls.append(args) or [])
+        patch.setattr(image_loading, "load_image", lambda file: None)  # which are not there
         for query, _ in queries:
             run("search", tmp_path / "index", *query)
     names = list(inspect.signature(SearchIndex.search).parameters)[1:]
@@ -244,6 +249,9 @@ def test_an_index_is_asked_when_its_images_are_gone(multi_vector_checkpoint, gal
     run("index", gallery, "--model", multi_vector_checkpoint, "--out", index, "--with-memory")
     names = sorted(path.name for path in gallery.glob("scene*.png"))[:2]
     shutil.rmtree(gallery)
+    GenerationConfig(max_new_tokens=4, no_repeat_ngram_size=3).save_pretrained(multi_vector_checkpoint)
+    with warnings.catch_warnings(action="error", category=UserWarning):  # such as that a memory has no ids
+        run("ask", index, "what?", "--image", names[0])
     answers = json.loads(run("ask", index, "what?", "--image", names[0], "--image", names[1], "--json").stdout)
     assert [answer["path"] for answer in answers] == [str(gallery / name) for name in names]
     assert all(set(answer) == {"path", "answer", "score"} and answer["score"] is None for answer in answers)
@@ -462,9 +470,13 @@ def test_a_users_mistake_takes_one_line_and_exit_code_1(gallery, tmp_path):
         assert part in line and "Traceback" not in result.output and result.stdout == ""
 
 
-def test_a_traceback_comes_when_asked_for(gallery):
-    result = CliRunner().invoke(app, ["--traceback", "scenes", str(gallery)])
-    assert isinstance(result.exception, FileExistsError)
+def test_a_traceback_comes_when_asked_for_before_the_command_or_after(gallery):
+    for arguments in ["--traceback", "scenes", str(gallery)], ["scenes", str(gallery), "--traceback"]:
+        assert isinstance(CliRunner().invoke(app, arguments).exception, FileExistsError)
+    result = CliRunner().invoke(
+        app, ["scenes", "--", "--traceback", str(gallery)]
+    )  # which is the name of a folder here
+    assert result.exit_code == 2 and "unexpected extra argument" in result.output
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch, tmp_path):

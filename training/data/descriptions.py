@@ -116,7 +116,7 @@ class LeftOut:
         """Notes a record by its number, with what is wrong with it."""
         self.count += 1
         if len(self._shown) < _SHOWN:
-            self._shown.append(f"{number} {' '.join(reason.split())}")
+            self._shown.append(f"{number} {' '.join(reason.split()).removesuffix('.')}.")
 
     def report(self) -> list[Skipped]:
         """Returns what is to be said of them, if there are any."""

@@ -115,7 +115,7 @@ def read_texts(folder: Path, file_name: str, column: str, skipped: list[Skipped]
             if isinstance(fields, str):
                 raise ValueError(fields)
             if column not in fields:
-                raise ValueError(f"has no column {column!r}; it has {', '.join(sorted(fields))}.")
+                raise ValueError(f"has nothing in column {column!r}, only in {', '.join(sorted(fields)) or 'none'}.")
             check_texts([fields[column]], f"has `{column}`")
             item = _text_item(file_name, number, fields[column], metadata_of(fields, without=(column,)))
         except ValueError as error:

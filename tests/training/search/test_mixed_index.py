@@ -252,7 +252,7 @@ def test_what_cannot_be_read_is_named_and_what_cannot_be_seen_is_kept(
         and "And 1 more" in reasons["records.jsonl"]
     )
     assert "2 lines: 4 names 'gone.png'" in reasons["metadata.jsonl"] and "5 has `boxes`" in reasons["metadata.jsonl"]
-    assert "has no column 'body'; it has title" in reasons["other.csv"]
+    assert "has nothing in column 'body', only in title" in reasons["other.csv"]
 
     read_file = folder_items.read_texts
     (corpus / "deep" / "t.parquet").touch()
