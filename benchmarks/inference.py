@@ -11,6 +11,7 @@ Prints tables in markdown, and writes `OUT/inference.json` with all seconds, and
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,7 @@ from benchmarks.setting import SETTINGS, Size
 from mmgem.training.inference import inference
 
 HEADER = ("by", "ms of one", "time of MM-GEM's", "quartiles", "GFLOP of one", "share of GEMM", "peak MB")
-COLD_HEADER = ("cold start", *(f"{part}, s" for part in PARTS), "s in all", "time of CLIP's", "quartiles")
+COLD_HEADER = ("cold start", *(f"{part}, CPU s" for part in PARTS), "CPU s in all", "time of CLIP's", "quartiles")
 GEMM = "GEMM"
 
 
@@ -101,16 +102,17 @@ def task_table(task: dict[str, Any], rates: Sequence[float]) -> str:
 
 
 def cold_starts(contestants, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each part of the first image vector of a fresh process, by model and round."""
+    """Seconds of the processor for each part of the first image vector of a fresh process, by model and round."""
     found: dict[str, dict[str, list[float]]] = {by: {part: [] for part in PARTS} for by in (OURS, CLIP)}
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with tempfile.TemporaryDirectory() as folder:
         contestants.ours.save_pretrained(f"{folder}/mmgem")
         contestants.clip.save_pretrained(f"{folder}/clip")
         for _ in range(rounds):
             for by, library in ((OURS, "mmgem"), (CLIP, "clip")):
                 command = [sys.executable, "-m", "benchmarks.cold_start", library, f"{folder}/{library}"]
-                line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-                for part, seconds in json.loads(line).items():
+                run = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+                for part, seconds in json.loads(run.stdout.splitlines()[-1]).items():
                     found[by][part].append(seconds)
     return found
 
