@@ -1,7 +1,9 @@
 """Files that are known by checksums: what is read from one is what was written, or an error that names it."""
 
+import errno
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -83,7 +85,7 @@ class CheckedFile:
         Raises:
             FileNotFoundError: If it is not there.
         """
-        self._held = open(self.path, "rb")  # noqa: SIM115
+        self._held = open(self.path, "rb", opener=_open_regular)  # noqa: SIM115
 
     def read(self, start: int = 0, stop: int | None = None) -> memoryview:
         """Reads the bytes from `start` to `stop`, by default all.
@@ -123,7 +125,7 @@ class CheckedFile:
     def _read(self, start: int, stop: int) -> bytes:
         try:
             if self._held is None:
-                with open(self.path, "rb") as file:
+                with open(self.path, "rb", opener=_open_regular) as file:
                     return self._read_from(file, start, stop)
             with self._lock:
                 return self._read_from(self._held, start, stop)
@@ -175,6 +177,15 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     if not is_whole:
         raise DamagedFileError(f"{str(path)!r} is damaged; expected what was written.")
     return content
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """What `open` opens a file with, without waiting for what is none: the other end of a pipe may never come."""
+    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "no regular file, but a folder, a pipe or a device", path)
+    return number
 
 
 def sync_folder(folder: Path) -> None:

@@ -155,6 +155,17 @@ def test_files_that_are_cut_or_zeroed_or_exchanged_are_noticed(facts, tmp_path, 
                 array[:]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+@pytest.mark.parametrize("name", ["embedding-1.npy", "rows-1.parquet", "probes-1.safetensors"])
+def test_a_pipe_is_not_waited_for(facts, tmp_path, name):
+    write(tmp_path, facts)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((OSError, ValueError), match=f"no regular file.*{name}|{name}.*no regular file"):
+        for array in read_index(tmp_path, "index").rows.arrays.values():
+            array[:]
+
+
 def test_folders_that_are_no_index_of_this_format_are_refused_by_a_sentence(facts, tmp_path):
     with pytest.raises(ValueError, match=f"`out` is .*no index; expected a folder with {MANIFEST}"):
         read_index(tmp_path, "out")
