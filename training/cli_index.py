@@ -382,11 +382,13 @@ def _lines() -> Iterator[str]:
 def verify(index: IndexArgument, as_json: AsJson = False):
     """Compare every file of an index with its checksums."""
     with work():
-        from mmgem.training.search.storage import verify_index
+        from mmgem.training.search.storage import UNFINISHED, verify_index
 
         check = verify_index(index)
     state = "some damaged" if check.damaged else "all as written"
     whole = f"{counted(check.files, 'file')} of {counted(check.bytes, 'byte')}, {state}"
+    if (Path(index) / UNFINISHED).is_dir():
+        whole += f"; {UNFINISHED} holds what a run has embedded that did not end: the same `mmgem index` goes on"
     answer(check._asdict(), as_json, [*(f"{name}: {what}" for name, what in check.damaged.items()), whole])
     if check.damaged:
         raise typer.Exit(1)
