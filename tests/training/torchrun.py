@@ -51,7 +51,9 @@ def assert_both_step(folder: Path, case: str, expected: dict[str, torch.Tensor])
     for rank in (0, 1):
         actual = torch.load(folder / f"gradients-{rank}.pt")[case]
         for name, value in expected.items():
-            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            # Entries are sums of larger terms, which processors round each in its own way.
+            atol = max(1e-5, 2e-4 * value.abs().max().item())
+            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def torchrun_command(script: ModuleType, *arguments: str | Path) -> int:
