@@ -60,9 +60,8 @@ test-space: space ## start what `make space` assembles, and use it in a browser,
 test-benchmarks: $(STAMP) ## every benchmark, in a size for tests, and the campaign of docs/reliability.md
 	$(PYTEST) $(BY_FILE) tests/benchmarks --durations=10
 
-# oneDNN of torch 2.13 corrupts memory in the backward pass of tiny convolutions where it may use AVX512.
 test-families: $(STAMP) ## the same tests on every other family of vision towers, language models and VLMs
-	ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m families --durations=10
+	$(PYTEST) -m families --durations=10
 
 compatibility: $(STAMP) ## write docs/compatibility.md again, by the test that checks it
 	$(BIN)/python -m pytest -q tests/test_compatibility.py --write-pages

@@ -112,6 +112,7 @@ class Setting(NamedTuple):
     steps: int
     batch_size: int
     loader_workers: int
+    bf16: bool
 
 
 def base_recipe(setting: Setting) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def base_recipe(setting: Setting) -> dict[str, Any]:
                     "weight_decay": 0.05,
                     "adam_beta2": 0.98,
                     "max_grad_norm": 1.0,
-                    "bf16": torch.cuda.is_available(),
+                    "bf16": setting.bf16,
                     "dataloader_num_workers": setting.loader_workers,
                     "logging_steps": max(1, setting.steps // 10),
                     "save_strategy": "no",
@@ -301,8 +302,9 @@ def main(
     batch_size: Annotated[int, typer.Option(min=2, help="Photographs of a step.")] = 96,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     loader_workers: Annotated[int, typer.Option(min=0, help="Processes that load images, of each run.")] = 1,
+    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = torch.cuda.is_available(),
 ):
-    setting = Setting(photos.resolve(), towers.resolve(), out.resolve(), steps, batch_size, loader_workers)
+    setting = Setting(photos.resolve(), towers.resolve(), out.resolve(), steps, batch_size, loader_workers, bf16)
     runs = [Run(variant.strip(), seed) for seed in range(seeds) for variant in variants.split(",")]
     if unknown := [run.variant for run in runs if run.variant not in VARIANTS]:
         raise typer.BadParameter(f"`variants` has {unknown[0]!r}; expected some of {', '.join(VARIANTS)}.")

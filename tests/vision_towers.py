@@ -18,6 +18,9 @@ _TRANSFORMER = {
 }
 _WINDOWS = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "patch_size": 4}
 _CONVOLUTIONS = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+# oneDNN of torch 2.13 corrupts memory in the backward pass of some 1 x 1 convolutions of stride 2 with fewer than 16
+# channels, where the processor has AVX512.
+_STRIDED_CONVOLUTIONS = _CONVOLUTIONS | {"hidden_sizes": [16, 16, 24, 32], "embedding_size": 16}
 _PYRAMID = {**_CONVOLUTIONS, "image_size": 64, "num_attention_heads": [1, 1, 1, 2]}
 
 
@@ -129,8 +132,8 @@ VISION_TOWERS: dict[str, VisionTower] = {
     ),
     "convnext": _map("convnext", _CONVOLUTIONS | {"image_size": 64}),
     "convnextv2": _map("convnextv2", _CONVOLUTIONS | {"image_size": 64}),
-    "resnet": _map("resnet", _CONVOLUTIONS | {"embedding_size": 8}),
-    "regnet": _map("regnet", _CONVOLUTIONS | {"embedding_size": 8, "groups_width": 8}),
+    "resnet": _map("resnet", _STRIDED_CONVOLUTIONS),
+    "regnet": _map("regnet", _STRIDED_CONVOLUTIONS | {"groups_width": 8}),
     "efficientnet": _map(
         "efficientnet", {"image_size": 64, "width_coefficient": 0.2, "depth_coefficient": 0.1, "hidden_dim": 256}
     ),

@@ -48,7 +48,9 @@ def _base_of_adapter(folder: str | Path) -> str | None:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"`model` is {str(folder)!r}, whose {file.name} cannot be read ({error}).") from error
+        raise ValueError(
+            f"`model` is {str(folder)!r}, whose {file.name} cannot be read ({error}); expected a file of peft."
+        ) from error
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(

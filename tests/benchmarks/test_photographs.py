@@ -48,7 +48,7 @@ def setting(tmp_path_factory):
         SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(towers / name)
     (towers / "smollm2").mkdir()
     write_gguf(towers / "smollm2" / photographs.GGUF_FILE, num_layers=photographs.NUM_LAYERS)
-    return Setting(photos, towers, folder / "out", steps=2, batch_size=3, loader_workers=0)
+    return Setting(photos, towers, folder / "out", steps=2, batch_size=3, loader_workers=0, bf16=False)
 
 
 @pytest.fixture(scope="module")
