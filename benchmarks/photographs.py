@@ -4,13 +4,15 @@
 
 `PHOTOS` has `flickr8k/train`, `flickr8k/val` and `captions.txt`, see docs/train_on_photographs.md; `TOWERS` is what
 `model_cards/mmgem-photo/build_towers.py` writes. Every run takes the same steps of as many rows, and is measured on
-the validation photographs. The table shows means over the seeds, and the difference to the first variant, paired by
-seed. A finished run is a file in `OUT/results`; a command that was stopped is given again and goes on.
+the validation photographs. The table shows means over the seeds, the difference to the first variant, paired by
+seed, and what seeds alone make of a difference. A finished run is a file in `OUT/results`; a command that was stopped
+is given again and goes on.
 """
 
 import copy
 import json
 import logging
+import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +33,7 @@ from mmgem.training.recipes.run import RESULTS_NAME, train
 from mmgem.training.recipes.trimming import keep_first_layers, with_first_layers
 
 BASE = "base"
+CHANCE = "two runs of the base"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_LAYERS = 5
 METRICS = {
@@ -269,7 +272,10 @@ def run_all(runs: Sequence[Run], setting: Setting, jobs: int) -> None:
 
 
 def report(runs: Sequence[Run], setting: Setting) -> str:
-    """Markdown: means over the seeds; differences with half the width of their 95% intervals, by Student's t."""
+    """Markdown: means over the seeds; differences with half the width of their 95% intervals, by Student's t.
+
+    The last row is that of the difference of two runs that differ in their seeds alone, by the runs of the base.
+    """
     figures = {
         run: json.loads(result_file(run, setting).read_text(encoding="utf-8"))
         for run in runs
@@ -289,6 +295,11 @@ def report(runs: Sequence[Run], setting: Setting) -> str:
                 cell += f" ({mean(gains):+.3f}{f' ± {interval(gains):.3f}' * (len(gains) > 1)})"
             cells.append(cell)
         rows.append((variant, *cells, sum(run.variant == variant for run in figures)))
+    seeds = [figures[run] for run in figures if run.variant == BASE]
+    if len(seeds) > 1:
+        of_runs = [[own[metric] for own in seeds if metric in own] for metric in METRICS]
+        cells = [f"± {interval(own) * math.sqrt(2 * len(own)):.3f}" if len(own) > 1 else "" for own in of_runs]
+        rows.append((CHANCE, *cells, len(seeds)))
     return markdown_table(("variant", *METRICS.values(), "seeds"), rows)
 
 

@@ -124,6 +124,7 @@ def test_differences_are_paired_by_seed(setting, tmp_path):
         for seed, value in enumerate(own):
             result_file(Run(variant, seed), setting).write_text(json.dumps({"cider": value}))
     runs = [Run(variant, seed) for variant in (*values, "English alone") for seed in range(3)]
-    *_, base, changed = report(runs, setting).splitlines()
+    *_, base, changed, chance = report(runs, setting).splitlines()
     assert "0.200" in base and "±" not in base
     assert "0.300 (+0.100 ± 0.000)" in changed and changed.endswith("| 3 |")
+    assert "± 0.608" in chance  # 0.1 between the seeds of the base, times the root of 2, times 4.303 of Student's t
