@@ -381,8 +381,10 @@ def read_rows(place: Path, facts: Mapping[str, Any], hold: bool = False) -> Inde
         DamagedFileError: If the table is not what was written.
         FileNotFoundError: If an array that is held is not there.
     """
-    # Not by `read_table`, which imports pandas.
-    table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(CheckedFile(place, facts["table"]).read()))).read()
+    # Not by `read_table`, which imports pandas. Without threads: one that still holds Python's memory when the
+    # interpreter ends aborts the process (apache/arrow#50482).
+    data = pa.BufferReader(pa.py_buffer(CheckedFile(place, facts["table"]).read()))
+    table = pq.ParquetFile(data).read(use_threads=False)
     arrays = {column: ArrayFile(place, array) for column, array in facts["arrays"].items()}
     if hold:
         for array in arrays.values():
