@@ -1,6 +1,5 @@
 """A run of a recipe: stage after stage, each from where the one before it ended."""
 
-import gc
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +33,7 @@ from mmgem.training.recipes.stage_folder import LOG_NAME, save_stage, stage_fold
 from mmgem.training.recipes.validation import check_sections, check_stages
 from mmgem.training.trainer.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer.checkpoints import is_complete, last_complete_checkpoint
+from mmgem.training.worker_memory import free_memory
 
 RECIPE_NAME = "recipe.yaml"
 RESULTS_NAME = "results.json"
@@ -167,7 +167,7 @@ def _run_stage(recipe: Recipe, number: int, out: Path, sources: list[Source], ev
     save_stage(trainer, recipe, number, out)
     trainer.accelerator.free_memory()
     del trainer, model
-    gc.collect()
+    free_memory()
 
 
 def _finish(recipe: Recipe, out: Path, arguments: MMGEMTrainingArguments, eval_dataset) -> None:

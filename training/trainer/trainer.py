@@ -1,7 +1,6 @@
 """The joint training loop: a contrastive loss and captioning in one forward call, on transformers' Trainer."""
 
 import errno
-import gc
 import math
 import os
 import shutil
@@ -33,6 +32,7 @@ from mmgem.training.trainer.grad_cache import GradCache, count_images, split_bat
 from mmgem.training.trainer.parameter_selection import freeze_unused, parameter_groups, set_trainable
 from mmgem.training.trainer.teacher import Teacher
 from mmgem.training.trainer.weight_average import EMACallback
+from mmgem.training.worker_memory import shared_with_workers
 
 
 class LogitScaleClamp(TrainerCallback):
@@ -118,16 +118,9 @@ class MMGEMTrainer(Trainer):
         self._figures: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def train(self, *args, **kwargs):
-        """As of every trainer; with workers, memory stays shared with them. A collection of garbage writes into every
-        object, by which the pages of all would be copied; those that are there before the workers are left out."""
-        if not self.args.dataloader_num_workers:
+        """As of every trainer; with workers, memory stays shared with them."""
+        with shared_with_workers() if self.args.dataloader_num_workers else nullcontext():
             return super().train(*args, **kwargs)
-        gc.collect()
-        gc.freeze()
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            gc.unfreeze()
 
     def _freeze_unused(self, model):
         freeze_unused(model)
